@@ -1,0 +1,37 @@
+"""Relative position encodings for vision transformers.
+
+Data flows one way: geometry -> buckets -> terms -> attention. See ``irpe.parse`` for specs,
+``irpe.Grid`` for geometry, ``irpe.attention`` for the function, ``irpe.RPEAttention`` for a layer
+and ``irpe.attach`` to equip a model that exists already.
+"""
+
+from .buckets import bucket_ids
+from .encodings import build_rpe
+from .errors import IrpeError
+from .functional import attention, explain, lookup
+from .geometry import Geometry, Grid, Sequence
+from .hosts import attach, detach, param_groups
+from .layers import RPEAttention
+from .spec import RPE, parse
+from .terms import Term
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Geometry",
+    "Grid",
+    "IrpeError",
+    "RPE",
+    "RPEAttention",
+    "Sequence",
+    "Term",
+    "attach",
+    "attention",
+    "bucket_ids",
+    "build_rpe",
+    "detach",
+    "explain",
+    "lookup",
+    "param_groups",
+    "parse",
+]

@@ -1,0 +1,1 @@
+"""Ways to compute attention with terms. They never import one another."""

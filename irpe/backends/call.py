@@ -1,0 +1,59 @@
+"""One attention call, validated, and the mask arithmetic that all backends share."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..terms import Term
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """The arguments of ``irpe.attention``; terms have q's dtype and device, scale is a number."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    terms: tuple[Term, ...]
+    mask: Tensor | None
+    is_causal: bool
+    dropout_p: float
+    scale: float
+
+    def grouped(self) -> tuple[Tensor, Tensor]:
+        """k and v with as many heads as q."""
+        groups = self.q.shape[1] // self.k.shape[1]
+        if groups == 1:
+            return self.k, self.v
+        return self.k.repeat_interleave(groups, 1), self.v.repeat_interleave(groups, 1)
+
+    def merged_mask(self) -> tuple[Tensor | None, Tensor | None]:
+        """One mask for ``mask`` and ``is_causal``, and the rows that see nothing.
+
+        Returns:
+            The mask, bool (True: seen) or of q's dtype (added to the logits), broadcastable to
+            ``[B, H, L, S]`` and open in rows that see nothing; and these rows as a bool tensor
+            broadcastable to ``[B, H, L, 1]``. Both None without a mask.
+
+        A softmax over nothing is NaN and so is its gradient: such rows attend to everything and
+        their output is set to zero afterwards, which leaves zero gradients.
+        """
+        mask = self.mask
+        if self.is_causal:
+            length, keys = self.q.shape[-2], self.k.shape[-2]
+            rows = torch.arange(length, device=self.q.device).unsqueeze(-1)
+            causal = torch.arange(keys, device=self.q.device) <= rows + (keys - length)
+            if mask is None:
+                mask = causal
+            elif mask.dtype == torch.bool:
+                mask = mask & causal
+            else:
+                mask = mask.masked_fill(~causal, float("-inf"))
+        if mask is None:
+            return None, None
+        if mask.dtype == torch.bool:
+            dead = ~mask.any(-1, keepdim=True)
+            return mask | dead, dead
+        dead = (mask == float("-inf")).all(-1, keepdim=True)
+        return mask.masked_fill(dead, 0.0).to(self.q.dtype), dead

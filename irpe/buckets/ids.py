@@ -1,0 +1,77 @@
+"""Bucket ids of a geometry, in a compact form that expands on demand and once for all layers."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..geometry import Geometry
+from ..spec import RPE, parse
+from .image import ImageBuckets, image_buckets
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BucketIds:
+    """Which bucket each pair of a query and a key falls into.
+
+    Args:
+        function: from offsets to ids.
+        geometry: where the tokens are.
+        by_key: offsets are key - query instead of query - key, and a row of numbers per bucket
+            belongs to the key: the form that the query table's counterpart, ``rpe_q``, needs.
+    """
+
+    function: ImageBuckets
+    geometry: Geometry
+    by_key: bool = False
+
+    @property
+    def size(self) -> int:
+        """N, the number of buckets; pairs with a prefix token share the last one."""
+        return self.function.size + (self.geometry.prefix > 0 or self.geometry.key_prefix > 0)
+
+    def dense(self, device: torch.device) -> Tensor:
+        """Ids int64 ``[L, S]``, or ``[B, L, S]`` where each sample has positions of its own."""
+        key = ("dense", self.function, self.by_key, device)
+        return self.geometry.remember(key, lambda: self._dense(device))
+
+    def _dense(self, device: torch.device) -> Tensor:
+        geometry = self.geometry
+        offsets = geometry.offsets(device)
+        ids = self.function(-offsets if self.by_key else offsets)
+        if geometry.prefix or geometry.key_prefix:
+            ids = F.pad(ids, (geometry.key_prefix, 0, geometry.prefix, 0), value=self.size - 1)
+        return ids.squeeze(0) if ids.dim() == 3 and geometry.batch is None else ids
+
+    def flat(self, device: torch.device) -> Tensor:
+        """Index ``[1 | B, 1, L * S]`` into rows of N numbers laid end to end, ``[B, H, L * N]``.
+
+        The rows are the queries', with ``by_key`` the keys' (``[B, H, S * N]``).
+        """
+        key = ("flat", self.function, self.by_key, device)
+        return self.geometry.remember(key, lambda: self._flat(device))
+
+    def _flat(self, device: torch.device) -> Tensor:
+        ids = self._dense(device)  # not remembered: who needs the flat form does not need both
+        rows = torch.arange(ids.shape[-1 if self.by_key else -2], device=device) * self.size
+        ids = ids + (rows if self.by_key else rows.unsqueeze(-1))
+        return ids.reshape(-1, 1, ids.shape[-2] * ids.shape[-1])
+
+
+def bucket_ids(
+    spec: str | RPE, geometry: Geometry, device: torch.device | str = "cpu"
+) -> tuple[Tensor | tuple[Tensor, Tensor], int]:
+    """Bucket ids of an image encoding, and the number of buckets.
+
+    Args:
+        spec: the encoding.
+        geometry: an ``irpe.Grid``; with prefix tokens one more bucket holds all pairs with one.
+
+    Returns:
+        Ids int64 ``[L, S]`` (``[B, L, S]`` for per-sample positions) of offsets query - key, for
+        method ``cross`` a pair (rows, columns) of these; and N, the size of one table.
+    """
+    maps = [BucketIds(function, geometry) for function in image_buckets(parse(spec))]
+    ids = tuple(m.dense(torch.device(device)) for m in maps)
+    return (ids[0] if len(ids) == 1 else ids), maps[0].size  # type: ignore[return-value]

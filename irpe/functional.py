@@ -1,0 +1,206 @@
+"""Attention with position terms, and the gather it is built from.
+
+Shapes: B batch, H heads, L queries, S keys, D head dim, N buckets.
+"""
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .backends import eager, reference, sdpa
+from .backends.call import Call
+from .backends.choose import BACKENDS, Facts, choose, obstacle
+from .errors import IrpeError
+from .terms import Term
+
+_RUN: dict[str, Callable[[Call], Tensor]] = {
+    "reference": reference.attention,
+    "eager": eager.attention,
+    "sdpa": sdpa.attention,
+}
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    terms: tuple[Term, ...] = (),
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(scale q k^T + terms) v, with any set of position terms.
+
+    Args:
+        q: ``[B, H, L, D]``, not scaled.
+        k, v: ``[B, H | G, S, D]``; with G heads, each serves H / G consecutive heads of q.
+        terms: what encodings' ``terms(geometry)`` return; add the tuples up.
+        mask: broadcastable to ``[B, H, L, S]``; bool (True: seen; key padding is
+            ``[B, 1, 1, S]``) or floating point, added to the logits.
+        is_causal: query i sees the keys j <= i + S - L. May be combined with ``mask``.
+        dropout_p: probability that an attention probability is dropped, before the value term.
+        scale: D ** -0.5 if None.
+        backend: ``reference``, ``eager``, ``sdpa``, or ``auto``, whose choice ``irpe.explain``
+            prints. A named backend computes the call or raises.
+
+    Returns:
+        ``[B, H, L, D]`` of q's dtype. A query that sees no key gives 0, and zero gradients.
+
+    Raises:
+        IrpeError: for shapes, dtypes, devices or terms that do not fit together, an unknown
+            backend, or one that cannot do a term.
+    """
+    call = _validated(q, k, v, terms, mask, is_causal, dropout_p, scale)
+    facts = Facts.of(call)
+    name = _resolve(backend, facts)
+    with _without_autocast(q.device.type):
+        return _RUN[name](call)
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    terms: tuple[Term, ...] = (),
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> str:
+    """Which backend ``auto`` takes for a call of ``irpe.attention``, and why; text to print."""
+    call = _validated(q, k, v, terms, mask, is_causal, dropout_p, scale)
+    name, reasons = choose(Facts.of(call))
+    kinds = ", ".join(f"{t.kind} {list(t.table.shape)}" for t in call.terms) or "none"
+    head = f"backend {name}: q {list(q.shape)} {q.dtype} on {q.device}, terms: {kinds}"
+    return "\n  ".join([head, *reasons])
+
+
+def lookup(x: Tensor, ids: Tensor) -> Tensor:
+    """The gather alone: ``y[b, h, i, j] = x[b, h, i, ids[i, j]]``.
+
+    Args:
+        x: ``[B, H, L, N]``, a number for each query and bucket.
+        ids: integer ``[L, S]`` or ``[B, L, S]``, in [0, N).
+
+    Returns:
+        ``[B, H, L, S]``, differentiable in x.
+    """
+    if x.dim() != 4 or ids.dim() not in (2, 3):
+        raise IrpeError(
+            f"lookup takes x [B, H, L, N] and ids [L, S] or [B, L, S], "
+            f"not {list(x.shape)} and {list(ids.shape)}"
+        )
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise IrpeError(f"ids are integers, not {ids.dtype}")
+    if ids.shape[-2] != x.shape[-2] or (ids.dim() == 3 and ids.shape[0] not in (1, x.shape[0])):
+        raise IrpeError(f"ids {list(ids.shape)} do not match x {list(x.shape)}")
+    return reference.lookup(x, ids.to(torch.int64))
+
+
+def check_backend(backend: str) -> str:
+    """The name of a backend, or "auto"; raises IrpeError for any other."""
+    if backend != "auto" and backend not in BACKENDS:
+        valid = ", ".join(("auto", *BACKENDS))
+        raise IrpeError(f"unknown backend {backend!r}: it is one of {valid}")
+    return backend
+
+
+def _resolve(backend: str, facts: Facts) -> str:
+    if check_backend(backend) == "auto":
+        return choose(facts)[0]
+    problem = obstacle(backend, facts)
+    if problem is not None:
+        able = [name for name in BACKENDS if obstacle(name, facts) is None]
+        raise IrpeError(
+            f"backend {backend!r} cannot compute this call: {problem}. Able: {', '.join(able)}"
+        )
+    return backend
+
+
+def _validated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    terms: tuple[Term, ...],
+    mask: Tensor | None,
+    is_causal: bool,
+    dropout_p: float,
+    scale: float | None,
+) -> Call:
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise IrpeError(f"q, k and v are [B, H, L, D], not {shapes}")
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise IrpeError(f"q [B, H, L, D], k and v [B, H, S, D] do not fit together: {shapes}")
+    if q.shape[1] % k.shape[1]:
+        raise IrpeError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise IrpeError(f"dropout_p={dropout_p!r} is not a probability")
+    dtype = q.dtype
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        terms = tuple(Term(t.kind, t.table.to(dtype), t.buckets) for t in terms)
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != dtype or tensor.device != q.device:
+            raise IrpeError(
+                f"q is {q.dtype} on {q.device}, but {name} {tensor.dtype} on {tensor.device}"
+            )
+    for term in terms:
+        _check_term(term, q, k, v)
+    if mask is not None:
+        _check_mask(mask, q, k)
+    if scale is None:
+        scale = q.shape[3] ** -0.5
+    return Call(q, k, v, tuple(terms), mask, is_causal, dropout_p, scale)
+
+
+def _check_term(term: Term, q: Tensor, k: Tensor, v: Tensor) -> None:
+    if not isinstance(term, Term):
+        raise IrpeError(f"terms are what an encoding's terms(geometry) returns, not {term!r}")
+    name, table, buckets = f"the {term.kind} table", term.table, term.buckets
+    if table.dtype != q.dtype or table.device != q.device:
+        raise IrpeError(
+            f"{name} is {table.dtype} on {table.device}, but q is {q.dtype} on {q.device}: "
+            f"move the module with .to() or use autocast"
+        )
+    H, D, N = q.shape[1], q.shape[3], buckets.size
+    shape = {"query": (D, N), "key": (D, N), "value": (N, v.shape[3])}.get(term.kind, (N,))
+    if table.dim() != 1 + len(shape) or table.shape[0] not in (1, H) or table.shape[1:] != shape:
+        wanted = ", ".join(str(n) for n in shape)
+        raise IrpeError(
+            f"{name} is {list(table.shape)}, but q {list(q.shape)} and {N} buckets "
+            f"need [1, {wanted}] or [{H}, {wanted}]"
+        )
+    geometry = buckets.geometry
+    if geometry.query_length != q.shape[2] or geometry.key_length != k.shape[2]:
+        raise IrpeError(
+            f"{geometry!r} has {geometry.query_length} queries and {geometry.key_length} keys, "
+            f"but q has L={q.shape[2]} and k has S={k.shape[2]}"
+        )
+    if geometry.batch not in (None, q.shape[0]):
+        raise IrpeError(
+            f"positions for {geometry.batch} samples do not match a batch of {q.shape[0]}"
+        )
+
+
+def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> None:
+    full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    sizes = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+    if mask.dim() > 4 or any(m not in (1, n) for m, n in zip(sizes, full, strict=True)):
+        raise IrpeError(f"mask {list(mask.shape)} does not broadcast to [B, H, L, S] {list(full)}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise IrpeError(f"mask is bool (True: seen) or floating point (added), not {mask.dtype}")
+    if mask.device != q.device:
+        raise IrpeError(f"mask is on {mask.device}, but q on {q.device}")
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
+    # The call is cast by now; what follows chooses its own precision.
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()

@@ -1,0 +1,211 @@
+"""Where tokens are: integer positions of queries and keys, and the prefix tokens before them.
+
+Shapes: L queries and S keys, prefix tokens included; A axes (2 for images: row, column).
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import IrpeError
+
+
+class Geometry:
+    """Positions of the queries and of the keys of one attention call.
+
+    Args:
+        query: integer positions ``[L', A]`` or, for each sample its own, ``[B, L', A]``.
+        key: positions of the keys; ``None``: the queries themselves.
+        prefix: tokens without a position (class token, registers) before the queries.
+        key_prefix: the same before the keys; ``None``: as before the queries.
+
+    Raises:
+        IrpeError: for positions of a wrong shape or a negative prefix.
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        *,
+        prefix: int = 0,
+        key_prefix: int | None = None,
+    ) -> None:
+        self._query = _positions("query positions", query)
+        self._key = self._query if key is None else _positions("key positions", key)
+        if self._query.shape[-1] != self._key.shape[-1]:
+            raise IrpeError(
+                f"queries have {self._query.shape[-1]} axes and keys {self._key.shape[-1]}"
+            )
+        self._set_prefix(prefix, key_prefix)
+
+    def _set_prefix(self, prefix: int, key_prefix: int | None) -> None:
+        self.prefix = prefix
+        self.key_prefix = prefix if key_prefix is None else key_prefix
+        if self.prefix < 0 or self.key_prefix < 0:
+            raise IrpeError(f"prefix={min(self.prefix, self.key_prefix)} must not be negative")
+        self._memo: dict[Hashable, Any] = {}
+
+    @property
+    def axes(self) -> int:
+        """A: 2 for images, 1 for text."""
+        return self._query.shape[-1]
+
+    @property
+    def batch(self) -> int | None:
+        """B where each sample has positions of its own, else None."""
+        sizes = {p.shape[0] for p in (self._query, self._key) if p.dim() == 3 and p.shape[0] != 1}
+        if len(sizes) > 1:
+            raise IrpeError(f"query and key positions are for different batches: {sorted(sizes)}")
+        return sizes.pop() if sizes else None
+
+    @property
+    def query_length(self) -> int:
+        """L, prefix included."""
+        return self.prefix + self._query.shape[-2]
+
+    @property
+    def key_length(self) -> int:
+        """S, prefix included."""
+        return self.key_prefix + self._key.shape[-2]
+
+    def positions(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Positions of queries ``[(B,) L', A]`` and keys ``[(B,) S', A]``, prefix left out."""
+        return self._query.to(device), self._key.to(device)
+
+    def offsets(self, device: torch.device) -> Tensor:
+        """Query position minus key position, ``[(B,) L', S', A]``."""
+        query, key = self.positions(device)
+        return query.unsqueeze(-2) - key.unsqueeze(-3)
+
+    def remember(self, key: Hashable, build: Callable[[], Any]) -> Any:
+        """The value of ``build()``, made once for this geometry.
+
+        Inference tensors are kept apart, since they cannot be saved for a backward pass; nothing
+        is kept while a graph is traced, whose tensors mean nothing outside of it.
+        """
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return build()
+        key = (key, torch.is_inference_mode_enabled())
+        if key not in self._memo:
+            value = build()
+            if isinstance(value, Tensor) and type(value) is not Tensor:
+                return value  # a fake tensor, or another stand-in of a tracer
+            self._memo[key] = value
+        return self._memo[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_memo": {}}
+
+    def __repr__(self) -> str:
+        return (
+            f"Geometry(L={self.query_length}, S={self.key_length}, axes={self.axes}, "
+            f"prefix={self.prefix}, key_prefix={self.key_prefix})"
+        )
+
+
+class Grid(Geometry):
+    """Patches of an image, row by row: token ``prefix + row * width + column``.
+
+    Args:
+        height, width: patches in a column and in a row (not pixels).
+        prefix: class token and registers, before the patches.
+        positions: integer (row, column) of the tokens that are there, ``[L', 2]`` or ``[B, L', 2]``,
+            where they are not the whole grid (patches dropped at random, images of several shapes
+            in one batch).
+
+    Raises:
+        IrpeError: for sizes that are not positive, or positions of a wrong shape.
+    """
+
+    def __init__(
+        self, height: int, width: int, prefix: int = 0, *, positions: Tensor | None = None
+    ) -> None:
+        for name, size in (("height", height), ("width", width)):
+            if not isinstance(size, int | torch.SymInt) or isinstance(size, bool) or size < 1:
+                raise IrpeError(f"{name}={size!r} is not a positive number of patches")
+        self.height, self.width = height, width
+        if positions is not None:
+            super().__init__(positions, prefix=prefix)
+            if self.axes != 2:
+                raise IrpeError(f"positions on a grid are (row, column), not {self.axes} numbers")
+        else:
+            self._query = self._key = None  # type: ignore[assignment]
+            self._set_prefix(prefix, None)
+
+    def select(self, indices: Tensor) -> "Grid":
+        """The grid of the patches kept.
+
+        Args:
+            indices: ``[L']`` or ``[B, L']``, counted row by row without the prefix.
+        """
+        if self._query is not None:
+            raise IrpeError("select() needs a whole grid; this one holds a selection already")
+        rows = torch.div(indices, self.width, rounding_mode="floor")
+        positions = torch.stack((rows, indices - rows * self.width), dim=-1)
+        return Grid(self.height, self.width, self.prefix, positions=positions)
+
+    @property
+    def axes(self) -> int:
+        return 2 if self._query is None else super().axes
+
+    @property
+    def batch(self) -> int | None:
+        return None if self._query is None else super().batch
+
+    @property
+    def query_length(self) -> int:
+        return self.prefix + self.height * self.width if self._query is None else super().query_length
+
+    @property
+    def key_length(self) -> int:
+        return self.query_length
+
+    def positions(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self._query is not None:
+            return super().positions(device)
+        rows = torch.arange(self.height, device=device).unsqueeze(1).expand(-1, self.width)
+        columns = torch.arange(self.width, device=device).expand(self.height, -1)
+        positions = torch.stack((rows, columns), dim=-1).flatten(0, 1)
+        return positions, positions
+
+    def __repr__(self) -> str:
+        selected = "" if self._query is None else f", positions={list(self._query.shape)}"
+        return f"Grid({self.height}, {self.width}, prefix={self.prefix}{selected})"
+
+
+class Sequence(Geometry):
+    """Tokens of a text at positions 0 to length - 1, or at explicit positions.
+
+    Args:
+        length: number of tokens, prefix left out.
+        prefix: tokens without a position, before the others.
+        positions: ``[length]`` or ``[B, length]`` where they are not 0 to length - 1.
+        keys: positions of the keys, ``[S]`` or ``[B, S]``, where they are not the queries
+            (cached tokens, decoding).
+    """
+
+    def __init__(
+        self,
+        length: int,
+        prefix: int = 0,
+        *,
+        positions: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> None:
+        if positions is None:
+            positions = torch.arange(length)
+        if positions.shape[-1] != length:
+            raise IrpeError(f"length={length} does not match positions {list(positions.shape)}")
+        super().__init__(
+            positions.unsqueeze(-1), None if keys is None else keys.unsqueeze(-1), prefix=prefix
+        )
+
+
+def _positions(name: str, positions: Tensor) -> Tensor:
+    if not isinstance(positions, Tensor) or positions.dim() not in (2, 3):
+        shape = list(positions.shape) if isinstance(positions, Tensor) else positions
+        raise IrpeError(f"{name} are a tensor [L, A] or [B, L, A], not {shape!r}")
+    return positions

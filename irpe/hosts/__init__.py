@@ -1,0 +1,6 @@
+"""Other people's models, equipped. The only place in irpe that knows other libraries."""
+
+from .attach import Report, attach, detach
+from .groups import param_groups
+
+__all__ = ["Report", "attach", "detach", "param_groups"]

@@ -1,0 +1,111 @@
+"""``attach`` and ``detach``: equip a model that exists already, in place, and undo it."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from ..errors import IrpeError
+from ..functional import check_backend
+from ..spec import RPE, parse
+from .site import Site
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What ``attach`` changed.
+
+    Args:
+        spec: the encoding. modules: paths of the attention modules that carry it now.
+        parameters: number of parameters added. keys: their names in the state_dict.
+    """
+
+    spec: RPE
+    modules: tuple[str, ...]
+    parameters: int
+    keys: tuple[str, ...]
+
+    def __str__(self) -> str:
+        names = self.modules[0]
+        if len(self.modules) > 1:
+            names += f" ... {self.modules[-1]}"
+        return (
+            f"{self.spec} on {len(self.modules)} attention modules ({names}), "
+            f"{self.parameters:,} parameters added"
+        )
+
+
+def attach(
+    model: nn.Module, spec: str | RPE, where: str = "*", backend: str = "auto"
+) -> Report:
+    """Equip a model with an encoding, in place.
+
+    The tables start at zero, so outputs stay the same, to rounding, until they are trained. Keys
+    of the state_dict stay as they are and new ones are added. Positions come from the model's own
+    patch embedding, anew in each forward pass.
+
+    Args:
+        model: a timm VisionTransformer, or any module that holds one.
+        spec: the encoding, as ``"rpe-2.0-product-ctx-1-k"``.
+        where: a shell pattern for the paths of the attention modules, as ``"blocks.[0-5].*"``.
+        backend: see ``irpe.attention``.
+
+    Returns:
+        What was changed; print it.
+
+    Raises:
+        IrpeError: where nothing matches, a module is equipped already or cannot be. The model is
+            not changed then.
+    """
+    spec = parse(spec)
+    check_backend(backend)
+    sites = _sites(model)
+    if not sites:
+        raise IrpeError(
+            f"{type(model).__name__} has no attention that can be equipped: "
+            "attach knows timm's VisionTransformer and what is built on it; "
+            "for a model of your own, use irpe.RPEAttention"
+        )
+    chosen = [site for site in sites if fnmatchcase(site.name, where)]
+    if not chosen:
+        names = ", ".join(site.name for site in sites[:3])
+        raise IrpeError(f"where={where!r} matches none of the attention modules ({names}, ...)")
+    for site in chosen:
+        if site.equipped:
+            raise IrpeError(f"{site.name} is equipped already: irpe.detach(model) undoes that")
+        obstacle = site.obstacle(spec)
+        if obstacle is not None:
+            raise IrpeError(f"{site.name} cannot be equipped: {obstacle}")
+    before = {name for name, _ in model.named_parameters()}
+    for site in chosen:
+        site.equip(spec, backend)
+    added = {n: p.numel() for n, p in model.named_parameters() if n not in before}
+    return Report(spec, tuple(s.name for s in chosen), sum(added.values()), tuple(added))
+
+
+def detach(model: nn.Module) -> None:
+    """Undo ``attach``: remove the tables and give every module its own forward pass back.
+
+    Raises:
+        IrpeError: where nothing is attached.
+    """
+    equipped = [site for site in _sites(model) if site.equipped]
+    if not equipped:
+        raise IrpeError(f"nothing is attached to this {type(model).__name__}")
+    for site in equipped:
+        site.strip()
+
+
+def _sites(model: nn.Module) -> list[Site]:
+    if not isinstance(model, nn.Module):
+        raise IrpeError(f"a model is a torch.nn.Module, not {type(model).__name__}")
+    return list(_find(model))
+
+
+def _find(model: nn.Module) -> Iterator[Site]:
+    if "timm" in sys.modules:  # else no module of this model can be timm's
+        from . import timm
+
+        yield from timm.sites(model)

@@ -1,0 +1,1 @@
+"""Whole models, written to be read; not part of the wheel."""

@@ -1,0 +1,98 @@
+"""Build the classifier: a timm model, with or without relative position encoding."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import irpe
+import irpe.zoo  # noqa: F401  (registers the published iRPE names with timm)
+import timm
+from timm.data import resolve_data_config
+from torch import nn
+
+from training.cls_options import ClsConfig
+from training.errors import UserError
+
+
+def check_name(name: str) -> None:
+    """Raise :class:`UserError` with the nearest names unless timm knows ``name``."""
+    # Names with a scheme (hf-hub:...) are looked up elsewhere, and not here.
+    if ":" in name or timm.is_model(name):
+        return
+    base, _, tag = name.partition(".")
+    if tag and timm.is_model(base):
+        tags = [model.partition(".")[2] for model in timm.list_pretrained(f"{base}.*")]
+        raise UserError(f"model.name: {base!r} has no weights {tag!r}; there are: {', '.join(tags)}")
+    near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
+    hint = f"; did you mean {', '.join(near)}?" if near else "; `timm.list_models()` lists them"
+    raise UserError(f"model.name: timm has no model {name!r}{hint}")
+
+
+def build_model(config: ClsConfig, num_classes: int) -> nn.Module:
+    """Create the model that ``config`` describes and attach its encoding.
+
+    Raises :class:`UserError` for an unknown name or an argument that the model does not take, and
+    ``irpe.IrpeError`` for an encoding that is malformed or that fits no part of the model.
+    """
+    check_name(config.model.name)
+    # Before the model: a misspelt encoding should not wait for a download.
+    spec = irpe.parse(config.rpe) if config.rpe is not None else None
+    options: dict[str, Any] = {"num_classes": num_classes, "in_chans": config.model.in_chans}
+    if config.model.img_size is not None:
+        options["img_size"] = config.model.img_size
+    if config.model.drop:
+        options["drop_rate"] = config.model.drop
+    if config.model.drop_path:
+        options["drop_path_rate"] = config.model.drop_path
+    try:
+        model = timm.create_model(
+            config.model.name,
+            pretrained=config.model.pretrained,
+            **{**options, **config.model.kwargs},
+        )
+    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
+        raise UserError(
+            f"model {config.model.name!r} cannot be built with "
+            f"{ {**options, **config.model.kwargs} }: {error}"
+        ) from error
+    if spec is not None:
+        irpe.attach(model, spec, where=config.rpe_where, backend=config.rpe_backend)
+    if config.model.grad_checkpointing:
+        if not hasattr(model, "set_grad_checkpointing"):
+            raise UserError(f"model.grad_checkpointing: {config.model.name!r} does not support it")
+        model.set_grad_checkpointing(True)
+    return model
+
+
+def input_settings(config: ClsConfig, model: nn.Module) -> dict[str, Any]:
+    """Return ``input_size``, ``mean``, ``std``, ``interpolation`` and ``crop_pct`` for the model.
+
+    What the config leaves open comes from the model's own pretrained configuration.
+    """
+    data, channels = config.data, config.model.in_chans
+    given = {
+        "img_size": config.model.img_size or config.model.kwargs.get("img_size"),
+        "mean": data.mean,
+        "std": data.std,
+        "interpolation": data.interpolation,
+        "crop_pct": data.crop_pct,
+    }
+    for name in ("mean", "std"):
+        if given[name] is not None and len(given[name]) != channels:
+            raise UserError(
+                f"data.{name}: {given[name]} has {len(given[name])} values, "
+                f"but model.in_chans is {channels}"
+            )
+    if channels != 3 and data.mean is None:
+        # timm's own figures are for three channels; a grey image takes their average.
+        given["mean"], given["std"] = [0.45] * channels, [0.225] * channels
+    if given["img_size"] is not None:
+        size = given.pop("img_size")
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        given["input_size"] = (channels, height, width)
+    settings = resolve_data_config(
+        {key: value for key, value in given.items() if value is not None}, model=model
+    )
+    settings["input_size"] = (channels, *settings["input_size"][1:])
+    return settings

@@ -1,0 +1,139 @@
+"""The options of train_cls.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from training.options import EmaConfig, OptimConfig, RunConfig, SchedConfig
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The network: any name that timm knows, the published iRPE names included."""
+
+    name: str = "deit_small_patch16_224"
+    """model name in timm's registry"""
+    pretrained: bool = False
+    """start from the published weights (downloads them)"""
+    num_classes: int | None = None
+    """number of classes; null: as many as the data set has"""
+    img_size: int | None = None
+    """side of the square input; null: the model's own"""
+    in_chans: int = 3
+    """1 for grey images, 3 for colour"""
+    drop: float = 0.0
+    """dropout before the classifier"""
+    drop_path: float = 0.0
+    """stochastic depth"""
+    grad_checkpointing: bool = False
+    """recompute activations in the backward pass to save memory"""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """further keyword arguments of the model, such as {depth: 6}"""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """The images: whatever timm.data.create_dataset reads, or the embedded digits."""
+
+    name: str = "digits"
+    """digits (embedded), folder (also a .tar file), torch/NAME, hfds/NAME, hfids/NAME, wds/NAME"""
+    root: str | None = None
+    """folder or archive"""
+    train_split: str = "train"
+    """split to train on"""
+    val_split: str = "validation"
+    """split to evaluate on"""
+    class_map: str | None = None
+    """text file with one class name per line; null: the folders' names in order"""
+    download: bool = False
+    """let data sets that can do so download themselves"""
+    on_bad_image: Literal["skip", "fail"] = "skip"
+    """an image that does not decode: skip it, counted and named, or stop"""
+    workers: int = 4
+    """processes that load images; 0: load in the main process"""
+    interpolation: str | None = None
+    """bilinear or bicubic; null: the model's own"""
+    crop_pct: float | None = None
+    """share of the resized image that evaluation crops; null: the model's own"""
+    mean: list[float] | None = None
+    """mean of each channel in [0, 1]; null: the model's own"""
+    std: list[float] | None = None
+    """standard deviation of each channel; null: the model's own"""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """further keyword arguments of timm.data.create_dataset"""
+
+
+@dataclass(kw_only=True)
+class AugConfig:
+    """Augmentation of the training images. With enabled: false they are only resized."""
+
+    enabled: bool = True
+    """augment at all"""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """share of the area that the random crop takes"""
+    ratio: tuple[float, float] = (0.75, 1.3333333333333333)
+    """aspect ratio of the random crop"""
+    hflip: float = 0.5
+    """probability of a horizontal flip"""
+    color_jitter: float = 0.3
+    """strength of colour jitter; ignored when aa is given"""
+    aa: str | None = None
+    """timm policy, such as rand-m9-mstd0.5-inc1"""
+    affine_degrees: float = 0.0
+    """largest random rotation"""
+    affine_translate: float = 0.0
+    """largest random shift, as a share of the side"""
+    affine_scale: float = 0.0
+    """largest random change of size: 0.1 gives 0.9 to 1.1"""
+    reprob: float = 0.0
+    """probability of random erasing"""
+    remode: Literal["const", "rand", "pixel"] = "pixel"
+    """what erased regions are filled with"""
+    recount: int = 1
+    """regions to erase"""
+    mixup: float = 0.0
+    """alpha of mixup; 0: none"""
+    cutmix: float = 0.0
+    """alpha of cutmix; 0: none"""
+    mixup_prob: float = 1.0
+    """probability that a batch is mixed"""
+    mixup_switch_prob: float = 0.5
+    """probability of cutmix when both are on"""
+    mixup_mode: Literal["batch", "pair", "elem"] = "batch"
+    """one draw for the whole batch, for each pair or for each image"""
+    smoothing: float = 0.1
+    """label smoothing"""
+
+
+@dataclass(kw_only=True)
+class ClsConfig:
+    """Train or evaluate an image classifier, with or without relative position encoding."""
+
+    rpe: str | None = None
+    """relative position encoding to attach, such as rpe-2.0-product-ctx-1-k; null: none"""
+    rpe_where: str = "*"
+    """glob over the names of the attention modules to equip"""
+    rpe_backend: str = "auto"
+    """backend of the equipped attention: auto, reference, sdpa or triton"""
+    epochs: int = 300
+    """passes over the training images"""
+    batch_size: int = 1024
+    """images per optimiser step, over all processes and accumulated batches together"""
+    grad_accum_steps: int = 1
+    """forward passes that one step is split into"""
+    eval_batch_size: int | None = None
+    """images per forward pass of each process in evaluation; null: as in training"""
+    seed: int = 0
+    """seed of everything random"""
+    eval_only: bool = False
+    """evaluate the checkpoint (or the pretrained model) and stop"""
+    checkpoint: str | None = None
+    """weights to start from, or to evaluate: .pth or .safetensors"""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    aug: AugConfig = field(default_factory=AugConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    sched: SchedConfig = field(default_factory=SchedConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    run: RunConfig = field(default_factory=RunConfig)

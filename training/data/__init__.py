@@ -1,0 +1,1 @@
+"""Images for the scripts: sources, seeded transforms, samplers and loaders."""

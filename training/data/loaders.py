@@ -1,0 +1,121 @@
+"""Samplers and loaders that give every sample its turn exactly once.
+
+Processes share an epoch by taking every W-th sample of one common order. Loaders are not handed to
+``accelerate.prepare``: it would shard again what timm's samplers and streams have sharded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from training.data.seeded import BadImage, Sample, SeededDataset, SeededStream
+from training.seeding import derive
+
+
+class EpochSampler(Sampler):
+    """Numbers of one epoch's samples for one process, as (epoch, sample).
+
+    Args:
+        length: samples in the data set.
+        shuffle: a new order each epoch, from (seed, epoch); else ascending.
+        even: give each process equally many, leaving out the last few of the order (training: a
+            process with fewer steps would leave the others waiting). Otherwise every sample occurs
+            in exactly one process.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        *,
+        seed: int,
+        shuffle: bool,
+        even: bool,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.length, self.seed, self.shuffle = length, seed, shuffle
+        self.even, self.rank, self.world = even, rank, world
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        if self.even:
+            return self.length // self.world
+        return len(range(self.rank, self.length, self.world))
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(derive(self.seed, "order", self.epoch))
+            order = torch.randperm(self.length, generator=generator).tolist()
+        else:
+            order = list(range(self.length))
+        mine = order[self.rank :: self.world][: len(self)]
+        return iter([(self.epoch, index) for index in mine])
+
+
+@dataclass
+class Batch:
+    """Images [B, C, H, W], their classes [B], and the images that were skipped for them."""
+
+    images: Tensor
+    targets: Tensor
+    bad: tuple[BadImage, ...] = ()
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Stack the samples that have an image; B may be 0 where none of them has."""
+    bad = tuple(item for sample in samples for item in sample.bad)
+    good = [sample for sample in samples if sample.image is not None]
+    images = torch.stack([sample.image for sample in good]) if good else torch.empty(0)  # type: ignore[misc]
+    return Batch(images, torch.tensor([sample.target for sample in good]), bad)
+
+
+def make_loader(
+    dataset: SeededDataset | SeededStream,
+    *,
+    batch_size: int,
+    training: bool,
+    seed: int,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Return a loader of :class:`Batch` for one process; see :func:`set_epoch`.
+
+    Training shuffles and leaves out the last incomplete batch; evaluation does neither.
+    """
+    streaming = isinstance(dataset, SeededStream)
+    sampler = None
+    if not streaming:
+        sampler = EpochSampler(
+            len(dataset), seed=seed, shuffle=training, even=training, rank=rank, world=world
+        )
+    elif hasattr(dataset.stream, "set_loader_cfg"):
+        dataset.stream.set_loader_cfg(num_workers=workers)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        drop_last=training,
+        pin_memory=pin_memory,
+        # A stream learns its epoch when its workers start.
+        persistent_workers=workers > 0 and not streaming,
+        # Of its own, so that drawing base seeds does not disturb the model's generator.
+        generator=torch.Generator().manual_seed(derive(seed, "loader", rank)),
+    )
+
+
+def set_epoch(loader: DataLoader, epoch: int) -> None:
+    """Tell a loader's sampler, or its stream, which epoch comes next."""
+    target = loader.sampler if isinstance(loader.sampler, EpochSampler) else loader.dataset
+    target.set_epoch(epoch)  # type: ignore[union-attr]

@@ -1,0 +1,112 @@
+"""Data sets whose augmentation depends on (seed, epoch, sample) and on nothing else."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from training.data.sources import Source
+from training.errors import one_line
+from training.seeding import derive, forked
+
+# What PIL and its decoders raise for files that are truncated, mislabelled, absurdly large or not
+# images at all. MemoryError is left out: it is the machine's trouble, not the file's.
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """An image that could not be decoded, in the place of its sample."""
+
+    name: str
+    reason: str
+
+
+@dataclass
+class Sample:
+    """One sample on its way to a batch: the image [C, H, W], its class, and what was skipped."""
+
+    image: Tensor | None
+    target: int
+    bad: tuple[BadImage, ...] = ()
+
+
+class SeededDataset(Dataset):
+    """A :class:`Source` with a transform, indexed by (epoch, sample).
+
+    The epoch travels with the index, so that loader processes that outlive an epoch need not be
+    told of the next one.
+
+    Args:
+        replace: what becomes of an image that does not decode. True (training): the next one that
+            does decode takes its place, so that batches keep their size. False (evaluation): the
+            sample is dropped.
+    """
+
+    def __init__(
+        self, source: Source, transform: Callable[[Any], Tensor], seed: int, replace: bool
+    ) -> None:
+        self.source, self.transform, self.seed, self.replace = source, transform, seed, replace
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, first = key
+        bad: list[BadImage] = []
+        for step in range(len(self) if self.replace else 1):
+            index = (first + step) % len(self)
+            try:
+                image, target = self.source.read(index)
+            except DECODE_ERRORS as error:
+                reason = one_line(error) or type(error).__name__
+                bad.append(BadImage(self.source.name(index), reason))
+                continue
+            # Seeded by the sample that was asked for, whichever took its place.
+            with forked(derive(self.seed, "augment", epoch, first)):
+                return Sample(self.transform(image), target, tuple(bad))
+        return Sample(None, -1, tuple(bad))
+
+
+class SeededStream(IterableDataset):
+    """A streaming timm data set with a transform seeded by (seed, epoch, process, worker, count).
+
+    Such a set deals its samples out to processes and workers by itself, and has no numbers for
+    them: their order is as reproducible as the set's own.
+    """
+
+    def __init__(
+        self, stream: Any, transform: Callable[[Any], Tensor], seed: int, rank: int
+    ) -> None:
+        self.stream, self.transform, self.seed, self.rank = stream, transform, seed, rank
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        if hasattr(self.stream, "set_epoch"):
+            self.stream.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Sample]:
+        worker = get_worker_info()
+        number = worker.id if worker else 0
+        for count, (image, target) in enumerate(self.stream):
+            with forked(derive(self.seed, "augment", self.epoch, self.rank, number, count)):
+                transformed = self.transform(image)
+            yield Sample(transformed, int(target))

@@ -1,0 +1,163 @@
+"""Where images come from: the embedded digits or anything ``timm.data.create_dataset`` reads.
+
+A source has a length, ``read(index) -> (PIL image, class)`` and ``name(index)``. timm's folder and
+archive data sets are read through their reader, because their own ``__getitem__`` puts the next
+image in the place of one that does not decode, without a count.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import timm.data
+from PIL import Image
+from timm.data.readers.img_extensions import get_img_extensions
+from torch.utils.data import IterableDataset
+
+from training.data.digits import Digits
+from training.errors import UserError
+
+_PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
+
+
+class Source(Protocol):
+    """Images by number."""
+
+    classes: tuple[str, ...] | None
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[Image.Image, int]: ...
+
+    def name(self, index: int) -> str: ...
+
+
+class TimmSource:
+    """A map-style timm or torchvision data set as a :class:`Source`."""
+
+    def __init__(self, dataset: Any, mode: str) -> None:
+        self.dataset, self.mode = dataset, mode
+        self.reader = getattr(dataset, "reader", None)
+        names = getattr(self.reader or dataset, "class_to_idx", None)
+        self.classes = tuple(sorted(names, key=names.__getitem__)) if names else None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        if self.reader is None:
+            image, target = self.dataset[index]
+        else:
+            image, target, *_ = self.reader[index]
+            if not isinstance(image, Image.Image):
+                with image as stream:
+                    opened = Image.open(stream)
+                    # Decode now, while the file is open and where a damaged one can be caught.
+                    opened.load()
+                    image = opened
+        return image.convert(self.mode), int(target)
+
+    def name(self, index: int) -> str:
+        try:
+            return str(self.dataset.filename(index, absolute=True))
+        except (AttributeError, AssertionError, NotImplementedError):
+            return f"image {index}"
+
+
+def open_source(
+    name: str,
+    root: str | None,
+    split: str,
+    *,
+    training: bool,
+    in_chans: int = 3,
+    batch_size: int = 1,
+    seed: int = 0,
+    class_map: str | None = None,
+    download: bool = False,
+    kwargs: dict[str, Any] | None = None,
+) -> Source | IterableDataset:
+    """Open one split of a data set.
+
+    Returns a :class:`Source`, or timm's own iterable data set for the streaming formats. Raises
+    :class:`UserError` for a missing root, a root without images, an empty class folder, an
+    unknown format or one whose reader is not installed.
+    """
+    if name == "digits":
+        return Digits(split)
+    prefix = name.partition("/")[0].lower()
+    plain = prefix in ("folder", "tar", "")
+    if not plain and prefix not in _PREFIXES:
+        raise UserError(
+            f"data.name: unknown data set {name!r}; valid: digits, folder, "
+            + ", ".join(f"{prefix}/NAME" for prefix in _PREFIXES)
+        )
+    if root is None and prefix in ("folder", "tar", "", "torch", "wds"):
+        raise UserError(f"data.root is not set, and data set {name!r} needs it")
+    if plain or (prefix == "torch" and not download):
+        if not os.path.exists(root):  # type: ignore[arg-type]
+            raise UserError(f"data.root: {root!r} does not exist")
+    if plain and os.path.isdir(root):  # type: ignore[arg-type]
+        root = _split_folder(Path(str(root)), split)
+        _check_class_folders(Path(root))
+    mode = "L" if in_chans == 1 else "RGB"
+    try:
+        dataset = timm.data.create_dataset(
+            "" if plain else name,
+            root=root,
+            split=split,
+            search_split=not plain,
+            is_training=training,
+            class_map=class_map or (None if not plain else ""),
+            download=download,
+            batch_size=batch_size,
+            seed=seed,
+            input_img_mode=mode,
+            **(kwargs or {}),
+        )
+    except (ImportError, OSError, RuntimeError, AssertionError, ValueError, TypeError) as error:
+        raise UserError(f"cannot open data set {name!r} at {root!r}: {error}") from error
+    return dataset if isinstance(dataset, IterableDataset) else TimmSource(dataset, mode)
+
+
+def _split_folder(root: Path, split: str) -> str:
+    """Return the sub-folder of ``root`` that holds ``split``, under one of its usual names."""
+    synonyms = {
+        "train": ("train", "training"),
+        "validation": ("validation", "val", "valid", "eval", "evaluation"),
+    }
+    names = next((names for names in synonyms.values() if split in names), ())
+    for name in (split, *names):
+        if (root / name).exists():
+            return str(root / name)
+    raise UserError(
+        f"data.root: {str(root)!r} has no folder for the split {split!r}; "
+        f"looked for {', '.join(dict.fromkeys((split, *names)))}"
+    )
+
+
+def _check_class_folders(root: Path) -> None:
+    """Raise for a class folder without images: timm would number the classes as if it were not there.
+
+    Sub-folders count with their parents, so that nested layouts pass.
+    """
+    extensions = get_img_extensions(as_set=True)
+
+    def has_images(folder: Path) -> bool:
+        return any(
+            Path(file).suffix.lower() in extensions
+            for _, _, files in os.walk(folder, followlinks=True)
+            for file in files
+        )
+
+    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    if not folders and not has_images(root):
+        raise UserError(f"no images in {str(root)!r}: one folder of images per class is expected")
+    empty = [str(folder) for folder in folders if not has_images(folder)]
+    if empty:
+        raise UserError(
+            f"class folder without images: {', '.join(empty)}; "
+            f"remove it or add files ending in {', '.join(sorted(extensions))}"
+        )

@@ -1,0 +1,227 @@
+"""The training loop: steps, evaluation, checkpoints and records, whatever the task.
+
+A task gives three functions: the batches of an epoch, the loss of a batch, and the evaluation of a
+model. Nothing random outlives a step: the generators are seeded from (seed, step, process).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from training.checkpoints import save_state, save_weights
+from training.errors import UserError
+from training.progress import Progress
+from training.runfolder import RunFolder
+from training.seeding import derive
+
+
+@dataclass
+class Step:
+    """What a task computed for one batch: the mean loss, how many samples, and sums over them."""
+
+    loss: Tensor
+    count: int
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """The figures of a run.
+
+    Attributes:
+        best: name of the evaluation figure that decides which checkpoint is the best.
+        about: what the header of a weights file says of them.
+    """
+
+    epochs: int
+    steps_per_epoch: int
+    accumulate: int = 1
+    clip_grad: float | None = None
+    save_every: int = 1
+    seed: int = 0
+    best: str = "top1"
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+class Loop:
+    """Trains a prepared model. ``raw`` is the model itself, ``model`` what accelerate made of it."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        raw: nn.Module,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: Scheduler,
+        ema: ModelEmaV3 | None,
+        folder: RunFolder | None,
+        plan: Plan,
+        progress: Progress,
+    ) -> None:
+        self.accelerator, self.raw, self.model = accelerator, raw, model
+        self.optimizer, self.schedule, self.ema = optimizer, schedule, ema
+        self.folder, self.plan, self.progress = folder, plan, progress
+        self.step = 0
+        self.best = -math.inf
+        # Reading a number back stalls a GPU, so there it is not done at every step.
+        self._look_every = 1 if accelerator.device.type == "cpu" else 10
+
+    def fit(
+        self,
+        batches: Callable[[int], Iterator[Any]],
+        loss: Callable[[nn.Module, Any, int], Step],
+        evaluate: Callable[[nn.Module], dict[str, float]],
+        describe: Callable[[dict[str, Any]], str],
+    ) -> dict[str, Any]:
+        """Train all epochs; return the last epoch's record.
+
+        Args:
+            batches: the batches of an epoch, at least steps_per_epoch x accumulate of them.
+            loss: ``loss(model, batch, step)``.
+            evaluate: figures of a model, the same in every process.
+            describe: one line for people from an epoch's record.
+        """
+        record: dict[str, Any] = {}
+        for epoch in range(self.plan.epochs):
+            start = time.perf_counter()
+            trained = self._train_epoch(epoch, batches(epoch), loss)
+            record = {
+                "epoch": epoch + 1,
+                "step": self.step,
+                "lr": max(group["lr"] for group in self.optimizer.param_groups),
+                **{f"train_{name}": value for name, value in trained.items()},
+                **evaluate(self.raw),
+            }
+            if self.ema is not None:
+                averaged = evaluate(self.ema.module)
+                record.update({f"ema_{name}": value for name, value in averaged.items()})
+            record["images_per_second"] = round(
+                self.progress.images_per_second * self.accelerator.num_processes, 1
+            )
+            record["seconds"] = round(time.perf_counter() - start, 3)
+            self._keep(epoch, record)
+            self.progress.say(describe(record))
+        return record
+
+    def _train_epoch(
+        self,
+        epoch: int,
+        batches: Iterator[Any],
+        loss: Callable[[nn.Module, Any, int], Step],
+    ) -> dict[str, float]:
+        """Run one epoch's steps; return its mean loss and figures over all processes."""
+        self.model.train()
+        self.progress.resume_clock()
+        totals: dict[str, Tensor] = {}
+        for _ in range(self.plan.steps_per_epoch):
+            self.schedule.step_update(self.step)
+            count = self._one_step(batches, loss, totals)
+            self.step += 1
+            figures = None
+            if self.step % self._look_every == 0:
+                figures = self._figures(epoch, totals)
+            self.progress.step(epoch, count, figures)
+        self._figures(epoch, totals)
+        if self.ema is not None:
+            self.ema.eval()
+        names = sorted(totals)
+        summed = self.accelerator.reduce(torch.stack([totals[name] for name in names]), "sum")
+        mean = dict(zip(names, summed.tolist(), strict=True))
+        return {name: mean[name] / mean["count"] for name in names if name != "count"}
+
+    def _one_step(
+        self,
+        batches: Iterator[Any],
+        loss: Callable[[nn.Module, Any, int], Step],
+        totals: dict[str, Tensor],
+    ) -> int:
+        """One optimiser step over ``accumulate`` batches; return this process's samples."""
+        count = 0
+        for part in range(self.plan.accumulate):
+            torch.manual_seed(
+                derive(self.plan.seed, "step", self.step, part, self.accelerator.process_index)
+            )
+            try:
+                batch = next(batches)
+            except StopIteration:
+                raise UserError(
+                    f"the data ended after {self.step} steps, before the epoch did: "
+                    "the data set is shorter than it says"
+                ) from None
+            last = part == self.plan.accumulate - 1
+            if last:
+                result = loss(self.model, batch, self.step)
+                self.accelerator.backward(result.loss / self.plan.accumulate)
+            else:
+                with self.accelerator.no_sync(self.model):
+                    result = loss(self.model, batch, self.step)
+                    self.accelerator.backward(result.loss / self.plan.accumulate)
+            sums = {"loss": result.loss.detach() * result.count, **result.sums}
+            sums["count"] = torch.tensor(result.count, device=result.loss.device)
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0) + value.double()
+            count += result.count
+        if self.plan.clip_grad is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.plan.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.raw, step=self.step)
+        return count
+
+    def _figures(self, epoch: int, totals: dict[str, Tensor]) -> dict[str, str]:
+        """Return the running means as text; stop the run if the loss is not finite."""
+        means = {name: float(value) / float(totals["count"]) for name, value in totals.items()}
+        if not math.isfinite(means["loss"]):
+            rate = max(group["lr"] for group in self.optimizer.param_groups)
+            raise UserError(
+                f"the loss became {means['loss']} in epoch {epoch + 1}, by step {self.step}, at a "
+                f"learning rate of {rate:.3g}; a lower optim.lr, a longer sched.warmup_epochs, "
+                "optim.clip_grad: 1.0 or run.precision: fp32 may help"
+            )
+        shown = {"loss": f"{means['loss']:.3f}"}
+        for name, value in means.items():
+            if name not in ("loss", "count"):
+                shown[name] = f"{100 * value:.1f} %"
+        return shown
+
+    def _keep(self, epoch: int, record: dict[str, Any]) -> None:
+        """Log the record and write the checkpoints that are due, on the main process."""
+        score = record.get(f"ema_{self.plan.best}", record[self.plan.best])
+        improved = score > self.best
+        self.best = max(self.best, score)
+        if self.folder is None:
+            return
+        self.folder.log(record)
+        folder = self.folder / "checkpoints"
+        about = {**self.plan.about, "epoch": epoch + 1, self.plan.best: f"{score:.6g}"}
+        averaged = self.raw if self.ema is None else self.ema.module
+        if improved:
+            save_weights(folder / "best.safetensors", averaged, about)
+        if (epoch + 1) % self.plan.save_every and epoch + 1 < self.plan.epochs:
+            return
+        save_weights(folder / "last.safetensors", self.raw, about)
+        if self.ema is not None:
+            save_weights(folder / "last-ema.safetensors", self.ema.module, about)
+        scaler = self.accelerator.scaler
+        save_state(
+            folder / "last-state.pt",
+            {
+                "epoch": epoch + 1,
+                "step": self.step,
+                "best": self.best,
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "scaler": scaler.state_dict() if scaler is not None else None,
+            },
+        )
