@@ -2,4 +2,4 @@
 
 
 class IrpeError(ValueError):
-    """Raised for every wrong use of irpe; the message repeats the input and says what would work."""
+    """Every wrong use of irpe; the message repeats the input and says what would work."""

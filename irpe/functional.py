@@ -176,6 +176,8 @@ def _check_term(term: Term, q: Tensor, k: Tensor, v: Tensor) -> None:
             f"{name} is {list(table.shape)}, but q {list(q.shape)} and {N} buckets "
             f"need [1, {wanted}] or [{H}, {wanted}]"
         )
+    if torch.jit.is_tracing():  # sizes are tensors there, and comparing them would be recorded
+        return
     geometry = buckets.geometry
     if geometry.query_length != q.shape[2] or geometry.key_length != k.shape[2]:
         raise IrpeError(

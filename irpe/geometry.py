@@ -112,7 +112,7 @@ class Grid(Geometry):
     Args:
         height, width: patches in a column and in a row (not pixels).
         prefix: class token and registers, before the patches.
-        positions: integer (row, column) of the tokens that are there, ``[L', 2]`` or ``[B, L', 2]``,
+        positions: integer (row, column) of the tokens there are, ``[L', 2]`` or ``[B, L', 2]``,
             where they are not the whole grid (patches dropped at random, images of several shapes
             in one batch).
 
@@ -123,9 +123,9 @@ class Grid(Geometry):
     def __init__(
         self, height: int, width: int, prefix: int = 0, *, positions: Tensor | None = None
     ) -> None:
-        for name, size in (("height", height), ("width", width)):
-            if not isinstance(size, int | torch.SymInt) or isinstance(size, bool) or size < 1:
-                raise IrpeError(f"{name}={size!r} is not a positive number of patches")
+        if not torch.jit.is_tracing():  # where sizes are tensors
+            _check_size("height", height)
+            _check_size("width", width)
         self.height, self.width = height, width
         if positions is not None:
             super().__init__(positions, prefix=prefix)
@@ -157,7 +157,9 @@ class Grid(Geometry):
 
     @property
     def query_length(self) -> int:
-        return self.prefix + self.height * self.width if self._query is None else super().query_length
+        return (
+            self.prefix + self.height * self.width if self._query is None else super().query_length
+        )
 
     @property
     def key_length(self) -> int:
@@ -202,6 +204,11 @@ class Sequence(Geometry):
         super().__init__(
             positions.unsqueeze(-1), None if keys is None else keys.unsqueeze(-1), prefix=prefix
         )
+
+
+def _check_size(name: str, size: object) -> None:
+    if not isinstance(size, int | torch.SymInt) or isinstance(size, bool) or size < 1:
+        raise IrpeError(f"{name}={size!r} is not a positive number of patches")
 
 
 def _positions(name: str, positions: Tensor) -> Tensor:

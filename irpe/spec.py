@@ -70,7 +70,7 @@ class RPE:
             object.__setattr__(self, name, _positive(name, value))
         alpha, beta, gamma = self.coefficients
         if int(beta) < 1:
-            raise IrpeError(f"beta={beta:g} leaves a single bucket; use a ratio or beta of at least 1")
+            raise IrpeError(f"beta={beta:g} leaves a single bucket: at least 1 is needed")
         if self.index == "piecewise" and not alpha <= beta:
             raise IrpeError(f"alpha={alpha:g} must not exceed beta={beta:g} in {self._plain()}")
         if self.index == "piecewise" and not alpha < gamma:

@@ -59,9 +59,7 @@ def test_attention(case, backend):
     if backend == "sdpa" and "v" in on:
         pytest.skip("sdpa has no value term; that it raises is tested elsewhere")
     ratio, shared, skip, height, width, heads, dim, _ = ATTENTION[f"{case}/meta"]
-    spec = irpe.RPE(
-        ratio=float(ratio), method=method, mode=MODES[mode], shared=bool(shared), on=on
-    )
+    spec = irpe.RPE(ratio=float(ratio), method=method, mode=MODES[mode], shared=bool(shared), on=on)
     modules = irpe.build_rpe(
         spec, head_dim=int(dim), num_heads=int(heads), prefix=skip > 0, dtype=torch.float64
     )

@@ -38,7 +38,8 @@ def save_weights(path: Path, model: nn.Module, about: dict[str, Any]) -> None:
         for name, value in model.state_dict().items()
     }
     header = {key: str(value) for key, value in about.items()}
-    _write(path, lambda name: safetensors.torch.save_file(tensors, name, metadata=header))
+    # Not save_file, which makes files that only their owner can read.
+    _write(path, lambda name: name.write_bytes(safetensors.torch.save(tensors, metadata=header)))
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -46,7 +47,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     _write(path, lambda name: torch.save(state, name))
 
 
-def _write(path: Path, write: Callable[[Path], None]) -> None:
+def _write(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(exist_ok=True)
     with replacing(path) as temporary:
         try:

@@ -23,7 +23,9 @@ def check_name(name: str) -> None:
     base, _, tag = name.partition(".")
     if tag and timm.is_model(base):
         tags = [model.partition(".")[2] for model in timm.list_pretrained(f"{base}.*")]
-        raise UserError(f"model.name: {base!r} has no weights {tag!r}; there are: {', '.join(tags)}")
+        raise UserError(
+            f"model.name: {base!r} has no weights {tag!r}; there are: {', '.join(tags)}"
+        )
     near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
     hint = f"; did you mean {', '.join(near)}?" if near else "; `timm.list_models()` lists them"
     raise UserError(f"model.name: timm has no model {name!r}{hint}")
@@ -36,7 +38,6 @@ def build_model(config: ClsConfig, num_classes: int) -> nn.Module:
     ``irpe.IrpeError`` for an encoding that is malformed or that fits no part of the model.
     """
     check_name(config.model.name)
-    # Before the model: a misspelt encoding should not wait for a download.
     spec = irpe.parse(config.rpe) if config.rpe is not None else None
     options: dict[str, Any] = {"num_classes": num_classes, "in_chans": config.model.in_chans}
     if config.model.img_size is not None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import irpe
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -36,9 +37,11 @@ def evaluate(config: ClsConfig) -> dict[str, float]:
     """Evaluate ``config.checkpoint`` (or the pretrained weights), print and return its figures."""
     if config.checkpoint is None and not config.model.pretrained:
         raise UserError("eval_only needs checkpoint: FILE or model.pretrained: true")
+    _check(config)
     accelerator = make_accelerator(config.run)
-    model, settings, num_classes = _prepare_model(config, accelerator)
-    held_out = _loader(config, accelerator, settings, training=False)
+    source = _open(config, training=False)
+    model, settings, num_classes = _prepare_model(config, source)
+    held_out = _loader(config, accelerator, settings, source, training=False)
     bad = BadImages(config.data.on_bad_image, print)
     task = Classify(accelerator, (None, held_out), config.aug, num_classes, config.seed, bad)
     figures = task.evaluate(model.to(accelerator.device))
@@ -52,10 +55,12 @@ def train(config: ClsConfig) -> dict[str, Any]:
     start = time.perf_counter()
     _check(config)
     accelerator = make_accelerator(config.run)
-    model, settings, num_classes = _prepare_model(config, accelerator)
+    sources = _open(config, training=True), _open(config, training=False)
+    _check_same_classes(*sources)
+    model, settings, num_classes = _prepare_model(config, sources[0])
     loaders = (
-        _loader(config, accelerator, settings, training=True),
-        _loader(config, accelerator, settings, training=False),
+        _loader(config, accelerator, settings, sources[0], training=True),
+        _loader(config, accelerator, settings, sources[1], training=False),
     )
     steps = len(loaders[0]) // config.grad_accum_steps
     if not steps:
@@ -71,9 +76,8 @@ def train(config: ClsConfig) -> dict[str, Any]:
     if config.run.compile:
         model.compile()
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    progress = Progress(
-        steps * epochs, epochs, config.run.progress and accelerator.is_main_process
-    )
+    style = config.run.progress if accelerator.is_main_process else "none"
+    progress = Progress(steps * epochs, epochs, style)
     bad = BadImages(config.data.on_bad_image, progress.say)
     task = Classify(accelerator, loaders, config.aug, num_classes, config.seed, bad)
     plan = Plan(
@@ -85,9 +89,7 @@ def train(config: ClsConfig) -> dict[str, Any]:
         seed=config.seed,
         about={"model": config.model.name, "rpe": config.rpe or "none"},
     )
-    loop = Loop(
-        accelerator, model, wrapped, optimizer, schedule, ema, folder, plan, progress
-    )
+    loop = Loop(accelerator, model, wrapped, optimizer, schedule, ema, folder, plan, progress)
     try:
         record = loop.fit(task.batches, task.loss, task.evaluate, _epoch_line(epochs))
     finally:
@@ -116,14 +118,20 @@ def _check(config: ClsConfig) -> None:
         raise UserError(f"run.save_every: {config.run.save_every} is not at least 1")
     if config.data.workers < 0:
         raise UserError(f"data.workers: {config.data.workers} is negative")
-
-
-def _prepare_model(
-    config: ClsConfig, accelerator: Accelerator
-) -> tuple[nn.Module, dict[str, Any], int]:
-    """Build the model with the data set's classes and load ``config.checkpoint`` into it."""
+    # Before the data set is opened: these two are quick to tell.
     check_name(config.model.name)
-    num_classes = config.model.num_classes or _count_classes(config)
+    if config.rpe is not None:
+        irpe.parse(config.rpe)
+
+
+def _prepare_model(config: ClsConfig, source: Any) -> tuple[nn.Module, dict[str, Any], int]:
+    """Build the model with the data set's classes and load ``config.checkpoint`` into it."""
+    num_classes = config.model.num_classes or len(getattr(source, "classes", None) or ())
+    if not num_classes:
+        raise UserError(
+            f"data set {config.data.name!r} does not say how many classes it has; "
+            "set model.num_classes"
+        )
     torch.manual_seed(derive(config.seed, "model"))
     model = build_model(config, num_classes)
     if config.checkpoint is not None:
@@ -147,26 +155,32 @@ def _open(config: ClsConfig, training: bool) -> Any:
     )
 
 
-def _count_classes(config: ClsConfig) -> int:
-    """Return how many classes the data set names."""
-    classes = getattr(_open(config, training=not config.eval_only), "classes", None)
-    if not classes:
-        raise UserError(
-            f"data set {config.data.name!r} does not say how many classes it has; "
-            "set model.num_classes"
-        )
-    return len(classes)
+def _check_same_classes(train: Any, held_out: Any) -> None:
+    """Raise where the two splits number their classes differently."""
+    names = [getattr(source, "classes", None) for source in (train, held_out)]
+    if None in names or names[0] == names[1]:
+        return
+    lacking = [sorted(set(names[0]) - set(names[1])), sorted(set(names[1]) - set(names[0]))]
+    raise UserError(
+        "the training and the held-out images are of different classes: "
+        f"only in training: {', '.join(lacking[0][:8]) or 'none'}; "
+        f"only held out: {', '.join(lacking[1][:8]) or 'none'}; data.class_map can number them alike"
+    )
 
 
 def _loader(
-    config: ClsConfig, accelerator: Accelerator, settings: dict[str, Any], *, training: bool
+    config: ClsConfig,
+    accelerator: Accelerator,
+    settings: dict[str, Any],
+    source: Any,
+    *,
+    training: bool,
 ) -> DataLoader:
     batch = per_process_batch(accelerator, config.batch_size, config.grad_accum_steps)
     if not training:
         batch = config.eval_batch_size or batch
     elif (config.aug.mixup > 0 or config.aug.cutmix > 0) and batch % 2:
         raise UserError(f"batch_size: mixing needs an even batch per forward pass, not {batch}")
-    source = _open(config, training)
     transform = make_transform(config.aug, settings, training=training)
     rank = accelerator.process_index
     dataset: SeededDataset | SeededStream

@@ -99,7 +99,9 @@ def _normalise(kind: type, argv: list[str]) -> list[str]:
 def _config_files(tokens: list[str]) -> list[str]:
     """Return the files that ``--config`` names, in order."""
     files = [token.partition("=")[2] for token in tokens if token.startswith("--config=")]
-    files += [after for token, after in zip(tokens, tokens[1:], strict=False) if token == "--config"]
+    files += [
+        after for token, after in zip(tokens, tokens[1:], strict=False) if token == "--config"
+    ]
     return files
 
 
@@ -125,7 +127,9 @@ def _check_mapping(kind: type, content: dict[str, Any], where: str, prefix: str 
     for key, value in content.items():
         _check_key(valid, f"{prefix}{key}", repr(where))
         hint = valid.get(f"{prefix}{key}")
-        if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise UserError(f"{prefix}{key}: {value!r} is not valid; expected {describe(hint)}")
             _check_mapping(typing.cast(type, hint), value, where, f"{prefix}{key}.")
 
 

@@ -16,7 +16,7 @@ def draw_curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
     epochs = [record["epoch"] for record in records]
     figure = Figure(figsize=(10, 4), layout="constrained", dpi=150)
     left, right = figure.subplots(1, 2)
-    series = [("train_{}", "training", TRAIN), ("{}", "held out", HELD)]
+    series = [("train_{}", "training (augmented)", TRAIN), ("{}", "held out", HELD)]
     series.append(("ema_{}", "held out, averaged weights", EMA))
     for axes, name, factor in ((left, "loss", 1.0), (right, "top1", 100.0)):
         for pattern, label, colour in series:

@@ -110,7 +110,8 @@ class Loop:
             )
             record["seconds"] = round(time.perf_counter() - start, 3)
             self._keep(epoch, record)
-            self.progress.say(describe(record))
+            rate, left = record["images_per_second"], self.progress.time_left
+            self.progress.say(f"{describe(record)}  |  {rate:,.0f} images/s, {left} left")
         return record
 
     def _train_epoch(
@@ -132,8 +133,6 @@ class Loop:
                 figures = self._figures(epoch, totals)
             self.progress.step(epoch, count, figures)
         self._figures(epoch, totals)
-        if self.ema is not None:
-            self.ema.eval()
         names = sorted(totals)
         summed = self.accelerator.reduce(torch.stack([totals[name] for name in names]), "sum")
         mean = dict(zip(names, summed.tolist(), strict=True))

@@ -24,9 +24,7 @@ def learning_rate(config: OptimConfig, batch_size: int) -> float:
     return config.lr_base * batch_size / config.lr_base_size
 
 
-def make_optimizer(
-    model: nn.Module, config: OptimConfig, batch_size: int
-) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: OptimConfig, batch_size: int) -> torch.optim.Optimizer:
     """Create the optimiser. Vectors and the model's own exemptions do not decay.
 
     With ``table_decay: false`` the parameters whose names contain ``lookup_table_`` are exempt too.

@@ -88,5 +88,5 @@ class RunConfig:
     """compile the model with torch.compile"""
     threads: int | None = None
     """CPU threads of torch; null: as many as torch chooses"""
-    progress: bool = True
-    """show a progress bar"""
+    progress: Literal["auto", "bar", "lines", "none"] = "auto"
+    """a progress bar, a line per epoch, or nothing; auto: a bar on a terminal, lines elsewhere"""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Literal
 
 from tqdm import tqdm
+
+Style = Literal["auto", "bar", "lines", "none"]
 
 
 class Progress:
@@ -14,21 +17,23 @@ class Progress:
     Args:
         steps: optimiser steps of the run.
         epochs: epochs of the run.
-        enabled: False shows nothing at all (other processes, ``run.progress: false``).
+        style: "bar" and the lines above it; "lines" alone, as suits a log file; "none"; "auto"
+            is a bar on a terminal and lines elsewhere.
     """
 
-    def __init__(self, steps: int, epochs: int, enabled: bool) -> None:
-        self.epochs, self.enabled = epochs, enabled
-        interactive = sys.stderr.isatty()
+    def __init__(self, steps: int, epochs: int, style: Style) -> None:
+        if style == "auto":
+            style = "bar" if sys.stderr.isatty() else "lines"
+        self.steps, self.epochs, self.style = steps, epochs, style
         self._bar = tqdm(
             total=steps,
-            disable=not enabled,
+            disable=style != "bar",
             dynamic_ncols=True,
-            # A log file wants a line now and then, not ten a second.
-            mininterval=0.2 if interactive else 20.0,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} left{postfix}",
+            mininterval=0.2,
+            bar_format="{desc} {percentage:3.0f}% {bar} {elapsed} gone, {remaining} left{postfix}",
         )
-        self._images, self._seconds, self._last = 0, 0.0, time.perf_counter()
+        self._begin = self._last = time.perf_counter()
+        self._images, self._seconds, self._done = 0, 0.0, 0
 
     def resume_clock(self) -> None:
         """Start counting time again, after something that is not training."""
@@ -38,12 +43,13 @@ class Progress:
         """Advance by one step of ``images`` images; ``figures`` are shown behind the bar."""
         now = time.perf_counter()
         self._images, self._seconds = self._images + images, self._seconds + now - self._last
-        self._last = now
+        self._last, self._done = now, self._done + 1
         self._bar.set_description_str(f"epoch {epoch + 1}/{self.epochs}", refresh=False)
         if figures is not None:
-            shown = {**figures, "img/s": f"{self.images_per_second:,.0f}"}
-            text = ", ".join(f"{key} {value}" for key, value in shown.items())
-            self._bar.set_postfix_str(text, refresh=False)
+            text = ", ".join(f"{key} {value}" for key, value in figures.items())
+            self._bar.set_postfix_str(
+                f"{text}, {self.images_per_second:,.0f} images/s", refresh=False
+            )
         self._bar.update()
 
     @property
@@ -51,10 +57,18 @@ class Progress:
         """Images of this process per second of training, evaluation not counted."""
         return self._images / max(self._seconds, 1e-9)
 
+    @property
+    def time_left(self) -> str:
+        """Time left of the run at its pace so far, evaluation counted, as h:mm:ss or m:ss."""
+        elapsed = time.perf_counter() - self._begin
+        left = elapsed / max(self._done, 1) * (self.steps - self._done)
+        return tqdm.format_interval(left)
+
     def say(self, text: str) -> None:
-        """Print a line above the bar."""
-        if self.enabled:
+        """Print a line, above the bar if there is one."""
+        if self.style != "none":
             tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
+        """Leave the bar as it stands."""
         self._bar.close()

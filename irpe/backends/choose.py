@@ -51,7 +51,7 @@ def obstacle(backend: str, facts: Facts) -> str | None:
 
 def choose(facts: Facts) -> tuple[str, list[str]]:
     """The backend that ``auto`` picks, and why, a line for each backend looked at."""
-    reasons = []
+    reasons: list[str] = []
     if not facts.kinds:
         return "sdpa", ["sdpa: no terms, so this is plain attention"]
     for backend, wins in _preference(facts):

@@ -76,9 +76,7 @@ class _Attention(torch.autograd.Function):
         # stay the views they are, and are laid out again when the time comes.
         ctx.save_for_backward(q, k, v, kept, keep, *tables, *masses)
         none = q.new_empty(0)
-        ctx.call = Call(
-            none, none, none, (), call.mask, call.is_causal, call.dropout_p, call.scale
-        )
+        ctx.call = Call(none, none, none, (), call.mask, call.is_causal, call.dropout_p, call.scale)
         ctx.plan = plan
         return out
 
@@ -131,8 +129,7 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     tables = rest[: len(ctx.plan)]
     base: Call = ctx.call
     terms = tuple(
-        Term(kind, table, buckets)
-        for (kind, buckets), table in zip(ctx.plan, tables, strict=True)
+        Term(kind, table, buckets) for (kind, buckets), table in zip(ctx.plan, tables, strict=True)
     )
     call = Call(q, k, v, terms, base.mask, base.is_causal, 0.0, base.scale)
     drawn = None if keep is None else keep.to(q.dtype) / (1.0 - base.dropout_p)

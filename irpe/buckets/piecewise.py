@@ -53,7 +53,5 @@ def step_index(spec: RPE) -> StepIndex:
     log = torch.log(distances.clamp(min=1e-3) / alpha) / math.log(gamma / alpha) * (beta - alpha)
     far = (alpha + log).round().clip(max=beta)
     index = torch.where(distances <= alpha, distances, far).to(torch.int64).tolist()
-    steps = [
-        next(d for d, i in enumerate(index) if i >= n) for n in range(1, max(index) + 1)
-    ]
+    steps = [next(d for d, i in enumerate(index) if i >= n) for n in range(1, max(index) + 1)]
     return StepIndex(tuple(steps), bound)

@@ -37,9 +37,7 @@ class Report:
         )
 
 
-def attach(
-    model: nn.Module, spec: str | RPE, where: str = "*", backend: str = "auto"
-) -> Report:
+def attach(model: nn.Module, spec: str | RPE, where: str = "*", backend: str = "auto") -> Report:
     """Equip a model with an encoding, in place.
 
     The tables start at zero, so outputs stay the same, to rounding, until they are trained. Keys

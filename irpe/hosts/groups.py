@@ -34,7 +34,7 @@ def param_groups(
     tables = {id(p) for m in model.modules() if isinstance(m, Encoding) for p in m.parameters()}
     if not tables:
         raise IrpeError(f"this {type(model).__name__} has no encoding: attach one first")
-    skip = getattr(model, "no_weight_decay", set)()
+    skip: set[str] = getattr(model, "no_weight_decay", set)()
     groups: dict[str, dict[str, Any]] = {
         "weights": {"params": [], "weight_decay": weight_decay, "lr": lr},
         "no_decay": {"params": [], "weight_decay": 0.0, "lr": lr},

@@ -39,7 +39,8 @@ def sites(model: nn.Module) -> Iterator[Site]:
 class _VitSite(Site):
     def __init__(self, name: str, module: nn.Module, vit: VisionTransformer) -> None:
         super().__init__(name, module)
-        self.vit = vit
+        self.module: Any = module
+        self.vit: Any = vit
 
     @property
     def equipped(self) -> bool:

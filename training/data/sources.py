@@ -8,6 +8,7 @@ image in the place of one that does not decode, without a count.
 from __future__ import annotations
 
 import os
+import tarfile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from torch.utils.data import IterableDataset
 from training.data.digits import Digits
 from training.errors import UserError
 
+_OPEN_ERRORS = (ImportError, OSError, RuntimeError, AssertionError, ValueError, TypeError)
 _PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
 
 
@@ -102,6 +104,10 @@ def open_source(
     if plain and os.path.isdir(root):  # type: ignore[arg-type]
         root = _split_folder(Path(str(root)), split)
         _check_class_folders(Path(root))
+    options = dict(kwargs or {})
+    if plain and str(root).endswith(".tar"):
+        # timm may keep an index of a large archive as a pickle beside it, and would trust it.
+        options.setdefault("cache_tarinfo", False)
     mode = "L" if in_chans == 1 else "RGB"
     try:
         dataset = timm.data.create_dataset(
@@ -115,9 +121,9 @@ def open_source(
             batch_size=batch_size,
             seed=seed,
             input_img_mode=mode,
-            **(kwargs or {}),
+            **options,
         )
-    except (ImportError, OSError, RuntimeError, AssertionError, ValueError, TypeError) as error:
+    except (*_OPEN_ERRORS, tarfile.TarError) as error:
         raise UserError(f"cannot open data set {name!r} at {root!r}: {error}") from error
     return dataset if isinstance(dataset, IterableDataset) else TimmSource(dataset, mode)
 

@@ -1,0 +1,1 @@
+"""What people look at: costs now, plots and the command line later."""

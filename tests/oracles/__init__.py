@@ -1,0 +1,1 @@
+"""Truths written as loops from the formulas; nothing here imports irpe."""

@@ -1,0 +1,71 @@
+"""Run the scripts in-process, and start each test from fresh global state."""
+
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+# A network and a data set that train in a second.
+TINY = [
+    "--model.name=vit_tiny_patch16_224",
+    "--model.img_size=8",
+    "--model.in_chans=1",
+    "--model.kwargs={patch_size: 4, embed_dim: 16, depth: 2, num_heads: 2}",
+    "--data.workers=0",
+    "--epochs=2",
+    "--batch_size=256",
+    "--eval_batch_size=360",
+    "--sched.warmup_epochs=0",
+    "--optim.lr=0.003",
+    "--run.progress=none",
+    "--run.threads=1",
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    """Accelerate keeps its settings, and torch its thread count, for the whole process."""
+    threads = torch.get_num_threads()
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def cls(tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable:
+    """Return ``run(*arguments) -> (status, output, errors)`` of train_cls.py, in this process."""
+    import train_cls
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = train_cls.main([*TINY, f"--run.output={tmp_path / 'runs'}", *arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder of images: train/ and val/, classes ant and bee, 6 and 5 files each."""
+    generator = random.Random(0)
+    for split, count in (("train", 6), ("val", 5)):
+        for name in ("ant", "bee"):
+            directory = tmp_path / "images" / split / name
+            directory.mkdir(parents=True)
+            for number in range(count):
+                value = generator.randrange(256)
+                pixels = np.full((12, 9, 3), value, dtype=np.uint8)
+                Image.fromarray(pixels).save(directory / f"{number}.png")
+    return tmp_path / "images"
