@@ -91,8 +91,8 @@ WHERE = {
 # what: (spec, where, options); options: D, Dv, H, G, scale, mask, causal
 CASES = {
     "product k": ("rpe-1.9-product-ctx-1-k", "7x5", {"D": 12, "H": 1}),
-    "product q": ("rpe-2.0-product-ctx-1-q", "7x5", {"H": 1}),
-    "product v": ("rpe-2.0-product-ctx-0-v", "7x5", {"H": 1}),
+    "product q": ("rpe-2.0-product-ctx-1-q", "3x4+1", {"H": 1}),
+    "product v": ("rpe-2.0-product-ctx-0-v", "3x4", {"H": 1}),
     "all, prefix 5": ("rpe-2.0-product-ctx-1-qkv", "3x4+5", {"D": 12}),
     "all per head": ("rpe-1.5-product-ctx-0-qkv", "3x4+1", {}),
     "euc all": ("rpe-3.0-euc-ctx-0-qkv", "3x4+1", {}),
@@ -228,9 +228,8 @@ def test_rows_that_see_nothing(mask, backend):
     if mask != "causal":
         given = {"mask": make_mask(mask, 2, 2, q.shape[2], k.shape[2])}
         dead = [2]
-    with torch.autograd.detect_anomaly(check_nan=True):
-        out = irpe.attention(q, k, v, joined(modules, geometry), **given, backend=backend)
-        out.square().sum().backward()
+    out = irpe.attention(q, k, v, joined(modules, geometry), **given, backend=backend)
+    out.square().sum().backward()
     assert (out[:, :, dead] == 0).all() and (out[:, :, 3:] != 0).any()
     assert (q.grad[:, :, dead] == 0).all()
     for x in (q, k, v, *(p for m in modules for p in m.parameters())):
@@ -352,7 +351,7 @@ def test_dropout_gradients_under_a_fixed_seed(backend):
         torch.manual_seed(3)
         return irpe.attention(*inputs[:3], joined(modules, grid), dropout_p=0.4, backend=backend)
 
-    assert torch.autograd.gradcheck(run, inputs, nondet_tol=0.0)
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("dropout_p", [0.4, 1.0])
@@ -366,7 +365,7 @@ def test_second_derivative_of_dropout(dropout_p):
         terms = joined(modules, irpe.Grid(1, 3))
         return irpe.attention(*inputs[:3], terms, dropout_p=dropout_p, backend="eager")
 
-    assert torch.autograd.gradgradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -386,7 +385,7 @@ def test_gradcheck(spec, backend, order):
         return irpe.attention(*inputs[:3], terms, mask=mask, backend=backend)
 
     check = torch.autograd.gradcheck if order == 1 else torch.autograd.gradgradcheck
-    assert check(run, inputs)
+    assert check(run, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

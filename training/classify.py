@@ -68,6 +68,9 @@ class Classify:
             logits = model(images)
             loss = F.cross_entropy(logits, targets, label_smoothing=self.smoothing)
         else:
+            # timm mixes pairs. Batches are even, but one may have lost a sample.
+            even = len(targets) // 2 * 2
+            images, targets = images[:even], targets[:even]
             with forked(derive(self.seed, "mix", step)):
                 images, soft = self.mixup(images, targets)
             targets = soft.argmax(1)

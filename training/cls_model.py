@@ -5,27 +5,27 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-import irpe
-import irpe.zoo  # noqa: F401  (registers the published iRPE names with timm)
 import timm
 from timm.data import resolve_data_config
 from torch import nn
 
+import irpe
+import irpe.zoo  # registers the published iRPE names with timm
 from training.cls_options import ClsConfig
 from training.errors import UserError
 
 
 def check_name(name: str) -> None:
     """Raise :class:`UserError` with the nearest names unless timm knows ``name``."""
-    # Names with a scheme (hf-hub:...) are looked up elsewhere, and not here.
-    if ":" in name or timm.is_model(name):
+    if ":" in name:  # a scheme, such as hf-hub:..., is looked up elsewhere
         return
     base, _, tag = name.partition(".")
-    if tag and timm.is_model(base):
+    if timm.is_model(base):
         tags = [model.partition(".")[2] for model in timm.list_pretrained(f"{base}.*")]
-        raise UserError(
-            f"model.name: {base!r} has no weights {tag!r}; there are: {', '.join(tags)}"
-        )
+        if not tag or tag in tags:
+            return
+        there = f"there are: {', '.join(tags)}" if tags else "it has no published weights"
+        raise UserError(f"model.name: {base!r} has no weights {tag!r}; {there}")
     near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
     hint = f"; did you mean {', '.join(near)}?" if near else "; `timm.list_models()` lists them"
     raise UserError(f"model.name: timm has no model {name!r}{hint}")
@@ -72,7 +72,7 @@ def input_settings(config: ClsConfig, model: nn.Module) -> dict[str, Any]:
     What the config leaves open comes from the model's own pretrained configuration.
     """
     data, channels = config.data, config.model.in_chans
-    given = {
+    given: dict[str, Any] = {
         "img_size": config.model.img_size or config.model.kwargs.get("img_size"),
         "mean": data.mean,
         "std": data.std,

@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import irpe
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+import irpe
 from training import config as configuration
 from training.badimages import BadImages
 from training.classify import Classify
@@ -39,7 +39,7 @@ def evaluate(config: ClsConfig) -> dict[str, float]:
         raise UserError("eval_only needs checkpoint: FILE or model.pretrained: true")
     _check(config)
     accelerator = make_accelerator(config.run)
-    source = _open(config, training=False)
+    source = _open(config, accelerator, training=False)
     model, settings, num_classes = _prepare_model(config, source)
     held_out = _loader(config, accelerator, settings, source, training=False)
     bad = BadImages(config.data.on_bad_image, print)
@@ -55,7 +55,7 @@ def train(config: ClsConfig) -> dict[str, Any]:
     start = time.perf_counter()
     _check(config)
     accelerator = make_accelerator(config.run)
-    sources = _open(config, training=True), _open(config, training=False)
+    sources = tuple(_open(config, accelerator, training=part) for part in (True, False))
     _check_same_classes(*sources)
     model, settings, num_classes = _prepare_model(config, sources[0])
     loaders = (
@@ -139,7 +139,7 @@ def _prepare_model(config: ClsConfig, source: Any) -> tuple[nn.Module, dict[str,
     return model, input_settings(config, model), num_classes
 
 
-def _open(config: ClsConfig, training: bool) -> Any:
+def _open(config: ClsConfig, accelerator: Accelerator, *, training: bool) -> Any:
     data = config.data
     return open_source(
         data.name,
@@ -147,7 +147,8 @@ def _open(config: ClsConfig, training: bool) -> Any:
         data.train_split if training else data.val_split,
         training=training,
         in_chans=config.model.in_chans,
-        batch_size=config.batch_size,
+        # Streams deal out whole batches of one process.
+        batch_size=per_process_batch(accelerator, config.batch_size, config.grad_accum_steps),
         seed=config.seed,
         class_map=data.class_map,
         download=data.download,
@@ -157,14 +158,15 @@ def _open(config: ClsConfig, training: bool) -> Any:
 
 def _check_same_classes(train: Any, held_out: Any) -> None:
     """Raise where the two splits number their classes differently."""
-    names = [getattr(source, "classes", None) for source in (train, held_out)]
-    if None in names or names[0] == names[1]:
+    ours, theirs = (getattr(source, "classes", None) for source in (train, held_out))
+    if ours is None or theirs is None or ours == theirs:
         return
-    lacking = [sorted(set(names[0]) - set(names[1])), sorted(set(names[1]) - set(names[0]))]
+    lacking = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
     raise UserError(
         "the training and the held-out images are of different classes: "
         f"only in training: {', '.join(lacking[0][:8]) or 'none'}; "
-        f"only held out: {', '.join(lacking[1][:8]) or 'none'}; data.class_map can number them alike"
+        f"only held out: {', '.join(lacking[1][:8]) or 'none'}; "
+        "data.class_map can number them alike"
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import re
 import sys
 import types
@@ -99,9 +100,7 @@ def _normalise(kind: type, argv: list[str]) -> list[str]:
 def _config_files(tokens: list[str]) -> list[str]:
     """Return the files that ``--config`` names, in order."""
     files = [token.partition("=")[2] for token in tokens if token.startswith("--config=")]
-    files += [
-        after for token, after in zip(tokens, tokens[1:], strict=False) if token == "--config"
-    ]
+    files += [after for token, after in itertools.pairwise(tokens) if token == "--config"]
     return files
 
 

@@ -18,7 +18,7 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
-def script(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], int]:
+def script(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
     """Turn ``main(argv)`` into a function that returns an exit status.
 
     A :class:`UserError` or ``irpe.IrpeError`` becomes the single line ``error: ...`` on standard

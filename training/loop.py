@@ -54,7 +54,7 @@ class Plan:
 
 
 class Loop:
-    """Trains a prepared model. ``raw`` is the model itself, ``model`` what accelerate made of it."""
+    """Trains a model: ``raw`` as the task built it, ``model`` as accelerate prepared it."""
 
     def __init__(
         self,

@@ -73,7 +73,7 @@ def make_schedule(
         optimizer,
         sched=config.sched,
         num_epochs=epochs,
-        warmup_epochs=config.warmup_epochs,  # type: ignore[arg-type]
+        warmup_epochs=config.warmup_epochs,
         warmup_lr=config.warmup_lr,
         min_lr=config.min_lr,
         decay_epochs=config.decay_epochs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +46,17 @@ def _read_torch(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        text = one_line(error)
-        if "Unsupported global" in text:
-            name = text.partition("GLOBAL ")[2].partition(" ")[0]
+        # torch's own message goes on to advise an unsafe load; it is not passed on.
+        name = re.search(r"(?i)global:? (?:GLOBAL )?(\S+) (?:was not|whose)", one_line(error))
+        if name:
             raise UserError(
-                f"checkpoint {str(path)!r} refused: it wants to build {name!r}, and only tensors, "
-                "plain containers and argparse.Namespace are allowed"
+                f"checkpoint {str(path)!r} refused: it wants to build {name.group(1)!r}, and only "
+                "tensors, plain containers and argparse.Namespace are allowed"
             ) from error
-        raise UserError(
-            f"checkpoint {str(path)!r} is truncated, refused or not a torch file: {text:.160}"
-        ) from error
+        raise UserError(f"checkpoint {str(path)!r} is truncated or not a torch file") from error
     except Exception as error:  # torch reports a damaged archive in half a dozen ways
         raise UserError(
-            f"checkpoint {str(path)!r} is truncated or not a torch file: {one_line(error):.160}"
+            f"checkpoint {str(path)!r} is truncated or not a torch file: {one_line(error):.120}"
         ) from error
 
 
@@ -73,7 +72,7 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
         found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise UserError(
             f"checkpoint {str(path)!r} holds no weights: expected a mapping of names to tensors, "
-            f"alone or under {' or '.join(map(repr, _WRAPPERS))}, but found {str(found):.160}"
+            f"alone or under {' or '.join(map(repr, _WRAPPERS))}, but found {found!s:.160}"
         )
     # DistributedDataParallel prefixes every name.
     return {key.removeprefix("module."): value for key, value in content.items()}

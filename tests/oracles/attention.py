@@ -41,7 +41,7 @@ def attention(
                     if mask is not None and mask.dtype == torch.bool:
                         hidden = hidden or not bool(mask[b, h, i, j])
                     elif mask is not None:
-                        hidden = hidden or float(mask[b, h, i, j]) == float("-inf")
+                        hidden = hidden or float(mask[b, h, i, j].detach()) == float("-inf")
                         added = mask[b, h, i, j]
                     if hidden:
                         continue

@@ -1,7 +1,6 @@
 """Run the scripts in-process, and start each test from fresh global state."""
 
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,27 +8,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from cls_command import TINY
 from PIL import Image
-
-ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-# A network and a data set that train in a second.
-TINY = [
-    "--model.name=vit_tiny_patch16_224",
-    "--model.img_size=8",
-    "--model.in_chans=1",
-    "--model.kwargs={patch_size: 4, embed_dim: 16, depth: 2, num_heads: 2}",
-    "--data.workers=0",
-    "--epochs=2",
-    "--batch_size=256",
-    "--eval_batch_size=360",
-    "--sched.warmup_epochs=0",
-    "--optim.lr=0.003",
-    "--run.progress=none",
-    "--run.threads=1",
-]
 
 
 @pytest.fixture(autouse=True)

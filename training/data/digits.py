@@ -24,7 +24,7 @@ class Digits:
         split: "train" for four fifths, "validation" for the held-out fifth; stratified.
     """
 
-    classes = tuple(str(digit) for digit in range(CLASSES))
+    classes: tuple[str, ...] | None = tuple(str(digit) for digit in range(CLASSES))
 
     def __init__(self, split: str) -> None:
         from sklearn.datasets import load_digits

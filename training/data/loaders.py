@@ -94,7 +94,7 @@ def make_loader(
     """
     streaming = isinstance(dataset, SeededStream)
     sampler = None
-    if not streaming:
+    if isinstance(dataset, SeededDataset):
         sampler = EpochSampler(
             len(dataset), seed=seed, shuffle=training, even=training, rank=rank, world=world
         )

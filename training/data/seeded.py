@@ -28,6 +28,10 @@ DECODE_ERRORS = (
 )
 
 
+# A folder of nothing but damaged files should be reported before all of it was read many times.
+_TRIES = 50
+
+
 @dataclass(frozen=True)
 class BadImage:
     """An image that could not be decoded, in the place of its sample."""
@@ -53,8 +57,8 @@ class SeededDataset(Dataset):
 
     Args:
         replace: what becomes of an image that does not decode. True (training): the next one that
-            does decode takes its place, so that batches keep their size. False (evaluation): the
-            sample is dropped.
+            does decode, out of 50, takes its place, so that batches keep their size. False
+            (evaluation): the sample is dropped.
     """
 
     def __init__(
@@ -68,7 +72,7 @@ class SeededDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, first = key
         bad: list[BadImage] = []
-        for step in range(len(self) if self.replace else 1):
+        for step in range(min(len(self), _TRIES) if self.replace else 1):
             index = (first + step) % len(self)
             try:
                 image, target = self.source.read(index)

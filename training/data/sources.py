@@ -42,7 +42,9 @@ class TimmSource:
     def __init__(self, dataset: Any, mode: str) -> None:
         self.dataset, self.mode = dataset, mode
         self.reader = getattr(dataset, "reader", None)
-        names = getattr(self.reader or dataset, "class_to_idx", None)
+        held = self.reader or dataset
+        # Folders and torchvision say class_to_idx, archives class_name_to_idx.
+        names = getattr(held, "class_to_idx", None) or getattr(held, "class_name_to_idx", None)
         self.classes = tuple(sorted(names, key=names.__getitem__)) if names else None
 
     def __len__(self) -> int:
@@ -98,10 +100,10 @@ def open_source(
         )
     if root is None and prefix in ("folder", "tar", "", "torch", "wds"):
         raise UserError(f"data.root is not set, and data set {name!r} needs it")
-    if plain or (prefix == "torch" and not download):
-        if not os.path.exists(root):  # type: ignore[arg-type]
-            raise UserError(f"data.root: {root!r} does not exist")
-    if plain and os.path.isdir(root):  # type: ignore[arg-type]
+    must_exist = plain or (prefix == "torch" and not download)
+    if must_exist and not os.path.exists(str(root)):
+        raise UserError(f"data.root: {root!r} does not exist")
+    if plain and os.path.isdir(str(root)):
         root = _split_folder(Path(str(root)), split)
         _check_class_folders(Path(root))
     options = dict(kwargs or {})
@@ -145,7 +147,7 @@ def _split_folder(root: Path, split: str) -> str:
 
 
 def _check_class_folders(root: Path) -> None:
-    """Raise for a class folder without images: timm would number the classes as if it were not there.
+    """Raise for a class folder without images: timm would number classes as if without it.
 
     Sub-folders count with their parents, so that nested layouts pass.
     """

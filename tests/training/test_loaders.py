@@ -1,5 +1,7 @@
 """Sources, seeded augmentation and loaders."""
 
+import functools
+import operator
 import random
 from pathlib import Path
 
@@ -66,7 +68,8 @@ def test_digits_split_is_fixed_disjoint_and_stratified():
     assert (len(train), len(held_out)) == (1437, 360)
     assert set(train.indices) | set(held_out.indices) == set(range(1797))
     counts = np.bincount([held_out.read(index)[1] for index in range(360)])
-    assert counts.min() >= 34 and counts.max() <= 37
+    assert counts.min() >= 34
+    assert counts.max() <= 37
     # The split belongs to the data set and must never move: these are its first held-out scans.
     assert held_out.indices[:6].tolist() == FIRST_HELD_OUT
 
@@ -99,9 +102,11 @@ def test_training_processes_share_one_shuffled_order_evenly(world: int):
         return found
 
     first = parts(0)
-    flat = sum(first, [])
+    flat = functools.reduce(operator.iadd, first, [])
     assert len(set(flat)) == len(flat) == 23 // world * world
-    assert first == parts(0) and first != parts(1) and first != parts(0, seed=6)
+    assert first == parts(0)
+    assert first != parts(1)
+    assert first != parts(0, seed=6)
     # Step k of W processes holds the samples that step k of one process with W times the batch has.
     alone = EpochSampler(23, seed=5, shuffle=True, even=True)
     whole = [index for _, index in alone]
@@ -119,7 +124,11 @@ def test_loader_evaluates_every_sample_once_in_order(workers: int):
 
 def test_augmentation_depends_on_seed_epoch_and_sample_only():
     base = collect(loader_of(Numbers(12), workers=0), epoch=4)[1]
-    for options in ({"workers": 2}, {"workers": 1, "batch_size": 3}, {"training": True, "batch_size": 4}):
+    for options in (
+        {"workers": 2},
+        {"workers": 1, "batch_size": 3},
+        {"training": True, "batch_size": 4},
+    ):
         order, images = collect(loader_of(Numbers(12), **options), epoch=4)
         assert sorted(order) == list(range(12))
         assert all(torch.equal(images[index], base[index]) for index in base), options
@@ -136,7 +145,8 @@ def test_augmentation_differs_between_seeds_epochs_and_samples():
 
     base = noise()
     assert base.unique().numel() == 12
-    assert (noise(epoch=1) != base).all() and (noise(seed=4) != base).all()
+    assert (noise(epoch=1) != base).all()
+    assert (noise(seed=4) != base).all()
 
 
 def test_workers_that_live_on_follow_the_epoch():
@@ -153,13 +163,15 @@ def test_forked_restores_all_generators():
         inside = random.random(), np.random.rand(), torch.rand(()).item()
     with forked(1):
         assert inside == (random.random(), np.random.rand(), torch.rand(()).item())
-    assert state[0] == random.getstate() and (state[1] == np.random.get_state()[1]).all()
+    assert state[0] == random.getstate()
+    assert (state[1] == np.random.get_state()[1]).all()
     assert torch.equal(state[2], torch.get_rng_state())
 
 
 def test_derive_separates_its_coordinates():
     seeds = {derive(a, "x", b) for a in range(30) for b in range(30)}
-    assert len(seeds) == 900 and all(0 <= seed < 2**63 for seed in seeds)
+    assert len(seeds) == 900
+    assert all(0 <= seed < 2**63 for seed in seeds)
     assert derive(1, 23) != derive(12, 3)
 
 
@@ -172,14 +184,19 @@ def test_bad_images_are_dropped_in_evaluation_and_named():
     assert [item.name for batch in batches for item in batch.bad] == ["number 1", "number 4"]
     assert "cannot identify" in batches[0].bad[0].reason
     empty = list(loader_of(Numbers(2, frozenset({0, 1}))))
-    assert len(empty[0].targets) == 0 and len(empty[0].bad) == 2
+    assert len(empty[0].targets) == 0
+    assert len(empty[0].bad) == 2
 
 
 def test_bad_images_are_replaced_in_training_and_named():
     loader = loader_of(Numbers(6, frozenset({1, 4, 5})), training=True, batch_size=3)
     order, _ = collect(loader)
     assert sorted(order) == [0, 0, 0, 2, 2, 3]
-    assert {item.name for batch in loader for item in batch.bad} == {"number 1", "number 4", "number 5"}
+    assert {item.name for batch in loader for item in batch.bad} == {
+        "number 1",
+        "number 4",
+        "number 5",
+    }
 
 
 def test_errors_of_the_program_are_not_taken_for_bad_images():
@@ -195,12 +212,16 @@ def test_errors_of_the_program_are_not_taken_for_bad_images():
 
 def test_image_folder(folder: Path):
     source = open_source("folder", str(folder), "train", training=True)
-    assert len(source) == 12 and source.classes == ("ant", "bee")
+    assert len(source) == 12
+    assert source.classes == ("ant", "bee")
     image, target = source.read(7)
-    assert image.size == (9, 12) and image.mode == "RGB" and target == 1
+    assert image.size == (9, 12)
+    assert image.mode == "RGB"
+    assert target == 1
     assert source.name(7) == str(folder / "train" / "bee" / "1.png")
     grey = open_source("folder", str(folder), "validation", training=False, in_chans=1)
-    assert len(grey) == 10 and grey.read(0)[0].mode == "L"
+    assert len(grey) == 10
+    assert grey.read(0)[0].mode == "L"
 
 
 def test_tar_archive(folder: Path, tmp_path: Path):
@@ -210,7 +231,8 @@ def test_tar_archive(folder: Path, tmp_path: Path):
     with tarfile.open(archive, "w") as file:
         file.add(folder / "train", arcname="train")
     source = open_source("folder", str(archive), "train", training=True)
-    assert len(source) == 12 and source.classes == ("ant", "bee")
+    assert len(source) == 12
+    assert source.classes == ("ant", "bee")
     assert source.read(0)[0].size == (9, 12)
 
 

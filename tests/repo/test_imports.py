@@ -1,0 +1,125 @@
+"""Who may import whom, as a table over the import statements; and irpe without its options."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "irpe"
+
+# part -> the parts of irpe that it may import
+ALLOWED = {
+    "errors": set(),
+    "spec": {"errors"},
+    "geometry": {"errors"},
+    "buckets": {"errors", "spec", "geometry"},
+    "terms": {"buckets"},
+    "encodings": {"errors", "spec", "geometry", "buckets", "terms"},
+    "backends": {"errors", "buckets", "terms"},
+    "functional": {"errors", "terms", "backends"},
+    "layers": {"errors", "spec", "geometry", "encodings", "functional"},
+    "hosts": {"errors", "spec", "geometry", "encodings", "functional"},
+    "zoo": {"encodings", "hosts"},
+    "tools": {"errors", "spec", "geometry", "buckets"},
+}
+OPTIONAL = {"timm": {"hosts/timm.py", "zoo.py"}, "torchvision": set(), "triton": set()}
+
+
+def imports(path):
+    """Modules that a file imports, relative ones written out in full."""
+    package = ("irpe", *path.relative_to(PACKAGE).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *([node.module] if node.module else [])))
+            if module == "irpe" and node.level:
+                yield from (f"irpe.{alias.name}" for alias in node.names)
+            elif node.level and not node.module:
+                yield from (f"{module}.{alias.name}" for alias in node.names)
+            else:
+                yield module
+
+
+def test_direction_of_imports():
+    seen = set()
+    for path in PACKAGE.rglob("*.py"):
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if part == "__init__":
+            continue
+        seen.add(part)
+        for module in imports(path):
+            if module.startswith("irpe."):
+                other = module.split(".")[1]
+                assert other == part or other in ALLOWED[part], f"{path}: imports {module}"
+            assert module.split(".")[0] not in ("models", "training", "tests"), path
+    assert seen == set(ALLOWED)
+
+
+def test_optional_libraries_stay_in_their_files():
+    for path in PACKAGE.rglob("*.py"):
+        name = path.relative_to(PACKAGE).as_posix()
+        for module in imports(path):
+            allowed = OPTIONAL.get(module.split(".")[0])
+            assert allowed is None or name in allowed, f"{name} imports {module}"
+
+
+@pytest.mark.parametrize("folder", ["models", "training"])
+def test_scripts_use_public_names(folder):
+    private = []
+    for path in [*(ROOT / folder).rglob("*.py"), ROOT / "train_cls.py"]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            # irpe.tools is for people, zoo is public by itself; the rest is on irpe
+            private += [n for n in names if n.startswith("irpe.") and n.split(".")[1] != "zoo"]
+    assert not [n for n in private if not n.startswith("irpe.tools")]
+
+
+def test_backends_share_only_the_call_and_the_reference():
+    backends = {p.stem for p in (PACKAGE / "backends").glob("*.py")} - {"__init__"}
+    computing = backends - {"call", "choose", "reference"}
+    for name in computing:
+        for module in imports(PACKAGE / "backends" / f"{name}.py"):
+            other = module.removeprefix("irpe.backends.")
+            assert other == name or other not in computing, f"{name} imports {module}"
+
+
+def test_irpe_runs_without_timm_torchvision_and_triton():
+    code = """
+import sys, torch  # torch looks for triton by itself
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"timm", "torchvision", "triton", "matplotlib"}:
+            raise ImportError("blocked: " + name)
+sys.meta_path.insert(0, Blocker())
+import irpe
+grid = irpe.Grid(3, 4, prefix=1)
+layer = irpe.RPEAttention(24, 2, "rpe-1.9-product-ctx-1-qkv", backend="reference")
+layer(torch.randn(1, 13, 24), grid).sum().backward()
+assert layer.rpe_v.lookup_table_weight.grad is not None
+try:
+    irpe.attach(torch.nn.Linear(2, 2), "rpe-1.9-product-ctx-1-k")
+except irpe.IrpeError:
+    print("fine")
+"""
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout.strip() == "fine", done.stderr
+
+
+def test_import_is_light():
+    code = (
+        "import irpe, sys; "
+        "print([m for m in ('timm', 'torchvision', 'triton', 'matplotlib') if m in sys.modules])"
+    )
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"

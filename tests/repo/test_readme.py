@@ -1,0 +1,53 @@
+"""README: its Python runs, its commands name what exists, its figures stand in result files."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(path, language):
+    """Fenced blocks of one language; "" for those without a name."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return [code for name, code in fenced if name == language]
+
+
+PYTHON = [(page.name, n, b) for page in PAGES for n, b in enumerate(blocks(page, "python"))]
+SHELL = [line for page in PAGES for b in blocks(page, "") for line in b.strip().splitlines()]
+
+
+@pytest.mark.parametrize(("page", "number", "code"), PYTHON, ids=lambda x: str(x)[:12])
+def test_python_blocks_run(page, number, code):
+    exec(compile(code, f"{page}#{number}", "exec"), {})
+
+
+def test_first_screen():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert lines.index("```python") < 20
+    assert any("![" in line for line in lines[:30])
+
+
+def test_commands_name_files_and_extras_that_exist():
+    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    commands = [part for line in SHELL for part in line.split("&&")]
+    assert any("train_cls.py" in c for c in commands)
+    for command in commands:
+        words = shlex.split(command)
+        if not words or words[0] not in ("python", "pip"):
+            continue
+        for extra in re.findall(r"\.\[(\w+)\]", command):
+            assert extra in extras, command
+        for word in words:
+            if word.endswith((".py", ".yaml")):
+                assert (ROOT / word).is_file(), f"{command}: there is no {word}"
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
