@@ -1,4 +1,4 @@
-"""One attention call, validated, and the mask arithmetic that all backends share."""
+"""One attention call, validated, and the arithmetic that all backends share."""
 
 from dataclasses import dataclass
 
@@ -57,3 +57,14 @@ class Call:
             return mask | dead, dead
         dead = (mask == float("-inf")).all(-1, keepdim=True)
         return mask.masked_fill(dead, 0.0).to(self.q.dtype), dead
+
+
+def expanded(table: Tensor, ids: Tensor) -> Tensor:
+    """``[H | 1, N]`` at ids ``[L, S]`` or ``[B, L, S]`` -> ``[1 | B, H | 1, L, S]``."""
+    values = table[:, ids]
+    return values.transpose(0, 1) if ids.dim() == 3 else values.unsqueeze(0)
+
+
+def meet(x: Tensor, table: Tensor) -> Tensor:
+    """``[B, H, R, D] @ [H | 1, D, N]``; a shared table makes one product for all heads."""
+    return x @ (table[0] if table.shape[0] == 1 else table)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..buckets import BucketIds
 from ..terms import Kind, Term
 from . import reference
-from .call import Call
+from .call import Call, expanded
 
 
 def unsupported(kinds: frozenset[str]) -> str | None:
@@ -45,7 +45,7 @@ class _Attention(torch.autograd.Function):
         logits = logits.view(B, H, L, S)
         for (kind, buckets), table in zip(plan, tables, strict=True):
             if kind == "bias":
-                logits += _expand_bias(table, buckets.dense(q.device))
+                logits += expanded(table, buckets.dense(q.device))
             elif kind == "query":
                 _add_rows(logits, _times(scaled, table), buckets)
             elif kind == "key":
@@ -177,11 +177,6 @@ def _sum_rows(x: Tensor, buckets: BucketIds, length: int) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     sums = torch.zeros(B, H, length * buckets.size, dtype=wide, device=x.device)
     return sums.scatter_add_(-1, index, x.view(B, H, -1).to(wide)).to(x.dtype)
-
-
-def _expand_bias(table: Tensor, ids: Tensor) -> Tensor:
-    values = table[:, ids]
-    return values.transpose(0, 1) if ids.dim() == 3 else values.unsqueeze(0)
 
 
 def _bias_grad(flow: Tensor, ids: Tensor, table: Tensor) -> Tensor:

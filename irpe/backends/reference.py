@@ -6,7 +6,7 @@ This is the specification; every other backend is tested against it.
 import torch.nn.functional as F
 from torch import Tensor
 
-from .call import Call
+from .call import Call, expanded, meet
 
 
 def lookup(x: Tensor, ids: Tensor) -> Tensor:
@@ -22,16 +22,16 @@ def attention(call: Call, keep: Tensor | None = None) -> Tensor:
     logits = q @ k.transpose(-2, -1)
     for term in call.terms:
         if term.kind == "gain":
-            logits = logits * _expanded(term.table, term.buckets.dense(q.device))
+            logits = logits * expanded(term.table, term.buckets.dense(q.device))
     for term in call.terms:
         ids = term.buckets.dense(q.device)
         match term.kind:
             case "bias":
-                logits = logits + _expanded(term.table, ids)
+                logits = logits + expanded(term.table, ids)
             case "query":
-                logits = logits + lookup(_meet(q, term.table), ids)
+                logits = logits + lookup(meet(q, term.table), ids)
             case "key":
-                rows = _meet(k * call.scale, term.table)
+                rows = meet(k * call.scale, term.table)
                 logits = logits + lookup(rows, ids.transpose(-2, -1)).transpose(-2, -1)
     mask, dead = call.merged_mask()
     if mask is not None:
@@ -51,16 +51,5 @@ def attention(call: Call, keep: Tensor | None = None) -> Tensor:
             ids = ids.unsqueeze(1) if ids.dim() == 3 else ids
             mass = probabilities.new_zeros(*probabilities.shape[:-1], term.buckets.size)
             mass = mass.scatter_add(-1, ids.expand_as(probabilities), probabilities)
-            out = out + _meet(mass, term.table)
+            out = out + meet(mass, term.table)
     return out
-
-
-def _meet(x: Tensor, table: Tensor) -> Tensor:
-    # A shared table as a plain matrix: one product for all heads instead of one for each.
-    return x @ (table[0] if table.shape[0] == 1 else table)
-
-
-def _expanded(table: Tensor, ids: Tensor) -> Tensor:
-    """``[H | 1, N]`` at ids ``[L, S]`` or ``[B, L, S]`` -> ``[1 | B, H | 1, L, S]``."""
-    values = table[:, ids]
-    return values.transpose(0, 1) if ids.dim() == 3 else values.unsqueeze(0)

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from .call import Call
+from .call import Call, expanded, meet
 
 
 def unsupported(kinds: frozenset[str]) -> str | None:
@@ -20,18 +20,13 @@ def attention(call: Call) -> Tensor:
     k, v = call.grouped()
     bias: Tensor | None = None
     for term in call.terms:
-        flat = term.buckets.flat(q.device)
-        match term.kind:
-            case "bias":
-                ids = term.buckets.dense(q.device)
-                value = term.table[:, ids]
-                value = value.transpose(0, 1) if ids.dim() == 3 else value.unsqueeze(0)
-            case _:
-                x = q if term.kind == "query" else k
-                table = term.table * call.scale
-                rows = (x @ (table[0] if table.shape[0] == 1 else table)).flatten(2)
-                value = rows.gather(-1, flat.expand(*rows.shape[:2], -1))
-                value = value.view(*rows.shape[:2], q.shape[-2], k.shape[-2])
+        if term.kind == "bias":
+            value = expanded(term.table, term.buckets.dense(q.device))
+        else:
+            x = q if term.kind == "query" else k
+            rows = meet(x, term.table * call.scale).flatten(2)
+            flat = term.buckets.flat(q.device).expand(*rows.shape[:2], -1)
+            value = rows.gather(-1, flat).view(*rows.shape[:2], q.shape[-2], k.shape[-2])
         bias = value if bias is None else bias + value
     mask, dead = call.merged_mask()
     if bias is None:
