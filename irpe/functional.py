@@ -89,6 +89,10 @@ def lookup(x: Tensor, ids: Tensor) -> Tensor:
     Returns:
         ``[B, H, L, S]``, differentiable in x.
     """
+    if not isinstance(x, Tensor) or not isinstance(ids, Tensor):
+        raise IrpeError(f"lookup takes tensors x and ids, not {_named(x)} and {_named(ids)}")
+    if x.device != ids.device:
+        raise IrpeError(f"lookup: x is on {x.device}, but ids on {ids.device}")
     if x.dim() != 4 or ids.dim() not in (2, 3):
         raise IrpeError(
             f"lookup takes x [B, H, L, N] and ids [L, S] or [B, L, S], "
@@ -103,7 +107,7 @@ def lookup(x: Tensor, ids: Tensor) -> Tensor:
 
 def check_backend(backend: str) -> str:
     """The name of a backend, or "auto"; raises IrpeError for any other."""
-    if backend != "auto" and backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in ("auto", *BACKENDS):
         valid = ", ".join(("auto", *BACKENDS))
         raise IrpeError(f"unknown backend {backend!r}: it is one of {valid}")
     return backend
@@ -131,15 +135,28 @@ def _validated(
     dropout_p: float,
     scale: float | None,
 ) -> Call:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise IrpeError(f"{name} is a tensor [B, H, L, D], not {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise IrpeError(f"{name} is of floating point, not {tensor.dtype}")
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 4:
         raise IrpeError(f"q, k and v are [B, H, L, D], not {shapes}")
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise IrpeError(f"q [B, H, L, D], k and v [B, H, S, D] do not fit together: {shapes}")
-    if q.shape[1] % k.shape[1]:
-        raise IrpeError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
-    if not 0.0 <= dropout_p <= 1.0:
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise IrpeError(
+            f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key heads: {shapes}"
+        )
+    if not isinstance(dropout_p, int | float) or not 0.0 <= dropout_p <= 1.0:
         raise IrpeError(f"dropout_p={dropout_p!r} is not a probability")
+    if not isinstance(scale, int | float | torch.SymFloat | None):
+        raise IrpeError(f"scale={scale!r} is not a number")
+    if not isinstance(terms, tuple | list) or not all(isinstance(t, Term) for t in terms):
+        raise IrpeError(
+            f"terms are a tuple, as an encoding's terms(geometry) returns; not {_named(terms)}"
+        )
     dtype = q.dtype
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
@@ -160,8 +177,6 @@ def _validated(
 
 
 def _check_term(term: Term, q: Tensor, k: Tensor, v: Tensor) -> None:
-    if not isinstance(term, Term):
-        raise IrpeError(f"terms are what an encoding's terms(geometry) returns, not {term!r}")
     name, table, buckets = f"the {term.kind} table", term.table, term.buckets
     if table.dtype != q.dtype or table.device != q.device:
         raise IrpeError(
@@ -191,6 +206,8 @@ def _check_term(term: Term, q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> None:
+    if not isinstance(mask, Tensor):
+        raise IrpeError(f"mask is a tensor, not {mask!r}")
     full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     sizes = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     if mask.dim() > 4 or any(m not in (1, n) for m, n in zip(sizes, full, strict=True)):
@@ -199,6 +216,14 @@ def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> None:
         raise IrpeError(f"mask is bool (True: seen) or floating point (added), not {mask.dtype}")
     if mask.device != q.device:
         raise IrpeError(f"mask is on {mask.device}, but q on {q.device}")
+
+
+def _named(value: object) -> str:
+    if isinstance(value, tuple | list):
+        return f"{type(value).__name__} of {', '.join(type(v).__name__ for v in value)}"
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)}"
+    return f"{type(value).__name__} {value!r}"
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:

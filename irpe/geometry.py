@@ -4,6 +4,7 @@ Shapes: L queries and S keys, prefix tokens included; A axes (2 for images: row,
 """
 
 from collections.abc import Callable, Hashable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -44,8 +45,8 @@ class Geometry:
     def _set_prefix(self, prefix: int, key_prefix: int | None) -> None:
         self.prefix = prefix
         self.key_prefix = prefix if key_prefix is None else key_prefix
-        if self.prefix < 0 or self.key_prefix < 0:
-            raise IrpeError(f"prefix={min(self.prefix, self.key_prefix)} must not be negative")
+        _check_size("prefix", self.prefix, least=0)
+        _check_size("key_prefix", self.key_prefix, least=0)
         self._memo: dict[Hashable, Any] = {}
 
     @property
@@ -78,6 +79,10 @@ class Geometry:
     def offsets(self, device: torch.device) -> Tensor:
         """Query position minus key position, ``[(B,) L', S', A]``."""
         query, key = self.positions(device)
+        for given in (query, key):
+            if given.dtype == torch.bool or given.is_complex():
+                raise IrpeError(f"positions are numbers on a line, not {given.dtype}")
+        query, key = (p if p.is_floating_point() else p.long() for p in (query, key))
         return query.unsqueeze(-2) - key.unsqueeze(-3)
 
     def remember(self, key: Hashable, build: Callable[[], Any]) -> Any:
@@ -123,12 +128,13 @@ class Grid(Geometry):
     def __init__(
         self, height: int, width: int, prefix: int = 0, *, positions: Tensor | None = None
     ) -> None:
-        if not torch.jit.is_tracing():  # where sizes are tensors
-            _check_size("height", height)
-            _check_size("width", width)
+        _check_size("height", height)
+        _check_size("width", width)
         self.height, self.width = height, width
         if positions is not None:
             super().__init__(positions, prefix=prefix)
+            if positions.is_floating_point():
+                raise IrpeError(f"positions on a grid are integers, not {positions.dtype}")
             if self.axes != 2:
                 raise IrpeError(f"positions on a grid are (row, column), not {self.axes} numbers")
         else:
@@ -143,6 +149,11 @@ class Grid(Geometry):
         """
         if self._query is not None:
             raise IrpeError("select() needs a whole grid; this one holds a selection already")
+        if not isinstance(indices, Tensor) or indices.dim() not in (1, 2):
+            shape = list(indices.shape) if isinstance(indices, Tensor) else indices
+            raise IrpeError(f"indices are a tensor [L'] or [B, L'], not {shape!r}")
+        if indices.is_floating_point() or indices.dtype == torch.bool:
+            raise IrpeError(f"indices are integers, not {indices.dtype}")
         rows = torch.div(indices, self.width, rounding_mode="floor")
         positions = torch.stack((rows, indices - rows * self.width), dim=-1)
         return Grid(self.height, self.width, self.prefix, positions=positions)
@@ -197,8 +208,12 @@ class Sequence(Geometry):
         positions: Tensor | None = None,
         keys: Tensor | None = None,
     ) -> None:
+        _check_size("length", length)
         if positions is None:
             positions = torch.arange(length)
+        for given in (positions, keys):
+            if given is not None and not isinstance(given, Tensor):
+                raise IrpeError(f"positions are a tensor [L] or [B, L], not {given!r}")
         if positions.shape[-1] != length:
             raise IrpeError(f"length={length} does not match positions {list(positions.shape)}")
         super().__init__(
@@ -206,9 +221,12 @@ class Sequence(Geometry):
         )
 
 
-def _check_size(name: str, size: object) -> None:
-    if not isinstance(size, int | torch.SymInt) or isinstance(size, bool) or size < 1:
-        raise IrpeError(f"{name}={size!r} is not a positive number of patches")
+def _check_size(name: str, size: object, least: int = 1) -> None:
+    if torch.jit.is_tracing():  # sizes are tensors there
+        return
+    integer = isinstance(size, int | torch.SymInt | Integral) and not isinstance(size, bool)
+    if not integer or size < least:  # type: ignore[operator]
+        raise IrpeError(f"{name}={size!r} is not an integer of at least {least}")
 
 
 def _positions(name: str, positions: Tensor) -> Tensor:

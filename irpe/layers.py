@@ -1,5 +1,7 @@
 """Multi-head self-attention with relative position encoding, for a custom vision transformer."""
 
+from numbers import Integral
+
 import torch
 from torch import Tensor, nn
 
@@ -42,8 +44,13 @@ class RPEAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        for name, value in (("dim", dim), ("num_heads", num_heads)):
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+                raise IrpeError(f"{name}={value!r} is not a positive integer")
         if dim % num_heads:
             raise IrpeError(f"dim={dim} is no multiple of num_heads={num_heads}")
+        if not 0.0 <= attn_drop <= 1.0:
+            raise IrpeError(f"attn_drop={attn_drop!r} is not a probability")
         self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.backend = functional.check_backend(backend)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
@@ -61,7 +68,9 @@ class RPEAttention(nn.Module):
                 dtype=dtype,
             )
 
-    def forward(self, x: Tensor, geometry: Geometry, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, geometry: Geometry | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """
         Args:
             x: ``[B, L, C]``. geometry: where the L tokens are, as ``irpe.Grid(14, 14, prefix=1)``.
@@ -70,6 +79,10 @@ class RPEAttention(nn.Module):
         Returns:
             ``[B, L, C]``.
         """
+        if not isinstance(geometry, Geometry):
+            raise IrpeError(f"geometry={geometry!r}: pass the grid, as irpe.Grid(14, 14, prefix=1)")
+        if x.dim() != 3 or x.shape[2] != self.qkv.in_features:
+            raise IrpeError(f"x is [B, L, {self.qkv.in_features}], not {list(x.shape)}")
         B, L, C = x.shape
         qkv = self.qkv(x).reshape(B, L, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)

@@ -8,6 +8,7 @@ Image relative position encoding keeps the string its users know,
 """
 
 import math
+import re
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -140,9 +141,11 @@ def _check_on(on: object, mode: str) -> None:
 
 
 def _positive(name: str, value: object) -> float:
+    if isinstance(value, str) and not re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", value):
+        raise IrpeError(f"{name}={value!r} is not a positive number, as 1.9")
     try:
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise IrpeError(f"{name}={value!r} is not a number") from None
     if not (math.isfinite(number) and 0 < number <= 1e6):
         raise IrpeError(f"{name}={value!r} must be a positive number of at most 1e6")

@@ -55,7 +55,11 @@ class Call:
         if mask.dtype == torch.bool:
             dead = ~mask.any(-1, keepdim=True)
             return mask | dead, dead
-        dead = (mask == float("-inf")).all(-1, keepdim=True)
+        closed = mask == float("-inf")
+        dead = closed.all(-1, keepdim=True)
+        # Large negative numbers stay finite, also added to logits and in a lower dtype.
+        lowest = max(torch.finfo(x.dtype).min for x in (self.q, mask)) / 2
+        mask = mask.clamp(min=lowest).masked_fill(closed, float("-inf"))
         return mask.masked_fill(dead, 0.0).to(self.q.dtype), dead
 
 

@@ -64,12 +64,12 @@ class _Attention(torch.autograd.Function):
         if call.dropout_p > 0.0:
             keep = torch.empty_like(kept, dtype=torch.bool).bernoulli_(1.0 - call.dropout_p)
             dropped = _drop(kept, keep, call.dropout_p)
-        out = dropped.view(B * H, L, S) @ values.view(B * H, S, -1)
-        out = out.view(B, H, L, -1)
+        out = dropped.view(B * H, L, S) @ values.view(B * H, S, v.shape[-1])
+        out = out.view(B, H, L, v.shape[-1])
         masses = []
         for (kind, buckets), table in zip(plan, tables, strict=True):
             if kind == "value":
-                mass = _sum_rows(dropped, buckets, L).view(B, H, L, -1)
+                mass = _sum_rows(dropped, buckets, L).view(B, H, L, buckets.size)
                 out += _times(mass, table)
                 masses.append(mass)
         # What the backward pass needs and the caller holds anyway is not copied: q, k and v
@@ -90,7 +90,7 @@ class _Attention(torch.autograd.Function):
         tables, masses = rest[: len(plan)], iter(rest[len(plan) :])
         (B, H, L, D), S = q.shape, k.shape[-2]
         grad, queries, keys = grad.contiguous(), q.contiguous(), k.contiguous()
-        grad3, values = grad.view(B * H, L, -1), v.contiguous().view(B * H, S, -1)
+        grad3, values = grad.view(B * H, L, v.shape[-1]), v.contiguous().view(B * H, S, v.shape[-1])
         table_grads: list[Tensor | None] = [None] * len(plan)
 
         dropped = kept if keep is None else _drop(kept, keep, p)
@@ -117,7 +117,7 @@ class _Attention(torch.autograd.Function):
                 own, content, length = (
                     (grad_q, queries, L) if kind == "query" else (grad_k, keys, S)
                 )
-                rows = _sum_rows(flow, buckets, length).view(B, H, length, -1)
+                rows = _sum_rows(flow, buckets, length).view(B, H, length, buckets.size)
                 _add_times(own, rows, tables[i].transpose(1, 2))
                 table_grads[i] = _outer(content, rows, tables[i]).mul_(scale)
         return None, None, grad_q.mul_(scale), grad_k.mul_(scale), grad_v, *table_grads
@@ -126,14 +126,17 @@ class _Attention(torch.autograd.Function):
 def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients by way of the reference, for a backward pass that is itself differentiated."""
     q, k, v, _, keep, *rest = ctx.saved_tensors
-    tables = rest[: len(ctx.plan)]
+    # One tensor may be given twice (q as k, a table in two terms): views tell its uses apart.
+    inputs = [x.view_as(x) for x in (q, k, v, *rest[: len(ctx.plan)])]
+    q, k, v, *tables = inputs
     base: Call = ctx.call
     terms = tuple(
         Term(kind, table, buckets) for (kind, buckets), table in zip(ctx.plan, tables, strict=True)
     )
     call = Call(q, k, v, terms, base.mask, base.is_causal, 0.0, base.scale)
-    drawn = None if keep is None else keep.to(q.dtype) / (1.0 - base.dropout_p)
-    inputs = [q, k, v, *tables]
+    drawn = (
+        None if keep is None else _drop(torch.ones_like(keep, dtype=q.dtype), keep, base.dropout_p)
+    )
     wanted = [x for x in inputs if x.requires_grad]
     out = reference.attention(call, drawn)
     found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True))
@@ -143,14 +146,14 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
 def _times(x: Tensor, table: Tensor) -> Tensor:
     """``[B, H, R, D] @ [H | 1, D, N]`` of contiguous x, one product for a shared table."""
     if table.shape[0] == 1:
-        return (x.view(-1, x.shape[-1]) @ table[0]).view(*x.shape[:-1], table.shape[-1])
+        return (x.flatten(0, -2) @ table[0]).view(*x.shape[:-1], table.shape[-1])
     return x @ table
 
 
 def _add_times(out: Tensor, x: Tensor, table: Tensor) -> None:
     """``out += x @ table``."""
     if table.shape[0] == 1:
-        out.view(-1, out.shape[-1]).addmm_(x.view(-1, x.shape[-1]), table[0])
+        out.flatten(0, -2).addmm_(x.flatten(0, -2), table[0])
     else:
         out += x @ table
 
@@ -158,7 +161,7 @@ def _add_times(out: Tensor, x: Tensor, table: Tensor) -> None:
 def _outer(x: Tensor, y: Tensor, table: Tensor) -> Tensor:
     """Gradient of a table that took x ``[B, H, R, D]`` to y ``[B, H, R, N]``: its shape."""
     if table.shape[0] == 1:
-        return (x.view(-1, x.shape[-1]).t() @ y.view(-1, y.shape[-1])).unsqueeze(0)
+        return (x.flatten(0, -2).t() @ y.flatten(0, -2)).unsqueeze(0)
     return (x.transpose(-2, -1) @ y).sum(0)
 
 
@@ -166,7 +169,7 @@ def _add_rows(out: Tensor, rows: Tensor, buckets: BucketIds) -> None:
     """``out[b, h, i, j] += rows[b, h, owner, n(i, j)]``, rows ``[B, H, R, N]``."""
     B, H = out.shape[:2]
     index = buckets.flat(out.device).expand(B, H, -1)
-    out.view(B, H, -1).add_(rows.view(B, H, -1).gather(-1, index))
+    out.flatten(2).add_(rows.flatten(2).gather(-1, index))
 
 
 def _sum_rows(x: Tensor, buckets: BucketIds, length: int) -> Tensor:
@@ -176,7 +179,7 @@ def _sum_rows(x: Tensor, buckets: BucketIds, length: int) -> Tensor:
     # Sums of hundreds of numbers are kept in float32, whatever x is.
     wide = torch.promote_types(x.dtype, torch.float32)
     sums = torch.zeros(B, H, length * buckets.size, dtype=wide, device=x.device)
-    return sums.scatter_add_(-1, index, x.view(B, H, -1).to(wide)).to(x.dtype)
+    return sums.scatter_add_(-1, index, x.flatten(2).to(wide)).to(x.dtype)
 
 
 def _bias_grad(flow: Tensor, ids: Tensor, table: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import IrpeError
 from ..geometry import Geometry
 from ..spec import RPE, parse
 from .image import ImageBuckets, image_buckets
@@ -72,6 +73,8 @@ def bucket_ids(
         Ids int64 ``[L, S]`` (``[B, L, S]`` for per-sample positions) of offsets query - key, for
         method ``cross`` a pair (rows, columns) of these; and N, the size of one table.
     """
+    if not isinstance(geometry, Geometry):
+        raise IrpeError(f"geometry={geometry!r} is not a geometry: make an irpe.Grid")
     maps = [BucketIds(function, geometry) for function in image_buckets(parse(spec))]
     ids = tuple(m.dense(torch.device(device)) for m in maps)
     return (ids[0] if len(ids) == 1 else ids), maps[0].size  # type: ignore[return-value]

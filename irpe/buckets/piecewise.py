@@ -35,8 +35,8 @@ class StepIndex:
     def __call__(self, offsets: Tensor) -> Tensor:
         """Signed index of integer offsets, any shape, in [-bound, bound]."""
         steps = torch.tensor(self.steps, dtype=torch.int64, device=offsets.device)
-        distances = torch.arange(self.reach + 1, device=offsets.device)
-        table = (distances.unsqueeze(-1) >= steps).sum(-1)
+        table = torch.zeros(self.reach + 1, dtype=torch.int64, device=offsets.device)
+        table = table.scatter_add(0, steps, torch.ones_like(steps)).cumsum(0)
         return table[offsets.abs().clamp(max=self.reach)] * offsets.sign()
 
 
@@ -52,6 +52,7 @@ def step_index(spec: RPE) -> StepIndex:
     distances = torch.arange(math.ceil(max(gamma, alpha)) + 2, dtype=torch.float32, device="cpu")
     log = torch.log(distances.clamp(min=1e-3) / alpha) / math.log(gamma / alpha) * (beta - alpha)
     far = (alpha + log).round().clip(max=beta)
-    index = torch.where(distances <= alpha, distances, far).to(torch.int64).tolist()
-    steps = [next(d for d, i in enumerate(index) if i >= n) for n in range(1, max(index) + 1)]
-    return StepIndex(tuple(steps), bound)
+    index = torch.where(distances <= alpha, distances, far).to(torch.int64)
+    index = index.clamp(max=bound)  # float32 can round a beta just below an integer up to it
+    steps = torch.searchsorted(index, torch.arange(1, int(index.max()) + 1))
+    return StepIndex(tuple(steps.tolist()), bound)

@@ -1,5 +1,7 @@
 """Image relative position encoding (Wu et al., ICCV 2021) as modules with the released names."""
 
+from numbers import Integral
+
 import torch
 from torch import Tensor, nn
 
@@ -57,6 +59,8 @@ class ImageRPE(Encoding):
         nn.init.zeros_(self.table)
 
     def _buckets(self, geometry: Geometry, by_key: bool = False) -> BucketIds:
+        if not isinstance(geometry, Geometry):
+            raise IrpeError(f"geometry={geometry!r} is not a geometry: make an irpe.Grid")
         has_prefix = geometry.prefix > 0 or geometry.key_prefix > 0
         if has_prefix != self.prefix:
             raise IrpeError(
@@ -89,10 +93,12 @@ class ImageRPE(Encoding):
                 f"rpe_{self.on} needs height= and width= of the grid: "
                 f"{x.shape[-2]} tokens do not tell it"
             )
-        prefix = x.shape[-2] - height * width
+        grid = Grid(height, width)
+        prefix = x.shape[-2] - grid.query_length
         if prefix < 0:
             raise IrpeError(f"a grid of {height}x{width} has more patches than L={x.shape[-2]}")
         buckets = self._buckets(Grid(height, width, prefix))
+        self._check(x, buckets)
         ids = buckets.dense(x.device)
         if self.mode == "bias":
             return self.table[:, ids].unsqueeze(0)
@@ -101,6 +107,19 @@ class ImageRPE(Encoding):
             return mass.scatter_add(-1, ids.expand_as(x), x) @ self.table
         rows = x @ self.table
         return rows.gather(-1, ids.expand(*rows.shape[:-1], -1))
+
+    def _check(self, x: Tensor, buckets: BucketIds) -> None:
+        heads = self.table.shape[0]
+        length = buckets.geometry.query_length
+        wide = {"v": length}.get(self.on, None if self.mode == "bias" else self.table.shape[1])
+        if x.dim() != 4 or heads not in (1, x.shape[1]) or wide not in (None, x.shape[3]):
+            last = "D" if wide is None else wide
+            raise IrpeError(
+                f"rpe_{self.on} takes [B, {'H' if heads == 1 else heads}, L, {last}], "
+                f"not {list(x.shape)}"
+            )
+        if x.dtype != self.table.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise IrpeError(f"x is {x.dtype}, but the table {self.table.dtype}")
 
     def extra_repr(self) -> str:
         return (
@@ -146,8 +165,11 @@ def build_rpe(
     """
     spec = parse(spec)
     for name, value in (("head_dim", head_dim), ("num_heads", num_heads)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise IrpeError(f"{name}={value!r} is not a positive integer")
+
+    if prefix is None or isinstance(prefix, str) or prefix < 0:
+        raise IrpeError(f"prefix={prefix!r} is neither a bool nor a number of tokens")
 
     def build(on: str) -> Encoding | None:
         if on not in spec.on:

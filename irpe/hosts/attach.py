@@ -59,6 +59,8 @@ def attach(model: nn.Module, spec: str | RPE, where: str = "*", backend: str = "
     """
     spec = parse(spec)
     check_backend(backend)
+    if not isinstance(where, str):
+        raise IrpeError(f"where={where!r} is a shell pattern, as 'blocks.[0-5].*'")
     sites = _sites(model)
     if not sites:
         raise IrpeError(
@@ -93,7 +95,8 @@ def detach(model: nn.Module) -> None:
     if not equipped:
         raise IrpeError(f"nothing is attached to this {type(model).__name__}")
     for site in equipped:
-        site.strip()
+        if site.equipped:  # not stripped together with another one
+            site.strip()
 
 
 def _sites(model: nn.Module) -> list[Site]:

@@ -31,6 +31,8 @@ def param_groups(
     Raises:
         IrpeError: if the model has no tables.
     """
+    if not isinstance(model, nn.Module):
+        raise IrpeError(f"a model is a torch.nn.Module, not {type(model).__name__}")
     tables = {id(p) for m in model.modules() if isinstance(m, Encoding) for p in m.parameters()}
     if not tables:
         raise IrpeError(f"this {type(model).__name__} has no encoding: attach one first")

@@ -33,21 +33,24 @@ def sites(model: nn.Module) -> Iterator[Site]:
             base = ".".join(filter(None, (path, "blocks", number)))
             found = {n: m for n, m in block.named_modules() if isinstance(m, Attention)}
             for name, module in (found or {"": block}).items():
-                yield _VitSite(".".join(filter(None, (base, name))), module, vit)
+                yield _VitSite(".".join(filter(None, (base, name))), module, block, vit)
 
 
 class _VitSite(Site):
-    def __init__(self, name: str, module: nn.Module, vit: VisionTransformer) -> None:
+    def __init__(
+        self, name: str, module: nn.Module, block: nn.Module, vit: VisionTransformer
+    ) -> None:
         super().__init__(name, module)
         self.module: Any = module
+        self.block = block
         self.vit: Any = vit
 
     @property
     def equipped(self) -> bool:
-        return isinstance(self.module, EquippedAttention)
+        return isinstance(self.module, EquippedAttention) and self.module.has_terms
 
     def obstacle(self, spec: RPE) -> str | None:
-        if type(self.module) is not Attention:
+        if type(self.module) not in (Attention, EquippedAttention):
             return (
                 f"{type(self.module).__name__} computes its attention in its own way; "
                 "timm's Attention can be equipped"
@@ -60,8 +63,13 @@ class _VitSite(Site):
 
     def equip(self, spec: RPE, backend: str) -> None:
         _locate(self.vit)
-        module = self.module
-        weight = module.qkv.weight
+        # The whole block is handed the geometry, so every attention in it must understand it.
+        siblings: list[Any] = [m for m in self.block.modules() if type(m) is Attention]
+        for sibling in siblings:
+            sibling.__class__ = EquippedAttention
+            sibling.rpe_q = sibling.rpe_k = sibling.rpe_v = None
+            sibling.rpe_backend = "auto"
+        module, weight = self.module, self.module.qkv.weight
         module.rpe_q, module.rpe_k, module.rpe_v = build_rpe(
             spec,
             head_dim=module.head_dim,
@@ -71,18 +79,23 @@ class _VitSite(Site):
             dtype=weight.dtype,
         )
         module.rpe_backend = backend
-        module.__class__ = EquippedAttention
 
     def strip(self) -> None:
-        module = self.module
-        del module.rpe_q, module.rpe_k, module.rpe_v, module.rpe_backend
-        module.__class__ = Attention
-        if not any(isinstance(m, EquippedAttention) for m in self.vit.blocks.modules()):
+        for module in self.block.modules():
+            if isinstance(module, EquippedAttention):
+                del module.rpe_q, module.rpe_k, module.rpe_v, module.rpe_backend
+                module.__class__ = Attention
+        if not any(_takes_geometry(block) for block in self.vit.blocks.children()):
             _forget(self.vit)
 
 
 class EquippedAttention(Attention):
     """timm's Attention, its logits and values joined by position terms."""
+
+    @property
+    def has_terms(self) -> bool:
+        """Not for one that only shares its block with an equipped one."""
+        return any(e is not None for e in (self.rpe_q, self.rpe_k, self.rpe_v))
 
     def forward(
         self, x: Tensor, attn_mask: "Located | None" = None, is_causal: bool = False
@@ -153,7 +166,9 @@ class LocatedBlocks(nn.Sequential):
     def _bound(self) -> list[Any]:
         blocks = list(self._modules.values())
         geometry = self.slot.take()
-        return blocks if geometry is None else [LocatedBlock(b, geometry) for b in blocks]
+        if geometry is None:
+            return blocks
+        return [LocatedBlock(b, geometry) if _takes_geometry(b) else b for b in blocks]
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._bound())
@@ -194,6 +209,10 @@ class ReadGrid:
         else:
             height, width = embed.dynamic_feat_size(tuple(inputs[0].shape[-2:]))
         self.slot.geometry = Grid(height, width, self.prefix)
+
+
+def _takes_geometry(block: nn.Module) -> bool:
+    return any(isinstance(module, EquippedAttention) for module in block.modules())
 
 
 def _locate(vit: VisionTransformer) -> None:
