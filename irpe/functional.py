@@ -158,7 +158,7 @@ def _validated(
             f"terms are a tuple, as an encoding's terms(geometry) returns; not {_named(terms)}"
         )
     dtype = q.dtype
-    if torch.is_autocast_enabled(q.device.type):
+    if _autocast(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         terms = tuple(Term(t.kind, t.table.to(dtype), t.buckets) for t in terms)
@@ -226,8 +226,12 @@ def _named(value: object) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
+def _autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
     # The call is cast by now; what follows chooses its own precision.
-    if torch.is_autocast_enabled(device):
+    if _autocast(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()

@@ -172,7 +172,8 @@ def test_mirrored_pairs(method, size):
         else:
             last = number - (prefix > 0) - 1
             assert torch.equal(patches, last - patches.T)
-            assert not torch.equal(patches, patches.T)
+            if (patches != patches[0, 0]).any():  # one row of patches has one bucket of rows
+                assert not torch.equal(patches, patches.T)
 
 
 @pytest.mark.parametrize("size", GRIDS)

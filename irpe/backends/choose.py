@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import forward_ad
 
 from . import eager, sdpa
 from .call import Call
@@ -15,8 +16,8 @@ class Facts:
     """All that the choice depends on.
 
     Args:
-        kinds: kinds of the terms. device: its type. traced: torch.compile, export, a trace or a
-            torch.func transform is recording. mask_grad: the mask wants a gradient.
+        kinds: kinds of the terms. device: its type. traced: torch.compile, export, a trace, forward
+            mode or a torch.func transform is on. mask_grad: the mask wants a gradient.
     """
 
     kinds: frozenset[str]
@@ -31,7 +32,8 @@ class Facts:
             device=call.q.device.type,
             traced=torch.compiler.is_compiling()
             or torch.jit.is_tracing()
-            or torch._C._are_functorch_transforms_active(),
+            or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0,
             mask_grad=call.mask is not None and call.mask.requires_grad,
         )
 

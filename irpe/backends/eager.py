@@ -82,6 +82,11 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # backward() may be called inside of autocast; this one chooses its own precision.
+        device = grads[0].device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return _Attention.backward(ctx, *grads)
         if torch.is_grad_enabled():
             return _differentiable_backward(ctx, *grads)
         (grad,) = grads

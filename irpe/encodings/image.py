@@ -118,7 +118,7 @@ class ImageRPE(Encoding):
                 f"rpe_{self.on} takes [B, {'H' if heads == 1 else heads}, L, {last}], "
                 f"not {list(x.shape)}"
             )
-        if x.dtype != self.table.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != self.table.dtype and not torch.is_autocast_enabled():
             raise IrpeError(f"x is {x.dtype}, but the table {self.table.dtype}")
 
     def extra_repr(self) -> str:
