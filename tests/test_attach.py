@@ -202,9 +202,11 @@ def test_a_second_attach_raises_and_changes_nothing():
 
 def _fingerprint(model):
     return {
-        name: (type(m), {k: v for k, v in vars(m).items() if not k.startswith("_")}, *map(
-            len, (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)
-        ))
+        name: (
+            type(m),
+            {k: v for k, v in vars(m).items() if not k.startswith("_")},
+            *map(len, (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)),
+        )
         for name, m in model.named_modules()
     }
 
@@ -454,11 +456,11 @@ def test_ways_through_the_model():
         layers = model.get_intermediate_layers(x, n=[0, 2], return_prefix_tokens=True)
         for (patches, prefix), wanted in zip(layers, (outputs[0], outputs[2]), strict=True):
             torch.testing.assert_close(torch.cat((prefix, patches), 1), wanted)
-        early = model.forward_intermediates(x, indices=[0], stop_early=True, intermediates_only=True)
-        assert early[0].shape == (2, 32, 2, 4)
-        torch.testing.assert_close(
-            model.forward_head(model.forward_features(x)), model(x)
+        early = model.forward_intermediates(
+            x, indices=[0], stop_early=True, intermediates_only=True
         )
+        assert early[0].shape == (2, 32, 2, 4)
+        torch.testing.assert_close(model.forward_head(model.forward_features(x)), model(x))
         tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
         for block in model.blocks[:2]:
             tokens = block(tokens)

@@ -41,9 +41,7 @@ def tensors(B, H, L, S, D, G=None, Dv=None):
 
 def _dropped(height, width, keep, prefix=0):
     indices = torch.stack([torch.randperm(height * width)[:keep].sort()[0] for _ in range(2)])
-    where = [
-        [None] * prefix + [(int(i) // width, int(i) % width) for i in row] for row in indices
-    ]
+    where = [[None] * prefix + [(int(i) // width, int(i) % width) for i in row] for row in indices]
     return irpe.Grid(height, width, prefix).select(indices), where, where
 
 
@@ -62,7 +60,9 @@ def _positions(per_sample, prefix=0):
 
 def _unequal(per_sample_keys=False, prefix=2, key_prefix=1):
     query = torch.tensor([[0, 0], [3, 1], [1, 4]])
-    key = torch.tensor([[[0, 0], [0, 1], [1, 0], [2, 5], [6, 6]], [[4, 4], [3, 3], [1, 0], [0, 7], [2, 2]]])
+    key = torch.tensor(
+        [[[0, 0], [0, 1], [1, 0], [2, 5], [6, 6]], [[4, 4], [3, 3], [1, 0], [0, 7], [2, 2]]]
+    )
     if not per_sample_keys:
         key = key[0]
     geometry = irpe.Geometry(query, key, prefix=prefix, key_prefix=key_prefix)
@@ -237,7 +237,9 @@ def test_rows_that_see_nothing(mask, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("mask", [torch.zeros(13, 13, dtype=torch.bool), torch.full((13, 13), -torch.inf)])
+@pytest.mark.parametrize(
+    "mask", [torch.zeros(13, 13, dtype=torch.bool), torch.full((13, 13), -torch.inf)]
+)
 def test_nothing_seen_at_all(mask, backend):
     modules, _ = build("rpe-2.0-product-ctx-1-qk", 6, 2, True)
     q, k, v = tensors(2, 2, 13, 13, 6)
@@ -314,7 +316,9 @@ def test_dropout_of_everything(backend):
 def test_dropout_drops_content_and_value_term_together(backend):
     """With v = 1 and a value table of 1, both halves see the same sum of kept probabilities."""
     D, H = 6, 2
-    rpe_v = irpe.build_rpe("rpe-2.0-product-ctx-1-v", head_dim=D, num_heads=H, prefix=True, dtype=F64)[2]
+    rpe_v = irpe.build_rpe(
+        "rpe-2.0-product-ctx-1-v", head_dim=D, num_heads=H, prefix=True, dtype=F64
+    )[2]
     with torch.no_grad():
         rpe_v.table[..., : D // 2] = 1.0
     q, k, _ = tensors(2, H, 13, 13, D)
@@ -468,7 +472,9 @@ def test_empty_batch(backend):
 @pytest.mark.parametrize("backend", ("reference", "eager"))
 def test_value_only_mass(backend):
     """Uniform attention: the value term is the mean of the table over the buckets of a row."""
-    rpe_v = irpe.build_rpe("rpe-2.0-product-ctx-0-v", head_dim=3, num_heads=2, prefix=True, dtype=F64)[2]
+    rpe_v = irpe.build_rpe(
+        "rpe-2.0-product-ctx-0-v", head_dim=3, num_heads=2, prefix=True, dtype=F64
+    )[2]
     torch.nn.init.normal_(rpe_v.table)
     grid = irpe.Grid(3, 2, prefix=1)
     ids, _ = irpe.bucket_ids("rpe-2.0-product-ctx-0-v", grid)
@@ -514,8 +520,12 @@ def _plain(qkv, tables, ids):
     scale = q.shape[-1] ** -0.5
     on_q, on_k = tables[0][:, :, ids.T], tables[1][:, :, ids]  # [H | 1, D, L, S]
     logits = (q @ k.mT) * scale
-    logits = logits + torch.einsum("bhid,hdij->bhij", q * scale, on_k.expand(q.shape[1], -1, -1, -1))
-    logits = logits + torch.einsum("bhjd,hdij->bhij", k * scale, on_q.expand(q.shape[1], -1, -1, -1))
+    logits = logits + torch.einsum(
+        "bhid,hdij->bhij", q * scale, on_k.expand(q.shape[1], -1, -1, -1)
+    )
+    logits = logits + torch.einsum(
+        "bhjd,hdij->bhij", k * scale, on_q.expand(q.shape[1], -1, -1, -1)
+    )
     p = logits.softmax(-1)
     out = p @ v
     if len(tables) == 3:

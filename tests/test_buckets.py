@@ -63,7 +63,7 @@ def test_any_ratio_any_position(method, ratio, positions):
     found, number = ids_of(spec, irpe.Geometry(torch.tensor(positions)))
     for ids, function in zip(found, plain.buckets(spec), strict=True):
         assert ids.tolist() == plain.ids(function, positions, positions, None)
-        assert 0 <= int(ids.min()) and int(ids.max()) < number
+        assert int(ids.min()) >= 0 and int(ids.max()) < number
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -119,7 +119,9 @@ def test_clip_is_clip():
     assert torch.equal(step_index(irpe.RPE(index="clip", beta=4.7))(x), x.clamp(-4, 4))
 
 
-@pytest.mark.parametrize("spec", ["rpe-9.0-cross-ctx-1-k,index=clip,beta=30000", "rpe-3000.0-cross-ctx-1-k"])
+@pytest.mark.parametrize(
+    "spec", ["rpe-9.0-cross-ctx-1-k,index=clip,beta=30000", "rpe-3000.0-cross-ctx-1-k"]
+)
 def test_large_ranges_stay_cheap(spec):
     """A look-up table over distances, not over distances times buckets."""
     spec = irpe.parse(spec)
@@ -154,7 +156,9 @@ def test_only_the_offset_counts(method):
     positions = torch.randint(0, 9, (8, 2))
     moved = positions + torch.tensor([-17, 5])
     for a, b in zip(
-        ids_of(spec, irpe.Geometry(positions))[0], ids_of(spec, irpe.Geometry(moved))[0], strict=True
+        ids_of(spec, irpe.Geometry(positions))[0],
+        ids_of(spec, irpe.Geometry(moved))[0],
+        strict=True,
     ):
         assert torch.equal(a, b)
 
@@ -242,7 +246,9 @@ def test_terms_share_ids_and_expand_as_documented():
     from irpe.buckets.image import image_buckets
 
     (function,) = image_buckets(spec_of("product"))
-    geometry = irpe.Geometry(torch.randint(0, 9, (2, 3, 2)), torch.randint(0, 9, (2, 4, 2)), prefix=1)
+    geometry = irpe.Geometry(
+        torch.randint(0, 9, (2, 3, 2)), torch.randint(0, 9, (2, 4, 2)), prefix=1
+    )
     cpu = torch.device("cpu")
     forward, backward = BucketIds(function, geometry), BucketIds(function, geometry, by_key=True)
     N = forward.size

@@ -4,7 +4,6 @@ import pytest
 import timm
 import torch
 
-import irpe.zoo
 from irpe.tools.complexity import multiply_adds, parameters
 
 PRODUCT = "_patch16_224_ctx_product_50_shared_"

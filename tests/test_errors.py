@@ -1,4 +1,4 @@
-"""Wrong input gets one irpe.IrpeError that names what is wrong: never a guess or a deep traceback."""
+"""Wrong input gets one irpe.IrpeError that names the wrong value, never a guess."""
 
 import types
 
@@ -227,9 +227,15 @@ ATTENTION = [
     (lambda b: call((2, 2, 13, 6), (1, 2, 13, 6), (1, 2, 13, 6), backend=b), ("[1, 2, 13, 6]",)),
     (lambda b: call((2, 2, 13, 6), (2, 4, 13, 6), (2, 4, 13, 6), backend=b), ("2", "4")),
     (lambda b: call((2, 2, 13, 6), (2, 0, 13, 6), (2, 0, 13, 6), backend=b), ("[2, 0, 13, 6]",)),
-    (lambda b: call((2, 2, 12, 6), (2, 2, 12, 6), (2, 2, 12, 6), backend=b), ("13", "12", "Grid(3, 4")),
+    (
+        lambda b: call((2, 2, 12, 6), (2, 2, 12, 6), (2, 2, 12, 6), backend=b),
+        ("13", "12", "Grid(3, 4"),
+    ),
     (lambda b: call((2, 2, 13, 6), (2, 2, 14, 6), (2, 2, 14, 6), backend=b), ("13", "14")),
-    (lambda b: call((2, 2, 13, 8), (2, 2, 13, 8), (2, 2, 13, 8), backend=b), ("[1, 6, 50]", "[1, 8, 50]")),
+    (
+        lambda b: call((2, 2, 13, 8), (2, 2, 13, 8), (2, 2, 13, 8), backend=b),
+        ("[1, 6, 50]", "[1, 8, 50]"),
+    ),
     (lambda b: call(terms=terms("rpe-1.9-product-ctx-0-k", H=3), backend=b), ("[3, 6, 50]",)),
     (lambda b: call(terms=terms("rpe-1.9-cross-bias-0-k", H=3), backend=b), ("[3, 8]",)),
     (lambda b: call(dtype=torch.float64, backend=b), ("float32", "float64")),
@@ -239,7 +245,10 @@ ATTENTION = [
     (lambda b: call(dtype=torch.int64, terms=(), backend=b), ("int64",)),
     (lambda b: call(dtype=torch.bool, terms=(), backend=b), ("bool",)),
     (lambda b: run(Z(1, 1, 4, 6), Z(1, 1, 4, 6).double(), Z(1, 1, 4, 6), backend=b), ("float64",)),
-    (lambda b: run(Z(1, 1, 4, 6), Z(1, 1, 4, 6), Z(1, 1, 4, 6, device="meta"), backend=b), ("meta",)),
+    (
+        lambda b: run(Z(1, 1, 4, 6), Z(1, 1, 4, 6), Z(1, 1, 4, 6, device="meta"), backend=b),
+        ("meta",),
+    ),
     (lambda b: run(None, Z(1, 1, 4, 6), Z(1, 1, 4, 6), backend=b), ("NoneType",)),
     (lambda b: run(Z(1, 1, 4, 6), [[1.0]], Z(1, 1, 4, 6), backend=b), ("list",)),
     (lambda b: call(terms=terms()[0], backend=b), ("tuple",)),
@@ -257,7 +266,10 @@ ATTENTION = [
     (lambda b: call(scale="1", backend=b), ("scale='1'",)),
     (lambda b: call(mask=Z(13, 12), backend=b), ("[13, 12]", "[2, 2, 13, 13]")),
     (lambda b: call(mask=Z(2, 13), backend=b), ("[2, 13]", "[2, 2, 13, 13]")),
-    (lambda b: call(mask=Z(2, 13, 13)[:, None].expand(2, 3, 13, 13), backend=b), ("[2, 3, 13, 13]",)),
+    (
+        lambda b: call(mask=Z(2, 13, 13)[:, None].expand(2, 3, 13, 13), backend=b),
+        ("[2, 3, 13, 13]",),
+    ),
     (lambda b: call(mask=Z(1, 1, 1, 13, 13), backend=b), ("[1, 1, 1, 13, 13]",)),
     (lambda b: call(mask=Z(13, 13).long(), backend=b), ("int64",)),
     (lambda b: call(mask=Z(13, 13).to(torch.uint8), backend=b), ("uint8",)),

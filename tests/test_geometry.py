@@ -95,7 +95,9 @@ def test_layers_share_their_ids(monkeypatch, backend):
 
 def test_other_specs_and_sides_do_not_share():
     grid = irpe.Grid(3, 4, prefix=1)
-    rpe_q, rpe_k, _ = irpe.build_rpe("rpe-1.9-product-ctx-1-qk", head_dim=4, num_heads=2, prefix=True)
+    rpe_q, rpe_k, _ = irpe.build_rpe(
+        "rpe-1.9-product-ctx-1-qk", head_dim=4, num_heads=2, prefix=True
+    )
     other = irpe.build_rpe("rpe-3.0-product-ctx-1-k", head_dim=4, num_heads=2, prefix=True)[1]
     q, k, o = (m.terms(grid)[0].buckets.dense(CPU) for m in (rpe_q, rpe_k, other))
     assert not torch.equal(q, k) and not torch.equal(k, o)
@@ -109,13 +111,17 @@ def test_two_grids_do_not_share():
     assert not torch.equal(irpe.bucket_ids(K, tall)[0], irpe.bucket_ids(K, wide)[0])
 
 
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda g: pickle.loads(pickle.dumps(g))])
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda g: pickle.loads(pickle.dumps(g))]
+)
 @pytest.mark.parametrize(
     "geometry",
     [
         irpe.Grid(3, 4, prefix=1),
         irpe.Grid(3, 4).select(torch.tensor([[1, 2], [5, 7]])),
-        irpe.Geometry(torch.arange(6).view(3, 2), torch.arange(8).view(4, 2), prefix=1, key_prefix=0),
+        irpe.Geometry(
+            torch.arange(6).view(3, 2), torch.arange(8).view(4, 2), prefix=1, key_prefix=0
+        ),
         irpe.Sequence(5),
     ],
     ids=repr,

@@ -69,7 +69,9 @@ def test_without_an_encoding_it_is_plain_attention():
     assert (layer.rpe_q, layer.rpe_k, layer.rpe_v) == (None, None, None)
     other = nn.MultiheadAttention(12, 2, batch_first=True, dtype=F64)
     state = {"in_proj_weight": layer.qkv.weight, "in_proj_bias": layer.qkv.bias}
-    other.load_state_dict(state | {f"out_{n}": p for n, p in layer.named_parameters() if n[:5] == "proj."})
+    other.load_state_dict(
+        state | {f"out_{n}": p for n, p in layer.named_parameters() if n[:5] == "proj."}
+    )
     x = torch.randn(2, 6, 12, dtype=F64)
     wanted, _ = other(x, x, x, need_weights=False)
     torch.testing.assert_close(layer(x, irpe.Grid(2, 3)), wanted, rtol=1e-11, atol=1e-11)
@@ -125,7 +127,9 @@ def test_names_and_shapes_are_the_originals(spec, shapes):
 
 
 @pytest.mark.parametrize("size", [(3, 4, 0), (3, 4, 1), (1, 5, 2)])
-@pytest.mark.parametrize("spec", ["rpe-1.9-product-ctx-0-qkv", "rpe-1.9-cross-ctx-1-qkv", "rpe-2.0-cross-bias-0-qk"])
+@pytest.mark.parametrize(
+    "spec", ["rpe-1.9-product-ctx-0-qkv", "rpe-1.9-cross-ctx-1-qkv", "rpe-2.0-cross-bias-0-qk"]
+)
 def test_dense_call_is_the_originals(spec, size):
     """rpe_k(q * scale), rpe_q(k * scale) transposed and rpe_v(P), as in the authors' tutorial."""
     height, width, prefix = size
@@ -153,7 +157,9 @@ def test_dense_call_is_the_originals(spec, size):
 
 
 def test_shared_bias_is_the_same_in_all_heads():
-    on_k = irpe.build_rpe("rpe-1.9-product-bias-1-k", head_dim=6, num_heads=3, prefix=True, dtype=F64)[1]
+    on_k = irpe.build_rpe(
+        "rpe-1.9-product-bias-1-k", head_dim=6, num_heads=3, prefix=True, dtype=F64
+    )[1]
     nn.init.normal_(on_k.table)
     zero, v = torch.zeros(1, 3, 7, 6, dtype=F64), torch.eye(7, dtype=F64).expand(1, 3, 7, 7)
     p = irpe.attention(zero, zero, v, on_k.terms(irpe.Grid(2, 3, prefix=1)))
@@ -163,7 +169,9 @@ def test_shared_bias_is_the_same_in_all_heads():
 
 
 def test_per_head_tables_act_on_their_head():
-    on_k = irpe.build_rpe("rpe-1.9-product-ctx-0-k", head_dim=6, num_heads=3, prefix=True, dtype=F64)[1]
+    on_k = irpe.build_rpe(
+        "rpe-1.9-product-ctx-0-k", head_dim=6, num_heads=3, prefix=True, dtype=F64
+    )[1]
     q, k, v = (torch.randn(1, 3, 7, 6, dtype=F64) for _ in range(3))
     grid = irpe.Grid(2, 3, prefix=1)
     before = irpe.attention(q, k, v, on_k.terms(grid))
@@ -199,7 +207,9 @@ def test_a_permutation_of_tokens_with_their_positions():
 
 def test_a_smaller_image_is_a_masked_larger_one():
     layer = layer_of("rpe-1.9-product-ctx-1-qkv", prefix=True)
-    inside = torch.cat((torch.tensor([0]), (torch.arange(2)[:, None] * 4 + torch.arange(3) + 1).flatten()))
+    inside = torch.cat(
+        (torch.tensor([0]), (torch.arange(2)[:, None] * 4 + torch.arange(3) + 1).flatten())
+    )
     x = torch.randn(1, 13, 12, dtype=F64)
     seen = torch.zeros(1, 1, 1, 13, dtype=torch.bool)
     seen[..., inside] = True
@@ -223,7 +233,11 @@ def test_copies_are_independent(copied):
 def test_one_layer_on_many_grids():
     """Forward passes on several grids, then one backward: the sum of separate gradients."""
     layer = layer_of("rpe-1.9-product-ctx-1-qkv")
-    cases = [(irpe.Grid(2, 6, prefix=1), 13), (irpe.Grid(6, 2, prefix=1), 13), (irpe.Grid(3, 3, prefix=1), 10)]
+    cases = [
+        (irpe.Grid(2, 6, prefix=1), 13),
+        (irpe.Grid(6, 2, prefix=1), 13),
+        (irpe.Grid(3, 3, prefix=1), 10),
+    ]
     inputs = [torch.randn(1, L, 12, dtype=F64) for _, L in cases]
     wanted = 0
     for (grid, _), x in zip(cases, inputs, strict=True):

@@ -1,4 +1,4 @@
-"""What torch does to a call from outside: compile, export, functorch, inference mode, meta, autocast."""
+"""What torch does to a call: compile, export, functorch, inference mode, meta, autocast."""
 
 import copy
 import io
@@ -15,7 +15,18 @@ from models.deit import DeiT
 
 F64 = torch.float64
 SMALL = {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
-SIZES = [(64, 64), (32, 64), (64, 32), (48, 48), (80, 48), (96, 32), (48, 96), (80, 80), (112, 64), (64, 96)]
+SIZES = [
+    (64, 64),
+    (32, 64),
+    (64, 32),
+    (48, 48),
+    (80, 48),
+    (96, 32),
+    (48, 96),
+    (80, 80),
+    (112, 64),
+    (64, 96),
+]
 
 
 def fill(model):
@@ -39,7 +50,9 @@ def attached(spec, **options):
 
 
 def modules(spec, D=6, H=2, prefix=True, dtype=F64):
-    made = [m for m in irpe.build_rpe(spec, head_dim=D, num_heads=H, prefix=prefix, dtype=dtype) if m]
+    made = [
+        m for m in irpe.build_rpe(spec, head_dim=D, num_heads=H, prefix=prefix, dtype=dtype) if m
+    ]
     for m in made:
         for p in m.parameters():
             nn.init.normal_(p)
@@ -78,7 +91,10 @@ def test_compiled_call(spec):
 
 
 def test_compiled_by_inductor():
-    made, (q, k, v) = modules("rpe-1.9-product-ctx-1-qkv", dtype=torch.float32), qkv(dtype=torch.float32)
+    made, (q, k, v) = (
+        modules("rpe-1.9-product-ctx-1-qkv", dtype=torch.float32),
+        qkv(dtype=torch.float32),
+    )
 
     def call(q, k, v):
         return irpe.attention(q, k, v, joined(made, irpe.Grid(3, 4, prefix=1)))
@@ -199,7 +215,10 @@ def test_export_for_any_batch():
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_for_any_size(strict):
     model = deit("rpe-1.9-product-ctx-1-qk").eval()
-    rows, columns = torch.export.Dim("rows", min=2, max=30), torch.export.Dim("columns", min=2, max=30)
+    rows, columns = (
+        torch.export.Dim("rows", min=2, max=30),
+        torch.export.Dim("columns", min=2, max=30),
+    )
     shapes = ({2: 16 * rows, 3: 16 * columns},)
     program = torch.export.export(
         model, (torch.randn(2, 3, 80, 48),), dynamic_shapes=shapes, strict=strict
@@ -279,7 +298,9 @@ def test_functorch(spec, backend):
     assert not any(wrapped(x) for x in grid._memo.values()), "a transform's tensor stayed"
     whole(*inputs).sum().backward()
 
-    each = torch.func.vmap(torch.func.grad(lambda q, k, v: loss(q[None], k[None], v[None], *tables)))
+    each = torch.func.vmap(
+        torch.func.grad(lambda q, k, v: loss(q[None], k[None], v[None], *tables))
+    )
     torch.testing.assert_close(each(*inputs), wanted[0], rtol=1e-10, atol=1e-10)
     tangents = tuple(torch.randn_like(x) for x in everything)
     _, slope = torch.func.jvp(loss, tuple(everything), tangents)
@@ -358,7 +379,9 @@ def test_meta(backend):
 
 
 def test_tables_from_meta_are_reset_to_zero():
-    made = irpe.build_rpe("rpe-1.9-product-ctx-1-k", head_dim=4, num_heads=2, prefix=True, device="meta")[1]
+    made = irpe.build_rpe(
+        "rpe-1.9-product-ctx-1-k", head_dim=4, num_heads=2, prefix=True, device="meta"
+    )[1]
     made = made.to_empty(device="cpu")
     made.table.data.fill_(7.0)
     made.reset_parameters()
@@ -387,7 +410,7 @@ def test_fake_tensors_leave_nothing_behind():
 @pytest.mark.parametrize("backend", ["auto", "reference", "eager", "sdpa"])
 @pytest.mark.parametrize("shared", [0, 1])
 def test_autocast(shared, backend):
-    """The call runs in bfloat16 and is as exact as plain torch; parameters get float32 gradients."""
+    """In bfloat16, as exact as plain torch; parameters get float32 gradients."""
     on = "qk" if backend == "sdpa" else "qkv"
     made = modules(f"rpe-1.9-product-ctx-{shared}-{on}", D=12, dtype=torch.float32)
     inputs = qkv(D=12, dtype=torch.float32)
@@ -430,7 +453,10 @@ def test_autocast_training_of_models(make):
 @pytest.mark.parametrize("backend", ["reference", "eager"])
 def test_backward_inside_of_autocast(backend):
     """Not recommended, often done: the backward pass runs under autocast as well."""
-    made, inputs = modules("rpe-1.9-product-ctx-1-qkv", dtype=torch.float32), qkv(dtype=torch.float32)
+    made, inputs = (
+        modules("rpe-1.9-product-ctx-1-qkv", dtype=torch.float32),
+        qkv(dtype=torch.float32),
+    )
     grid = irpe.Grid(3, 4, prefix=1)
     everything = [*inputs, *made.parameters()]
     out = irpe.attention(*inputs, joined(made, grid), backend=backend)

@@ -99,7 +99,7 @@ def test_distilled():
     classes, distilled = fill(model).train()(image())
     assert classes.shape == distilled.shape == (2, 7)
     assert model.eval()(image()).shape == (2, 7)
-    # Both prefix tokens share the one extra bucket: the tables are as large as without distillation.
+    # Both prefix tokens share the one extra bucket: the tables keep their size.
     assert model.blocks[0].attn.rpe_k.table.shape == (1, 16, 50)
 
 
@@ -138,7 +138,9 @@ def test_features_only():
     plain = create(depth=4).eval()
     plain.load_state_dict(model.model.state_dict(), strict=False)
     plain.norm = nn.Identity()
-    wanted = plain.forward_intermediates(image(), indices=[1, 3], norm=False, intermediates_only=True)
+    wanted = plain.forward_intermediates(
+        image(), indices=[1, 3], norm=False, intermediates_only=True
+    )
     torch.testing.assert_close(found[0], wanted[0])
 
 
@@ -223,7 +225,9 @@ def served(tmp_path, monkeypatch):
 
 
 def released(model, file, **more):
-    arguments = argparse.Namespace(lr=5e-4, model="x", output_dir=None, nested=argparse.Namespace(a=1))
+    arguments = argparse.Namespace(
+        lr=5e-4, model="x", output_dir=None, nested=argparse.Namespace(a=1)
+    )
     torch.save({"model": model.state_dict(), "args": arguments, "epoch": 299, **more}, file)
 
 

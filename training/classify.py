@@ -80,14 +80,16 @@ class Classify:
         return Step(loss, len(targets), {"top1": correct})
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Return ``loss``, ``top1``, ``top5`` (shares) and ``count`` over the held-out images.
+    def evaluate(self, models: list[nn.Module]) -> list[dict[str, float]]:
+        """Return ``loss``, ``top1``, ``top5`` (shares) and ``count`` of each model, held out.
 
-        Each process evaluates its own part, and only the sums meet: parts may be unequal.
+        The images are read once for all models. Each process evaluates its own part, and only the
+        sums meet: parts may be unequal.
         """
-        training = model.training
-        model.eval()
-        sums = torch.zeros(4, dtype=torch.float64, device=self.accelerator.device)
+        training = [model.training for model in models]
+        for model in models:
+            model.eval()
+        sums = torch.zeros(len(models), 4, dtype=torch.float64, device=self.accelerator.device)
         set_epoch(self.loaders[1], 0)
         for batch in self.loaders[1]:
             self.bad.note(batch.bad)
@@ -95,19 +97,19 @@ class Classify:
                 continue
             self._check_targets(batch.targets)
             batch = self._move(batch)
-            with self.accelerator.autocast():
-                logits = model(batch.images)
-            sums += self._sums(logits.float(), batch.targets)
-        model.train(training)
-        loss, top1, top5, count = self.accelerator.reduce(sums, "sum").tolist()
-        if not count:
-            raise UserError("no held-out image could be decoded: there is nothing to evaluate")
-        return {
-            "loss": loss / count,
-            "top1": top1 / count,
-            "top5": top5 / count,
-            "count": int(count),
-        }
+            for model, row in zip(models, sums, strict=True):
+                with self.accelerator.autocast():
+                    logits = model(batch.images)
+                row += self._sums(logits.float(), batch.targets)
+        for model, mode in zip(models, training, strict=True):
+            model.train(mode)
+        figures: list[dict[str, float]] = []
+        for loss, top1, top5, count in self.accelerator.reduce(sums, "sum").tolist():
+            if not count:
+                raise UserError("no held-out image could be decoded: there is nothing to evaluate")
+            shares = {"loss": loss / count, "top1": top1 / count, "top5": top5 / count}
+            figures.append({**shares, "count": int(count)})
+        return figures
 
     def _sums(self, logits: Tensor, targets: Tensor) -> Tensor:
         ranked = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]

@@ -44,7 +44,7 @@ def evaluate(config: ClsConfig) -> dict[str, float]:
     held_out = _loader(config, accelerator, settings, source, training=False)
     bad = BadImages(config.data.on_bad_image, print)
     task = Classify(accelerator, (None, held_out), config.aug, num_classes, config.seed, bad)
-    figures = task.evaluate(model.to(accelerator.device))
+    (figures,) = task.evaluate([model.to(accelerator.device)])
     if accelerator.is_main_process:
         print(_verdict(figures))
     return figures

@@ -80,7 +80,7 @@ class Loop:
         self,
         batches: Callable[[int], Iterator[Any]],
         loss: Callable[[nn.Module, Any, int], Step],
-        evaluate: Callable[[nn.Module], dict[str, float]],
+        evaluate: Callable[[list[nn.Module]], list[dict[str, float]]],
         describe: Callable[[dict[str, Any]], str],
     ) -> dict[str, Any]:
         """Train all epochs; return the last epoch's record.
@@ -88,22 +88,23 @@ class Loop:
         Args:
             batches: the batches of an epoch, at least steps_per_epoch x accumulate of them.
             loss: ``loss(model, batch, step)``.
-            evaluate: figures of a model, the same in every process.
+            evaluate: figures of each of several models, the same in every process.
             describe: one line for people from an epoch's record.
         """
         record: dict[str, Any] = {}
         for epoch in range(self.plan.epochs):
             start = time.perf_counter()
+            models = [self.raw] if self.ema is None else [self.raw, self.ema.module]
             trained = self._train_epoch(epoch, batches(epoch), loss)
+            figures = evaluate(models)
             record = {
                 "epoch": epoch + 1,
                 "step": self.step,
                 "lr": max(group["lr"] for group in self.optimizer.param_groups),
                 **{f"train_{name}": value for name, value in trained.items()},
-                **evaluate(self.raw),
+                **figures[0],
             }
-            if self.ema is not None:
-                averaged = evaluate(self.ema.module)
+            for averaged in figures[1:]:
                 record.update({f"ema_{name}": value for name, value in averaged.items()})
             record["images_per_second"] = round(
                 self.progress.images_per_second * self.accelerator.num_processes, 1

@@ -7,7 +7,8 @@ def coefficients(spec):
     """alpha, beta, gamma of anything that has a spec's fields."""
     given = (spec.alpha, spec.beta, spec.gamma)
     return tuple(
-        g if g is not None else factor * spec.ratio for g, factor in zip(given, (1, 2, 8), strict=True)
+        g if g is not None else factor * spec.ratio
+        for g, factor in zip(given, (1, 2, 8), strict=True)
     )
 
 
