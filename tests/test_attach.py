@@ -579,7 +579,7 @@ def test_models_deit_is_attach(spec, size, backend):
 
 @pytest.mark.parametrize("spec", [QKV, "rpe-2.0-cross-ctx-0-k"])
 def test_half_turn(spec):
-    """An image turned by 180 degrees, tables flipped: the turned features (no absolute embedding)."""
+    """An image turned by 180 degrees, tables flipped: features turned too (no absolute embedding)."""
     model = vit(class_token=False, global_pool="avg", pos_embed="none").double().eval()
     irpe.attach(model, spec)
     fill(model)
