@@ -68,6 +68,7 @@ def image(*size, batch=2, seed=2):
 
 HOSTS = {
     "plain": {},
+    "attention dropout": {"attn_drop_rate": 0.5},  # off in evaluation
     "qk_norm": {"qk_norm": True},
     "scale_norm": {"scale_attn_norm": True},
     "gated": {"attn_layer": Gated},
@@ -579,7 +580,7 @@ def test_models_deit_is_attach(spec, size, backend):
 
 @pytest.mark.parametrize("spec", [QKV, "rpe-2.0-cross-ctx-0-k"])
 def test_half_turn(spec):
-    """An image turned by 180 degrees, tables flipped: features turned too (no absolute embedding)."""
+    """An image turned by 180 degrees, tables flipped: features turned too."""
     model = vit(class_token=False, global_pool="avg", pos_embed="none").double().eval()
     irpe.attach(model, spec)
     fill(model)

@@ -136,12 +136,12 @@ def counting():
     return backend, graphs
 
 
-def compiles(model, training):
+def compiles(model, training, sizes):
     torch._dynamo.reset()
     backend, graphs = counting()
-    model = copy.deepcopy(model).train(training)
+    model.train(training)
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    for size in SIZES:
+    for size in sizes:
         x = torch.randn(2, 3, *size)
         with torch.set_grad_enabled(training):
             found = compiled(x)
@@ -153,14 +153,18 @@ def compiles(model, training):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_deit_compiles_at_most_three_times_over_ten_sizes(training):
-    assert 1 <= compiles(deit("rpe-1.9-product-ctx-1-qkv"), training) <= 3
+    assert 1 <= compiles(deit("rpe-1.9-product-ctx-1-qkv", depth=1), training, SIZES) <= 3
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_attach_compiles_no_more_often_than_the_plain_model(training):
-    options = {**SMALL, "num_classes": 5, "dynamic_img_size": True}
-    plain = compiles(fill(VisionTransformer(**options)), training)
-    assert compiles(attached("rpe-1.9-product-ctx-1-qkv", dynamic_img_size=True), training) <= plain
+    """timm's own resizing makes a graph for each size; the encoding must not add to them."""
+    options = {"dynamic_img_size": True, "depth": 1}
+    model = fill(VisionTransformer(**{**SMALL, "num_classes": 5, **options}))
+    plain = compiles(model, training, SIZES[:4])
+    equipped = attached("rpe-1.9-product-ctx-1-qkv", **options)
+    assert compiles(equipped, training, SIZES[:4]) <= plain
+    assert compiles(equipped, training, SIZES[:1] * 3) == 1
 
 
 @pytest.mark.parametrize("make", [deit, attached])
@@ -214,7 +218,7 @@ def test_export_for_any_batch():
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_for_any_size(strict):
-    model = deit("rpe-1.9-product-ctx-1-qk").eval()
+    model = deit("rpe-1.9-product-ctx-1-qk", depth=1).eval()
     rows, columns = (
         torch.export.Dim("rows", min=2, max=30),
         torch.export.Dim("columns", min=2, max=30),
@@ -223,7 +227,7 @@ def test_export_for_any_size(strict):
     program = torch.export.export(
         model, (torch.randn(2, 3, 80, 48),), dynamic_shapes=shapes, strict=strict
     )
-    for size in ((80, 48), (48, 112), (32, 32)):
+    for size in ((80, 48), (48, 112), (32, 32), (64, 64), (64, 32)):
         x = torch.randn(2, 3, *size)
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
 
@@ -247,9 +251,11 @@ def test_a_grid_that_went_through_export():
     torch.testing.assert_close(program.module()(x), eager, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("make", [deit, attached])
-@pytest.mark.parametrize("on", ["k", "qk", "qkv"])
+@pytest.mark.parametrize(
+    ("make", "on", "training"),
+    [(attached, "k", False), (attached, "qk", False), (attached, "qkv", True), (deit, "k", True)]
+    + [(deit, "qk", True), (deit, "qkv", True), (deit, "qkv", False)],
+)
 def test_onnx(on, make, training):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
