@@ -210,7 +210,7 @@ class Sequence(Geometry):
     ) -> None:
         _check_size("length", length)
         if positions is None:
-            positions = torch.arange(length)
+            positions = torch.arange(length, device="cpu")
         for given in (positions, keys):
             if given is not None and not isinstance(given, Tensor):
                 raise IrpeError(f"positions are a tensor [L] or [B, L], not {given!r}")

@@ -54,5 +54,5 @@ def step_index(spec: RPE) -> StepIndex:
     far = (alpha + log).round().clip(max=beta)
     index = torch.where(distances <= alpha, distances, far).to(torch.int64)
     index = index.clamp(max=bound)  # float32 can round a beta just below an integer up to it
-    steps = torch.searchsorted(index, torch.arange(1, int(index.max()) + 1))
+    steps = torch.searchsorted(index, torch.arange(1, int(index.max()) + 1, device="cpu"))
     return StepIndex(tuple(steps.tolist()), bound)
