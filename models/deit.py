@@ -98,8 +98,9 @@ class DeiT(nn.Module):
         return self.forward_head(self.forward_features(image))
 
     def _absolute(self, height: int, width: int) -> Tensor:
-        # To its own size the resampling is exact; a compiled graph does it, to serve all sizes.
-        if not torch.compiler.is_dynamo_compiling() and height == width == self.side:
+        # To its own size the resampling is exact; a graph for all sizes does it there too.
+        dynamic = torch.compiler.is_dynamo_compiling() or isinstance(height + width, torch.SymInt)
+        if not dynamic and height == width == self.side:
             return self.pos_embed
         first, rest = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         square = rest.unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)
