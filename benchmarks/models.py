@@ -61,7 +61,7 @@ class OriginalAttention(nn.Module):
 
 def load_original(folder: Path) -> types.ModuleType:
     """The original's irpe.py, from a checkout of it; it wants easydict for one dict."""
-    if importlib.util.find_spec("easydict") is None:
+    if "easydict" not in sys.modules and importlib.util.find_spec("easydict") is None:
         stand_in = types.ModuleType("easydict")
         stand_in.EasyDict = type(  # type: ignore[attr-defined]
             "EasyDict", (dict,), {"__getattr__": dict.get, "__setattr__": dict.__setitem__}
