@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .backends import eager, reference, sdpa
-from .backends.call import Call
+from .backends.call import Call, autocasting
 from .backends.choose import BACKENDS, Facts, choose, obstacle
 from .errors import IrpeError
 from .terms import Term
@@ -158,7 +158,7 @@ def _validated(
             f"terms are a tuple, as an encoding's terms(geometry) returns; not {_named(terms)}"
         )
     dtype = q.dtype
-    if _autocast(q.device.type):
+    if autocasting(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         terms = tuple(Term(t.kind, t.table.to(dtype), t.buckets) for t in terms)
@@ -226,12 +226,8 @@ def _named(value: object) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
-def _autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
     # The call is cast by now; what follows chooses its own precision.
-    if _autocast(device):
+    if autocasting(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()

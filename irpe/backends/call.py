@@ -72,3 +72,8 @@ def expanded(table: Tensor, ids: Tensor) -> Tensor:
 def meet(x: Tensor, table: Tensor) -> Tensor:
     """``[B, H, R, D] @ [H | 1, D, N]``; a shared table makes one product for all heads."""
     return x @ (table[0] if table.shape[0] == 1 else table)
+
+
+def autocasting(device: str) -> bool:
+    """Whether autocast is on for this type of device; some types, as meta, have none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

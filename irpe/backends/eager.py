@@ -15,7 +15,7 @@ from torch import Tensor
 from ..buckets import BucketIds
 from ..terms import Kind, Term
 from . import reference
-from .call import Call, expanded
+from .call import Call, autocasting, expanded
 
 
 def unsupported(kinds: frozenset[str]) -> str | None:
@@ -84,7 +84,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # backward() may be called inside of autocast; this one chooses its own precision.
         device = grads[0].device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if autocasting(device):
             with torch.autocast(device, enabled=False):
                 return _Attention.backward(ctx, *grads)
         if torch.is_grad_enabled():
