@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .backends import eager, reference, sdpa
+from .backends import eager, reference, sdpa, triton
 from .backends.call import Call, autocasting
 from .backends.choose import BACKENDS, Facts, choose, obstacle
 from .errors import IrpeError
@@ -19,6 +19,7 @@ _RUN: dict[str, Callable[[Call], Tensor]] = {
     "reference": reference.attention,
     "eager": eager.attention,
     "sdpa": sdpa.attention,
+    "triton": triton.attention,
 }
 
 
@@ -44,8 +45,8 @@ def attention(
         is_causal: query i sees the keys j <= i + S - L. May be combined with ``mask``.
         dropout_p: probability that an attention probability is dropped, before the value term.
         scale: D ** -0.5 if None.
-        backend: ``reference``, ``eager``, ``sdpa``, or ``auto``, whose choice ``irpe.explain``
-            prints. A named backend computes the call or raises.
+        backend: ``reference``, ``eager``, ``sdpa``, ``triton`` (a GPU), or ``auto``, whose choice
+            ``irpe.explain`` prints. A named backend computes the call or raises.
 
     Returns:
         ``[B, H, L, D]`` of q's dtype. A query that sees no key gives 0, and zero gradients.

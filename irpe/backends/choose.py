@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch.autograd import forward_ad
 
-from . import eager, sdpa
+from . import eager, sdpa, triton
 from .call import Call
 
-BACKENDS = ("reference", "eager", "sdpa")
+BACKENDS = ("reference", "eager", "sdpa", "triton")
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,38 +16,64 @@ class Facts:
     """All that the choice depends on.
 
     Args:
-        kinds: kinds of the terms. device: its type. traced: torch.compile, export, a trace, forward
-            mode or a torch.func transform is on. mask_grad: the mask wants a gradient.
+        kinds: kinds of the terms. gain_maps: bucket functions among the gain terms.
+        device: its type. dtype: of q. head_dim: the wider of q's and v's. pairs: L * S.
+        compiled: torch.compile is on. traced: export, a trace, forward mode or a torch.func
+            transform is. mask_grad: the mask wants a gradient.
+        no_triton: why Triton cannot run on q's device, None if it can.
     """
 
     kinds: frozenset[str]
+    gain_maps: int
     device: str
+    dtype: torch.dtype
+    head_dim: int
+    pairs: int
+    compiled: bool
     traced: bool
     mask_grad: bool
+    no_triton: str | None
 
     @classmethod
     def of(cls, call: Call) -> "Facts":
+        q, v = call.q, call.v
+        exported = torch.compiler.is_exporting()
+        gains = {(t.buckets.function, t.buckets.by_key) for t in call.terms if t.kind == "gain"}
         return cls(
             kinds=frozenset(term.kind for term in call.terms),
-            device=call.q.device.type,
-            traced=torch.compiler.is_compiling()
+            gain_maps=len(gains),
+            device=q.device.type,
+            dtype=q.dtype,
+            head_dim=max(q.shape[-1], v.shape[-1]),
+            pairs=0 if exported or torch.jit.is_tracing() else q.shape[-2] * v.shape[-2],
+            compiled=torch.compiler.is_compiling() and not exported,
+            traced=exported
             or torch.jit.is_tracing()
             or torch._C._are_functorch_transforms_active()
             or forward_ad._current_level >= 0,
             mask_grad=call.mask is not None and call.mask.requires_grad,
+            no_triton=triton.absent(q.device),
         )
 
 
 def obstacle(backend: str, facts: Facts) -> str | None:
     """Why a backend cannot compute such a call; None if it can."""
     if backend == "eager":
-        if facts.traced:
+        if facts.traced or facts.compiled:
             return "its written-out backward cannot be traced or transformed"
         if facts.mask_grad:
             return "it gives no gradient to the mask"
         return eager.unsupported(facts.kinds)
     if backend == "sdpa":
         return sdpa.unsupported(facts.kinds)
+    if backend == "triton":
+        if facts.no_triton is not None:
+            return facts.no_triton
+        if facts.traced:
+            return "an exported or transformed graph has plain operations only"
+        if facts.mask_grad:
+            return "it gives no gradient to the mask"
+        return triton.unsupported(facts.dtype, facts.head_dim, facts.pairs, facts.gain_maps)
     return None
 
 
@@ -67,9 +93,16 @@ def choose(facts: Facts) -> tuple[str, list[str]]:
 def _preference(facts: Facts) -> list[tuple[str, str]]:
     reference = ("reference", "plain torch, computes everything")
     fewest = ("eager", "fewest passes over the logits, measured fastest on a CPU")
-    fused = ("sdpa", "torch's fused kernel takes the terms as one bias (predicted, not measured)")
+    fused = ("triton", "one kernel each way, no bias in memory (predicted fastest, not measured)")
+    biased = ("sdpa", "torch's fused kernel takes the terms as one bias (predicted, not measured)")
+    traced = ("reference", "plain operations, which a compiler fuses and an exporter knows")
     if facts.traced:
-        return [("reference", "plain operations, which a compiler fuses and an exporter knows")]
+        return [traced]
     if facts.device == "cuda":
-        return [fused, ("eager", "least memory of the ways that compute a value term"), reference]
-    return [fewest, reference]
+        return [
+            fused,
+            biased,
+            ("eager", "least memory of the ways that compute a value term"),
+            reference,
+        ]
+    return [traced] if facts.compiled else [fewest, reference]

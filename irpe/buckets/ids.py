@@ -59,6 +59,18 @@ class BucketIds:
         ids = ids + (rows if self.by_key else rows.unsqueeze(-1))
         return ids.reshape(-1, 1, ids.shape[-2] * ids.shape[-1])
 
+    def compact(self, device: torch.device) -> Tensor:
+        """Ids ``[1 | B, L, S']`` of the fewest bytes, S' the next multiple of 16; for kernels."""
+        ids = self._dense(device)
+        small = next(d for d in (torch.uint8, torch.int16, torch.int32) if fits(self.size, d))
+        ids = F.pad(ids.to(small), (0, -ids.shape[-1] % 16))
+        return ids.reshape(-1, *ids.shape[-2:])
+
+
+def fits(size: int, dtype: torch.dtype) -> bool:
+    """Whether ids below size can be held."""
+    return size - 1 <= torch.iinfo(dtype).max
+
 
 def bucket_ids(
     spec: str | RPE, geometry: Geometry, device: torch.device | str = "cpu"

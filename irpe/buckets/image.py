@@ -29,6 +29,11 @@ class ImageBuckets:
         side = 2 * self.index.bound + 1
         return side * side if self.method == "product" else side
 
+    @property
+    def opposite(self) -> str:
+        """Id of the negated offset: "reversed" (size - 1 - id), or the "same" id."""
+        return "reversed" if self.method in ("product", "rows", "columns") else "same"
+
     def __call__(self, offsets: Tensor) -> Tensor:
         """Bucket ids int64 ``[...]`` of integer offsets ``[..., 2]``."""
         if offsets.shape[-1] != 2:

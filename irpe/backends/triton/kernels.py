@@ -1,0 +1,298 @@
+"""Attention with rows of numbers per token and bucket: forward, bucket mass, two backward passes.
+
+Every kernel but the first recomputes the probabilities from q, k, the rows, the maps of ids and
+the saved logarithms; nothing of size ``[B, H, L, S]`` reaches memory.
+
+Shapes: q ``[B, H, L, D]``, k ``[B, G, S, D]``, v ``[B, G, S, E]``, out ``[B, H, L, E]``, by
+strides; rows ``[H, B, L, W]`` (SHARED: ``[H | 1, W]`` for all queries), columns ``[H, B, S, W]``,
+gain ``[H | 1, W]``, lse and delta ``[H, B, L]``; ids ``[MAPS, B | 1, L, S']``, transposed in the
+column pass.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    LOG2E,
+    add_gathered,
+    drop,
+    load_gain,
+    load_rows,
+    masked,
+    pair_logits,
+    scatter,
+    store_rows,
+)  # fmt: skip
+
+# Their values would make variants of a kernel without need.
+PLAIN = ["B", "H", "GROUP", "L", "S"]
+
+
+@triton.jit
+def program(length, H, BLOCK: tl.constexpr):
+    """The tokens of this program, and its batch times heads, batch and head."""
+    tiles = tl.cdiv(length, BLOCK)
+    tile = tl.program_id(0) % tiles
+    bh = tl.program_id(0) // tiles
+    return tile * BLOCK + tl.arange(0, BLOCK), bh, (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+
+
+@triton.jit
+def last_key(i, L, S, CAUSAL: tl.constexpr):
+    """One past the last key that queries i can see."""
+    end = S
+    if CAUSAL:
+        end = tl.minimum(S, tl.maximum(tl.max(i) + 1 + S - L, 0))
+    return end
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def forward(
+    q, k, v, out, lse, ids, rows, columns, gain, mask, seed,
+    q_sb, q_sh, q_sl, k_sb, k_sh, k_sl, v_sb, v_sh, v_sl, o_sb, o_sh, o_sl,
+    ids_sm, ids_sb, ids_so, rows_sh, gain_sh, mask_sb, mask_sh, mask_sl, mask_ss,
+    B, H, GROUP, L, S, scale, dropout,
+    D: tl.constexpr, E: tl.constexpr, D_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr,
+    MAPS: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr,
+    COLUMNS: tl.constexpr, GAIN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Writes out, and lse: the logarithm to base 2 of each row's sum."""
+    i, bh, b, h = program(L, H, BM)
+    k += b * k_sb + h // GROUP * k_sh
+    v += b * v_sb + h // GROUP * v_sh
+    ids += b * ids_sb
+    rows += h * rows_sh if SHARED else (h * B + b) * L * (MAPS * N)
+    columns += (h * B + b) * S * (MAPS * N)
+    gain += h * gain_sh
+    mask += b * mask_sb + h * mask_sh
+    row_step = 0 if SHARED else MAPS * N
+
+    queries = load_rows(q + b * q_sb + h * q_sh, i, q_sl, L, D, D_BLOCK)
+    queries = (queries * scale).to(queries.dtype)
+    best = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, E_BLOCK], tl.float32)
+    for start in range(0, last_key(i, L, S, CAUSAL), BN):
+        j = start + tl.arange(0, BN)
+        valid = (i[:, None] < L) & (j[None, :] < S)
+        keys = load_rows(k, j, k_sl, S, D, D_BLOCK)
+        logits, _ = pair_logits(
+            queries, keys, rows, row_step, ROWS, columns, MAPS * N, COLUMNS, gain, GAIN,
+            ids, i, j, ids_sm, ids_so, valid, MAPS, N, PRECISION,
+        )  # fmt: skip
+        logits = masked(
+            logits, i[:, None], j[None, :], valid, mask, mask_sl, mask_ss, L, S, MASK, CAUSAL
+        )
+        higher = tl.maximum(best, tl.max(logits, 1) * LOG2E)
+        # A row that saw nothing yet has no best: any finite number keeps its sums at zero.
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink = tl.exp2(best - shift)
+        p = tl.exp2(logits * LOG2E - shift[:, None])
+        total = total * shrink + tl.sum(p, 1)
+        if DROPOUT:
+            p = drop(p, seed, bh, i[:, None], j[None, :], S, dropout)
+        values = load_rows(v, j, v_sl, S, E, E_BLOCK)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+        best = higher
+    seen = total > 0.0
+    total = tl.where(seen, total, 1.0)
+    store_rows(out + b * o_sb + h * o_sh, acc / total[:, None], i, o_sl, L, E, E_BLOCK)
+    # A row that sees nothing gets zero: exp2(-inf - 0), every probability of it, is zero.
+    logarithm = tl.where(seen, best, 0.0) + tl.log2(total)
+    tl.store(lse + (h * B + b) * L + i, logarithm, mask=i < L)
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def mass(
+    q, k, lse, sums, ids, rows, columns, gain, mask, seed,
+    q_sb, q_sh, q_sl, k_sb, k_sh, k_sl,
+    ids_sm, ids_sb, ids_so, rows_sh, gain_sh, mask_sb, mask_sh, mask_sl, mask_ss,
+    B, H, GROUP, L, S, scale, dropout,
+    D: tl.constexpr, D_BLOCK: tl.constexpr,
+    MAPS: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr,
+    COLUMNS: tl.constexpr, MASS: tl.constexpr, GAIN: tl.constexpr, MASK: tl.constexpr,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, DETERMINISTIC: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """sums ``[H, B, L, W]`` += the probability in each bucket of each query."""
+    i, bh, b, h = program(L, H, BM)
+    k += b * k_sb + h // GROUP * k_sh
+    ids += b * ids_sb
+    rows += h * rows_sh if SHARED else (h * B + b) * L * (MAPS * N)
+    columns += (h * B + b) * S * (MAPS * N)
+    gain += h * gain_sh
+    mask += b * mask_sb + h * mask_sh
+    sums += (h * B + b) * L * (MAPS * N)
+    row_step = 0 if SHARED else MAPS * N
+
+    queries = load_rows(q + b * q_sb + h * q_sh, i, q_sl, L, D, D_BLOCK)
+    queries = (queries * scale).to(queries.dtype)
+    shift = tl.load(lse + (h * B + b) * L + i, mask=i < L, other=float("inf"))
+    for start in range(0, last_key(i, L, S, CAUSAL), BN):
+        j = start + tl.arange(0, BN)
+        valid = (i[:, None] < L) & (j[None, :] < S)
+        keys = load_rows(k, j, k_sl, S, D, D_BLOCK)
+        logits, _ = pair_logits(
+            queries, keys, rows, row_step, ROWS, columns, MAPS * N, COLUMNS, gain, GAIN,
+            ids, i, j, ids_sm, ids_so, valid, MAPS, N, PRECISION,
+        )  # fmt: skip
+        logits = masked(
+            logits, i[:, None], j[None, :], valid, mask, mask_sl, mask_ss, L, S, MASK, CAUSAL
+        )
+        p = tl.exp2(logits * LOG2E - shift[:, None])
+        if DROPOUT:
+            p = drop(p, seed, bh, i[:, None], j[None, :], S, dropout)
+        scatter(sums, p, MASS, ids, i, j, ids_sm, ids_so, valid, MAPS, N, DETERMINISTIC)
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def row_pass(
+    q, k, v, out, grad, lse, delta, masses, grad_mass, grad_q, grad_rows, grad_gain,
+    ids, rows, columns, gain, mask, seed,
+    q_sb, q_sh, q_sl, k_sb, k_sh, k_sl, v_sb, v_sh, v_sl, o_sb, o_sh, o_sl, g_sb, g_sh, g_sl,
+    gq_sb, gq_sh, gq_sl,
+    ids_sm, ids_sb, ids_so, rows_sh, gain_sh, mask_sb, mask_sh, mask_sl, mask_ss,
+    B, H, GROUP, L, S, scale, dropout,
+    D: tl.constexpr, E: tl.constexpr, D_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr,
+    MAPS: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr,
+    COLUMNS: tl.constexpr, MASS: tl.constexpr, GRAD_ROWS: tl.constexpr, GAIN: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    DETERMINISTIC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Writes grad_q and delta = sum_j p dp; adds to grad_rows and grad_gain ``[H, B, L, W]``."""
+    i, bh, b, h = program(L, H, BM)
+    own = (h * B + b) * L
+    k += b * k_sb + h // GROUP * k_sh
+    v += b * v_sb + h // GROUP * v_sh
+    ids += b * ids_sb
+    rows += h * rows_sh if SHARED else own * (MAPS * N)
+    columns += (h * B + b) * S * (MAPS * N)
+    gain += h * gain_sh
+    mask += b * mask_sb + h * mask_sh
+    masses += own * (MAPS * N)
+    grad_mass += own * (MAPS * N)
+    grad_rows += own * (MAPS * N)
+    grad_gain += own * (MAPS * N)
+    row_step = 0 if SHARED else MAPS * N
+
+    queries = load_rows(q + b * q_sb + h * q_sh, i, q_sl, L, D, D_BLOCK)
+    queries = (queries * scale).to(queries.dtype)
+    flow = load_rows(grad + b * g_sb + h * g_sh, i, g_sl, L, E, E_BLOCK)
+    shift = tl.load(lse + own + i, mask=i < L, other=float("inf"))
+    outs = load_rows(out + b * o_sb + h * o_sh, i, o_sl, L, E, E_BLOCK)
+    mean = tl.sum(outs.to(tl.float32) * flow.to(tl.float32), 1)
+    if MASS > 0:
+        for at in range(0, MAPS * N, 16):
+            column = at + tl.arange(0, 16)[None, :]
+            inside = i[:, None] < L
+            place = i[:, None] * (MAPS * N) + column
+            held = tl.load(masses + place, mask=inside, other=0.0).to(tl.float32)
+            mean += tl.sum(
+                held * tl.load(grad_mass + place, mask=inside, other=0.0).to(tl.float32), 1
+            )
+    tl.store(delta + own + i, mean, mask=i < L)
+    acc = tl.zeros([BM, D_BLOCK], tl.float32)
+    for start in range(0, last_key(i, L, S, CAUSAL), BN):
+        j = start + tl.arange(0, BN)
+        valid = (i[:, None] < L) & (j[None, :] < S)
+        keys = load_rows(k, j, k_sl, S, D, D_BLOCK)
+        logits, content = pair_logits(
+            queries, keys, rows, row_step, ROWS, columns, MAPS * N, COLUMNS, gain, GAIN,
+            ids, i, j, ids_sm, ids_so, valid, MAPS, N, PRECISION,
+        )  # fmt: skip
+        logits = masked(
+            logits, i[:, None], j[None, :], valid, mask, mask_sl, mask_ss, L, S, MASK, CAUSAL
+        )
+        p = tl.exp2(logits * LOG2E - shift[:, None])
+        values = load_rows(v, j, v_sl, S, E, E_BLOCK)
+        dp = tl.zeros([BM, BN], tl.float32)
+        dp = add_gathered(
+            dp, grad_mass, i[:, None] * (MAPS * N), MASS, ids, i, j, ids_sm, ids_so, valid, MAPS, N
+        )
+        dp = tl.dot(flow, tl.trans(values), dp, input_precision=PRECISION)
+        if DROPOUT:
+            dp = drop(dp, seed, bh, i[:, None], j[None, :], S, dropout)
+        ds = p * (dp - mean[:, None])
+        scatter(grad_rows, ds, GRAD_ROWS, ids, i, j, ids_sm, ids_so, valid, MAPS, N, DETERMINISTIC)
+        if GAIN >= 0:
+            scatter(
+                grad_gain, ds * content, 1 << GAIN, ids, i, j, ids_sm, ids_so, valid, MAPS, N,
+                DETERMINISTIC,
+            )  # fmt: skip
+            ds *= load_gain(gain, GAIN, ids, i, j, ids_sm, ids_so, valid, N)
+        acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
+    store_rows(grad_q + b * gq_sb + h * gq_sh, acc * scale, i, gq_sl, L, D, D_BLOCK)
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def column_pass(
+    q, k, v, grad, lse, delta, grad_mass, grad_k, grad_v, grad_columns,
+    ids, rows, columns, gain, mask, seed,
+    q_sb, q_sh, q_sl, k_sb, k_sh, k_sl, v_sb, v_sh, v_sl, g_sb, g_sh, g_sl,
+    gk_sb, gk_sh, gk_sl, gv_sb, gv_sh, gv_sl,
+    ids_sm, ids_sb, ids_so, rows_sh, gain_sh, mask_sb, mask_sh, mask_sl, mask_ss,
+    B, H, GROUP, L, S, scale, dropout,
+    D: tl.constexpr, E: tl.constexpr, D_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr,
+    MAPS: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr,
+    COLUMNS: tl.constexpr, MASS: tl.constexpr, GRAD_COLUMNS: tl.constexpr, GAIN: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    DETERMINISTIC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Writes grad_k and grad_v; adds to grad_columns ``[H, B, S, W]``. Tiles are ``[BN, BM]``."""
+    j, _, b, kv = program(S, H // GROUP, BN)
+    ids += b * ids_sb
+    keys = load_rows(k + b * k_sb + kv * k_sh, j, k_sl, S, D, D_BLOCK)
+    values = load_rows(v + b * v_sb + kv * v_sh, j, v_sl, S, E, E_BLOCK)
+    row_step = 0 if SHARED else MAPS * N
+    acc_k = tl.zeros([BN, D_BLOCK], tl.float32)
+    acc_v = tl.zeros([BN, E_BLOCK], tl.float32)
+    first = 0
+    if CAUSAL:
+        first = tl.maximum(tl.min(j) - (S - L), 0) // BM * BM
+    for member in range(GROUP):
+        h = kv * GROUP + member
+        bh = (b * H + h).to(tl.int32)
+        stream = (h * B + b) * L
+        h_rows = rows + (h * rows_sh if SHARED else stream * (MAPS * N))
+        own_at = (h * B + b) * S * (MAPS * N)
+        for start in range(first, L, BM):
+            i = start + tl.arange(0, BM)
+            valid = (j[:, None] < S) & (i[None, :] < L)
+            queries = load_rows(q + b * q_sb + h * q_sh, i, q_sl, L, D, D_BLOCK)
+            queries = (queries * scale).to(queries.dtype)
+            logits, _ = pair_logits(
+                keys, queries, columns + own_at, MAPS * N, COLUMNS, h_rows, row_step, ROWS,
+                gain + h * gain_sh, GAIN, ids, j, i, ids_sm, ids_so, valid, MAPS, N, PRECISION,
+            )  # fmt: skip
+            logits = masked(
+                logits, i[None, :], j[:, None], valid, mask + b * mask_sb + h * mask_sh,
+                mask_sl, mask_ss, L, S, MASK, CAUSAL,
+            )  # fmt: skip
+            shift = tl.load(lse + stream + i, mask=i < L, other=float("inf"))
+            p = tl.exp2(logits * LOG2E - shift[None, :])
+            flow = load_rows(grad + b * g_sb + h * g_sh, i, g_sl, L, E, E_BLOCK)
+            given = p
+            if DROPOUT:
+                given = drop(p, seed, bh, i[None, :], j[:, None], S, dropout)
+            acc_v = tl.dot(given.to(flow.dtype), flow, acc_v, input_precision=PRECISION)
+            dp = tl.zeros([BN, BM], tl.float32)
+            dp = add_gathered(
+                dp, grad_mass + stream * (MAPS * N), i[None, :] * (MAPS * N), MASS,
+                ids, j, i, ids_sm, ids_so, valid, MAPS, N,
+            )  # fmt: skip
+            dp = tl.dot(values, tl.trans(flow), dp, input_precision=PRECISION)
+            if DROPOUT:
+                dp = drop(dp, seed, bh, i[None, :], j[:, None], S, dropout)
+            mean = tl.load(delta + stream + i, mask=i < L, other=0.0)
+            ds = p * (dp - mean[None, :])
+            scatter(
+                grad_columns + own_at, ds, GRAD_COLUMNS, ids, j, i, ids_sm, ids_so, valid, MAPS, N,
+                DETERMINISTIC,
+            )  # fmt: skip
+            if GAIN >= 0:
+                ds *= load_gain(gain + h * gain_sh, GAIN, ids, j, i, ids_sm, ids_so, valid, N)
+            acc_k = tl.dot(ds.to(queries.dtype), queries, acc_k, input_precision=PRECISION)
+    store_rows(grad_k + b * gk_sb + kv * gk_sh, acc_k, j, gk_sl, S, D, D_BLOCK)
+    store_rows(grad_v + b * gv_sb + kv * gv_sh, acc_v, j, gv_sl, S, E, E_BLOCK)

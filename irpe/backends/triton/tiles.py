@@ -1,0 +1,137 @@
+"""Pieces of kernels: what a tile of pairs needs, in either orientation.
+
+A tile holds the pairs of the tokens *owned* by a program (its rows) and of tokens *streamed* past
+it (its columns). Forward and row pass own queries; the column pass owns keys. Tables come as rows
+of numbers, one number per bucket: the rows of an owned token are private to its program.
+
+Shapes: R owned and C streamed tokens, MAPS maps of bucket ids, N padded buckets of one map,
+W = MAPS * N numbers in a row. Sets of maps (OWN, STREAM, USED) are bit masks.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_rows(base, index, step, length, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows ``[R, BLOCK]`` of a matrix with unit last stride; zero past its edges."""
+    column = tl.arange(0, BLOCK)
+    inside = index[:, None] < length
+    if WIDTH != BLOCK:
+        inside &= column[None, :] < WIDTH
+    return tl.load(base + index[:, None] * step + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(base, values, index, step, length, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The reverse of ``load_rows``."""
+    column = tl.arange(0, BLOCK)
+    inside = index[:, None] < length
+    if WIDTH != BLOCK:
+        inside &= column[None, :] < WIDTH
+    values = values.to(base.dtype.element_ty)
+    tl.store(base + index[:, None] * step + column[None, :], values, mask=inside)
+
+
+@triton.jit
+def load_ids(ids, m, own, stream, ids_sm, ids_so, valid):
+    """Bucket ids ``[R, C]`` of map m."""
+    pointer = ids + m * ids_sm + own[:, None] * ids_so + stream[None, :]
+    return tl.load(pointer, mask=valid, other=0).to(tl.int32)
+
+
+@triton.jit
+def add_gathered(
+    tile, rows, at, USED: tl.constexpr, ids, own, stream, ids_sm, ids_so, valid,
+    MAPS: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """``tile[r, c]`` + the sum over maps m of ``rows[at + m * N + id[r, c]]``, float32."""
+    for m in tl.static_range(MAPS):
+        if (USED >> m) & 1:
+            index = load_ids(ids, m, own, stream, ids_sm, ids_so, valid)
+            tile += tl.load(rows + at + (m * N) + index, mask=valid, other=0.0).to(tl.float32)
+    return tile
+
+
+@triton.jit
+def scatter(
+    rows, tile, USED: tl.constexpr, ids, own, stream, ids_sm, ids_so, valid,
+    MAPS: tl.constexpr, N: tl.constexpr, DETERMINISTIC: tl.constexpr,
+):  # fmt: skip
+    """``rows[r, m * N + id[r, c]] += tile[r, c]``; rows are float32 and private to the program."""
+    for m in tl.static_range(MAPS):
+        if (USED >> m) & 1:
+            target = rows + own * (MAPS * N) + m * N
+            index = load_ids(ids, m, own, stream, ids_sm, ids_so, valid)
+            if DETERMINISTIC:
+                # One address per token and step, hence one order of additions.
+                some = tl.max(valid.to(tl.int32), 1) > 0
+                for n in range(N):
+                    part = tl.sum(tl.where((index == n) & valid, tile, 0.0), 1)
+                    tl.atomic_add(target + n, part, mask=some, sem="relaxed")
+            else:
+                tl.atomic_add(target[:, None] + index, tile, mask=valid, sem="relaxed")
+
+
+@triton.jit
+def pair_logits(
+    owned, streamed, own_rows, own_step, OWN: tl.constexpr,
+    stream_rows, stream_step, STREAM: tl.constexpr, gain, GAIN: tl.constexpr,
+    ids, own, stream, ids_sm, ids_so, valid,
+    MAPS: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Logits ``[R, C]`` without masks, and their content part before the gain.
+
+    The gathered numbers enter the product as its accumulator: that keeps them in the layout of
+    the matrix unit, where an addition afterwards would make the compiler compute the softmax twice.
+    """
+    start = tl.zeros([owned.shape[0], streamed.shape[0]], tl.float32)
+    start = add_gathered(
+        start, own_rows, own[:, None] * own_step, OWN, ids, own, stream, ids_sm, ids_so, valid,
+        MAPS, N,
+    )  # fmt: skip
+    start = add_gathered(
+        start, stream_rows, stream[None, :] * stream_step, STREAM, ids, own, stream, ids_sm, ids_so,
+        valid, MAPS, N,
+    )  # fmt: skip
+    if GAIN < 0:
+        logits = tl.dot(owned, tl.trans(streamed), start, input_precision=PRECISION)
+        content = logits
+    else:
+        content = tl.dot(owned, tl.trans(streamed), input_precision=PRECISION)
+        logits = content * load_gain(gain, GAIN, ids, own, stream, ids_sm, ids_so, valid, N) + start
+    return logits, content
+
+
+@triton.jit
+def load_gain(gain, m: tl.constexpr, ids, own, stream, ids_sm, ids_so, valid, N: tl.constexpr):
+    """Factors of the content logits, float32 ``[R, C]``."""
+    index = load_ids(ids, m, own, stream, ids_sm, ids_so, valid)
+    return tl.load(gain + m * N + index, mask=valid, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def masked(
+    logits, i, j, valid, mask, mask_sl, mask_ss, L, S, MASK: tl.constexpr, CAUSAL: tl.constexpr
+):
+    """Logits with -inf where a pair is not seen; queries i and keys j broadcast to the tile."""
+    if CAUSAL:
+        valid &= j <= i + (S - L)
+    logits = tl.where(valid, logits, float("-inf"))
+    if MASK == "bool":
+        seen = tl.load(mask + i * mask_sl + j * mask_ss, mask=valid, other=0)
+        logits = tl.where(seen != 0, logits, float("-inf"))
+    if MASK == "float":
+        added = tl.load(mask + i * mask_sl + j * mask_ss, mask=valid, other=0.0).to(tl.float32)
+        # Masks of the lowest number stay finite when they are added and scaled.
+        logits += tl.where(added == float("-inf"), added, tl.maximum(added, -1.0e38))
+    return logits
+
+
+@triton.jit
+def drop(tile, seed, bh, i, j, S, p):
+    """Dropout with the same random number for a pair in every pass."""
+    keep = tl.rand(tl.load(seed) + bh, i * S + j) >= p
+    return tl.where(keep, tile * tl.where(p < 1.0, 1.0 / (1.0 - p), 0.0), 0.0)
