@@ -60,10 +60,9 @@ class BucketIds:
         return ids.reshape(-1, 1, ids.shape[-2] * ids.shape[-1])
 
     def compact(self, device: torch.device) -> Tensor:
-        """Ids ``[1 | B, L, S']`` of the fewest bytes, S' the next multiple of 16; for kernels."""
-        ids = self._dense(device)
+        """Ids ``[1 | B, L, S]`` of the fewest bytes, for kernels."""
         small = next(d for d in (torch.uint8, torch.int16, torch.int32) if fits(self.size, d))
-        ids = F.pad(ids.to(small), (0, -ids.shape[-1] % 16))
+        ids = self._dense(device).to(small)
         return ids.reshape(-1, *ids.shape[-2:])
 
 

@@ -66,7 +66,7 @@ def forward(
     columns += (h * B + b) * S * (MAPS * N)
     gain += h * gain_sh
     mask += b * mask_sb + h * mask_sh
-    row_step = 0 if SHARED else MAPS * N
+    rows_at = tl.minimum(i, L - 1) * (0 if SHARED else MAPS * N)
 
     queries = load_rows(q + b * q_sb + h * q_sh, i, q_sl, L, D, D_BLOCK)
     queries = (queries * scale).to(queries.dtype)
@@ -75,15 +75,13 @@ def forward(
     acc = tl.zeros([BM, E_BLOCK], tl.float32)
     for start in range(0, last_key(i, L, S, CAUSAL), BN):
         j = start + tl.arange(0, BN)
-        valid = (i[:, None] < L) & (j[None, :] < S)
+        columns_at = tl.minimum(j, S - 1) * (MAPS * N)
         keys = load_rows(k, j, k_sl, S, D, D_BLOCK)
-        logits, _ = pair_logits(
-            queries, keys, rows, row_step, ROWS, columns, MAPS * N, COLUMNS, gain, GAIN,
-            ids, i, j, ids_sm, ids_so, valid, MAPS, N, PRECISION,
+        logits, content = pair_logits(
+            queries, keys, rows, rows_at, ROWS, columns, columns_at, COLUMNS, gain, GAIN,
+            ids, i, j, ids_sm, ids_so, MAPS, N, PRECISION,
         )  # fmt: skip
-        logits = masked(
-            logits, i[:, None], j[None, :], valid, mask, mask_sl, mask_ss, L, S, MASK, CAUSAL
-        )
+        logits = masked(logits, i[:, None], j[None, :], mask, mask_sl, mask_ss, L, S, MASK, CAUSAL)
         higher = tl.maximum(best, tl.max(logits, 1) * LOG2E)
         # A row that saw nothing yet has no best: any finite number keeps its sums at zero.
         shift = tl.where(higher == float("-inf"), 0.0, higher)
@@ -125,26 +123,24 @@ def mass(
     gain += h * gain_sh
     mask += b * mask_sb + h * mask_sh
     sums += (h * B + b) * L * (MAPS * N)
-    row_step = 0 if SHARED else MAPS * N
+    rows_at = tl.minimum(i, L - 1) * (0 if SHARED else MAPS * N)
 
     queries = load_rows(q + b * q_sb + h * q_sh, i, q_sl, L, D, D_BLOCK)
     queries = (queries * scale).to(queries.dtype)
     shift = tl.load(lse + (h * B + b) * L + i, mask=i < L, other=float("inf"))
     for start in range(0, last_key(i, L, S, CAUSAL), BN):
         j = start + tl.arange(0, BN)
-        valid = (i[:, None] < L) & (j[None, :] < S)
+        columns_at = tl.minimum(j, S - 1) * (MAPS * N)
         keys = load_rows(k, j, k_sl, S, D, D_BLOCK)
-        logits, _ = pair_logits(
-            queries, keys, rows, row_step, ROWS, columns, MAPS * N, COLUMNS, gain, GAIN,
-            ids, i, j, ids_sm, ids_so, valid, MAPS, N, PRECISION,
+        logits, content = pair_logits(
+            queries, keys, rows, rows_at, ROWS, columns, columns_at, COLUMNS, gain, GAIN,
+            ids, i, j, ids_sm, ids_so, MAPS, N, PRECISION,
         )  # fmt: skip
-        logits = masked(
-            logits, i[:, None], j[None, :], valid, mask, mask_sl, mask_ss, L, S, MASK, CAUSAL
-        )
+        logits = masked(logits, i[:, None], j[None, :], mask, mask_sl, mask_ss, L, S, MASK, CAUSAL)
         p = tl.exp2(logits * LOG2E - shift[:, None])
         if DROPOUT:
             p = drop(p, seed, bh, i[:, None], j[None, :], S, dropout)
-        scatter(sums, p, MASS, ids, i, j, ids_sm, ids_so, valid, MAPS, N, DETERMINISTIC)
+        scatter(sums, p, MASS, ids, i, L, j, ids_sm, ids_so, MAPS, N, DETERMINISTIC)
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -175,7 +171,7 @@ def row_pass(
     grad_mass += own * (MAPS * N)
     grad_rows += own * (MAPS * N)
     grad_gain += own * (MAPS * N)
-    row_step = 0 if SHARED else MAPS * N
+    rows_at = tl.minimum(i, L - 1) * (0 if SHARED else MAPS * N)
 
     queries = load_rows(q + b * q_sb + h * q_sh, i, q_sl, L, D, D_BLOCK)
     queries = (queries * scale).to(queries.dtype)
@@ -193,35 +189,32 @@ def row_pass(
                 held * tl.load(grad_mass + place, mask=inside, other=0.0).to(tl.float32), 1
             )
     tl.store(delta + own + i, mean, mask=i < L)
+    mass_at = tl.minimum(i, L - 1) * (MAPS * N)
     acc = tl.zeros([BM, D_BLOCK], tl.float32)
     for start in range(0, last_key(i, L, S, CAUSAL), BN):
         j = start + tl.arange(0, BN)
-        valid = (i[:, None] < L) & (j[None, :] < S)
+        columns_at = tl.minimum(j, S - 1) * (MAPS * N)
         keys = load_rows(k, j, k_sl, S, D, D_BLOCK)
         logits, content = pair_logits(
-            queries, keys, rows, row_step, ROWS, columns, MAPS * N, COLUMNS, gain, GAIN,
-            ids, i, j, ids_sm, ids_so, valid, MAPS, N, PRECISION,
+            queries, keys, rows, rows_at, ROWS, columns, columns_at, COLUMNS, gain, GAIN,
+            ids, i, j, ids_sm, ids_so, MAPS, N, PRECISION,
         )  # fmt: skip
-        logits = masked(
-            logits, i[:, None], j[None, :], valid, mask, mask_sl, mask_ss, L, S, MASK, CAUSAL
-        )
+        logits = masked(logits, i[:, None], j[None, :], mask, mask_sl, mask_ss, L, S, MASK, CAUSAL)
         p = tl.exp2(logits * LOG2E - shift[:, None])
         values = load_rows(v, j, v_sl, S, E, E_BLOCK)
         dp = tl.zeros([BM, BN], tl.float32)
-        dp = add_gathered(
-            dp, grad_mass, i[:, None] * (MAPS * N), MASS, ids, i, j, ids_sm, ids_so, valid, MAPS, N
-        )
+        dp = add_gathered(dp, grad_mass, mass_at[:, None], MASS, ids, i, j, ids_sm, ids_so, MAPS, N)
         dp = tl.dot(flow, tl.trans(values), dp, input_precision=PRECISION)
         if DROPOUT:
             dp = drop(dp, seed, bh, i[:, None], j[None, :], S, dropout)
         ds = p * (dp - mean[:, None])
-        scatter(grad_rows, ds, GRAD_ROWS, ids, i, j, ids_sm, ids_so, valid, MAPS, N, DETERMINISTIC)
+        scatter(grad_rows, ds, GRAD_ROWS, ids, i, L, j, ids_sm, ids_so, MAPS, N, DETERMINISTIC)
         if GAIN >= 0:
             scatter(
-                grad_gain, ds * content, 1 << GAIN, ids, i, j, ids_sm, ids_so, valid, MAPS, N,
+                grad_gain, ds * content, 1 << GAIN, ids, i, L, j, ids_sm, ids_so, MAPS, N,
                 DETERMINISTIC,
             )  # fmt: skip
-            ds *= load_gain(gain, GAIN, ids, i, j, ids_sm, ids_so, valid, N)
+            ds *= load_gain(gain, GAIN, ids, i, j, ids_sm, ids_so, N)
         acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
     store_rows(grad_q + b * gq_sb + h * gq_sh, acc * scale, i, gq_sl, L, D, D_BLOCK)
 
@@ -241,11 +234,11 @@ def column_pass(
     DETERMINISTIC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Writes grad_k and grad_v; adds to grad_columns ``[H, B, S, W]``. Tiles are ``[BN, BM]``."""
-    j, _, b, kv = program(S, H // GROUP, BN)
+    j, bkv, b, kv = program(S, H // GROUP, BN)
     ids += b * ids_sb
     keys = load_rows(k + b * k_sb + kv * k_sh, j, k_sl, S, D, D_BLOCK)
     values = load_rows(v + b * v_sb + kv * v_sh, j, v_sl, S, E, E_BLOCK)
-    row_step = 0 if SHARED else MAPS * N
+    columns_at = tl.minimum(j, S - 1) * (MAPS * N)
     acc_k = tl.zeros([BN, D_BLOCK], tl.float32)
     acc_v = tl.zeros([BN, E_BLOCK], tl.float32)
     first = 0
@@ -259,15 +252,16 @@ def column_pass(
         own_at = (h * B + b) * S * (MAPS * N)
         for start in range(first, L, BM):
             i = start + tl.arange(0, BM)
-            valid = (j[:, None] < S) & (i[None, :] < L)
+            rows_at = tl.minimum(i, L - 1) * (0 if SHARED else MAPS * N)
+            mass_at = tl.minimum(i, L - 1) * (MAPS * N)
             queries = load_rows(q + b * q_sb + h * q_sh, i, q_sl, L, D, D_BLOCK)
             queries = (queries * scale).to(queries.dtype)
-            logits, _ = pair_logits(
-                keys, queries, columns + own_at, MAPS * N, COLUMNS, h_rows, row_step, ROWS,
-                gain + h * gain_sh, GAIN, ids, j, i, ids_sm, ids_so, valid, MAPS, N, PRECISION,
+            logits, content = pair_logits(
+                keys, queries, columns + own_at, columns_at, COLUMNS, h_rows, rows_at, ROWS,
+                gain + h * gain_sh, GAIN, ids, j, i, ids_sm, ids_so, MAPS, N, PRECISION,
             )  # fmt: skip
             logits = masked(
-                logits, i[None, :], j[:, None], valid, mask + b * mask_sb + h * mask_sh,
+                logits, i[None, :], j[:, None], mask + b * mask_sb + h * mask_sh,
                 mask_sl, mask_ss, L, S, MASK, CAUSAL,
             )  # fmt: skip
             shift = tl.load(lse + stream + i, mask=i < L, other=float("inf"))
@@ -279,8 +273,8 @@ def column_pass(
             acc_v = tl.dot(given.to(flow.dtype), flow, acc_v, input_precision=PRECISION)
             dp = tl.zeros([BN, BM], tl.float32)
             dp = add_gathered(
-                dp, grad_mass + stream * (MAPS * N), i[None, :] * (MAPS * N), MASS,
-                ids, j, i, ids_sm, ids_so, valid, MAPS, N,
+                dp, grad_mass + stream * (MAPS * N), mass_at[None, :], MASS,
+                ids, j, i, ids_sm, ids_so, MAPS, N,
             )  # fmt: skip
             dp = tl.dot(values, tl.trans(flow), dp, input_precision=PRECISION)
             if DROPOUT:
@@ -288,11 +282,11 @@ def column_pass(
             mean = tl.load(delta + stream + i, mask=i < L, other=0.0)
             ds = p * (dp - mean[None, :])
             scatter(
-                grad_columns + own_at, ds, GRAD_COLUMNS, ids, j, i, ids_sm, ids_so, valid, MAPS, N,
+                grad_columns + own_at, ds, GRAD_COLUMNS, ids, j, S, i, ids_sm, ids_so, MAPS, N,
                 DETERMINISTIC,
             )  # fmt: skip
             if GAIN >= 0:
-                ds *= load_gain(gain + h * gain_sh, GAIN, ids, j, i, ids_sm, ids_so, valid, N)
+                ds *= load_gain(gain + h * gain_sh, GAIN, ids, j, i, ids_sm, ids_so, N)
             acc_k = tl.dot(ds.to(queries.dtype), queries, acc_k, input_precision=PRECISION)
     store_rows(grad_k + b * gk_sb + kv * gk_sh, acc_k, j, gk_sl, S, D, D_BLOCK)
     store_rows(grad_v + b * gv_sb + kv * gv_sh, acc_v, j, gv_sl, S, E, E_BLOCK)

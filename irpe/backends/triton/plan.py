@@ -16,6 +16,8 @@ from torch import Tensor
 from ...buckets import BucketIds
 from ...terms import Kind, Term
 
+TILE = 128  # the largest block of queries or keys of a kernel
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
@@ -33,17 +35,15 @@ class Plan:
     uses: dict[Kind, int]
 
     def ids(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Compact ids ``[maps, 1 | B, L, S']`` and transposed ``[maps, 1 | B, S, L']``."""
+        """Compact ids ``[maps, 1 | B, L', S']`` and transposed, padded to whole tiles."""
         geometry = self.maps[0].geometry
 
         def build(turned: bool) -> Tensor:
             parts = [m.compact(device) for m in self.maps]
-            if turned:
-                lengths = geometry.query_length, geometry.key_length
-                parts = [p[..., : lengths[1]].transpose(1, 2) for p in parts]
-                parts = [F.pad(p, (0, -lengths[0] % 16)) for p in parts]
             batch = max(p.shape[0] for p in parts)
-            return torch.stack([p.expand(batch, -1, -1) for p in parts])
+            ids = torch.stack([p.expand(batch, -1, -1) for p in parts])
+            ids = ids.transpose(-2, -1) if turned else ids
+            return F.pad(ids, (0, -ids.shape[-1] % TILE, 0, -ids.shape[-2] % TILE))
 
         if any(m.geometry is not geometry for m in self.maps):
             return build(False), build(True)

@@ -36,50 +36,53 @@ def store_rows(base, values, index, step, length, WIDTH: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
-def load_ids(ids, m, own, stream, ids_sm, ids_so, valid):
-    """Bucket ids ``[R, C]`` of map m."""
-    pointer = ids + m * ids_sm + own[:, None] * ids_so + stream[None, :]
-    return tl.load(pointer, mask=valid, other=0).to(tl.int32)
+def load_ids(ids, m, own, stream, ids_sm, ids_so):
+    """Bucket ids ``[R, C]`` of map m; maps are padded to whole tiles."""
+    return tl.load(ids + m * ids_sm + own[:, None] * ids_so + stream[None, :]).to(tl.int32)
 
 
 @triton.jit
 def add_gathered(
-    tile, rows, at, USED: tl.constexpr, ids, own, stream, ids_sm, ids_so, valid,
+    tile, rows, at, USED: tl.constexpr, ids, own, stream, ids_sm, ids_so,
     MAPS: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """``tile[r, c]`` + the sum over maps m of ``rows[at + m * N + id[r, c]]``, float32."""
     for m in tl.static_range(MAPS):
         if (USED >> m) & 1:
-            index = load_ids(ids, m, own, stream, ids_sm, ids_so, valid)
-            tile += tl.load(rows + at + (m * N) + index, mask=valid, other=0.0).to(tl.float32)
+            index = load_ids(ids, m, own, stream, ids_sm, ids_so)
+            tile += tl.load(rows + (at + (m * N) + index)).to(tl.float32)
     return tile
 
 
 @triton.jit
 def scatter(
-    rows, tile, USED: tl.constexpr, ids, own, stream, ids_sm, ids_so, valid,
+    rows, tile, USED: tl.constexpr, ids, own, length, stream, ids_sm, ids_so,
     MAPS: tl.constexpr, N: tl.constexpr, DETERMINISTIC: tl.constexpr,
 ):  # fmt: skip
-    """``rows[r, m * N + id[r, c]] += tile[r, c]``; rows are float32 and private to the program."""
+    """``rows[r, m * N + id[r, c]] += tile[r, c]``; rows are float32 and private to the program.
+
+    The tile is zero for streamed tokens past the end; owned ones past it (length) are left out.
+    """
+    inside = own < length
     for m in tl.static_range(MAPS):
         if (USED >> m) & 1:
-            target = rows + own * (MAPS * N) + m * N
-            index = load_ids(ids, m, own, stream, ids_sm, ids_so, valid)
+            target = own * (MAPS * N) + m * N
+            index = load_ids(ids, m, own, stream, ids_sm, ids_so)
             if DETERMINISTIC:
                 # One address per token and step, hence one order of additions.
-                some = tl.max(valid.to(tl.int32), 1) > 0
                 for n in range(N):
-                    part = tl.sum(tl.where((index == n) & valid, tile, 0.0), 1)
-                    tl.atomic_add(target + n, part, mask=some, sem="relaxed")
+                    part = tl.sum(tl.where(index == n, tile, 0.0), 1)
+                    tl.atomic_add(rows + (target + n), part, mask=inside, sem="relaxed")
             else:
-                tl.atomic_add(target[:, None] + index, tile, mask=valid, sem="relaxed")
+                target = target[:, None] + index
+                tl.atomic_add(rows + target, tile, mask=inside[:, None], sem="relaxed")
 
 
 @triton.jit
 def pair_logits(
-    owned, streamed, own_rows, own_step, OWN: tl.constexpr,
-    stream_rows, stream_step, STREAM: tl.constexpr, gain, GAIN: tl.constexpr,
-    ids, own, stream, ids_sm, ids_so, valid,
+    owned, streamed, own_rows, own_at, OWN: tl.constexpr,
+    stream_rows, stream_at, STREAM: tl.constexpr, gain, GAIN: tl.constexpr,
+    ids, own, stream, ids_sm, ids_so,
     MAPS: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Logits ``[R, C]`` without masks, and their content part before the gain.
@@ -89,42 +92,39 @@ def pair_logits(
     """
     start = tl.zeros([owned.shape[0], streamed.shape[0]], tl.float32)
     start = add_gathered(
-        start, own_rows, own[:, None] * own_step, OWN, ids, own, stream, ids_sm, ids_so, valid,
-        MAPS, N,
-    )  # fmt: skip
+        start, own_rows, own_at[:, None], OWN, ids, own, stream, ids_sm, ids_so, MAPS, N
+    )
     start = add_gathered(
-        start, stream_rows, stream[None, :] * stream_step, STREAM, ids, own, stream, ids_sm, ids_so,
-        valid, MAPS, N,
-    )  # fmt: skip
+        start, stream_rows, stream_at[None, :], STREAM, ids, own, stream, ids_sm, ids_so, MAPS, N
+    )
     if GAIN < 0:
         logits = tl.dot(owned, tl.trans(streamed), start, input_precision=PRECISION)
         content = logits
     else:
         content = tl.dot(owned, tl.trans(streamed), input_precision=PRECISION)
-        logits = content * load_gain(gain, GAIN, ids, own, stream, ids_sm, ids_so, valid, N) + start
+        logits = content * load_gain(gain, GAIN, ids, own, stream, ids_sm, ids_so, N) + start
     return logits, content
 
 
 @triton.jit
-def load_gain(gain, m: tl.constexpr, ids, own, stream, ids_sm, ids_so, valid, N: tl.constexpr):
+def load_gain(gain, m: tl.constexpr, ids, own, stream, ids_sm, ids_so, N: tl.constexpr):
     """Factors of the content logits, float32 ``[R, C]``."""
-    index = load_ids(ids, m, own, stream, ids_sm, ids_so, valid)
-    return tl.load(gain + m * N + index, mask=valid, other=0.0).to(tl.float32)
+    return tl.load(gain + (m * N + load_ids(ids, m, own, stream, ids_sm, ids_so))).to(tl.float32)
 
 
 @triton.jit
-def masked(
-    logits, i, j, valid, mask, mask_sl, mask_ss, L, S, MASK: tl.constexpr, CAUSAL: tl.constexpr
-):
+def masked(logits, i, j, mask, mask_sl, mask_ss, L, S, MASK: tl.constexpr, CAUSAL: tl.constexpr):
     """Logits with -inf where a pair is not seen; queries i and keys j broadcast to the tile."""
+    seen = j < S
     if CAUSAL:
-        valid &= j <= i + (S - L)
-    logits = tl.where(valid, logits, float("-inf"))
+        seen = seen & (j <= i + (S - L))
+    logits = tl.where(seen, logits, float("-inf"))
+    inside = (i < L) & (j < S)
     if MASK == "bool":
-        seen = tl.load(mask + i * mask_sl + j * mask_ss, mask=valid, other=0)
-        logits = tl.where(seen != 0, logits, float("-inf"))
+        open = tl.load(mask + i * mask_sl + j * mask_ss, mask=inside, other=0)
+        logits = tl.where(open != 0, logits, float("-inf"))
     if MASK == "float":
-        added = tl.load(mask + i * mask_sl + j * mask_ss, mask=valid, other=0.0).to(tl.float32)
+        added = tl.load(mask + i * mask_sl + j * mask_ss, mask=inside, other=0.0).to(tl.float32)
         # Masks of the lowest number stay finite when they are added and scaled.
         logits += tl.where(added == float("-inf"), added, tl.maximum(added, -1.0e38))
     return logits

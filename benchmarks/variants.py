@@ -1,0 +1,198 @@
+"""What the kernels compile to, without a GPU: registers, spills, instructions per score.
+
+    python benchmarks/variants.py                # all that a GPU can be given, a few minutes
+    python benchmarks/variants.py --sample       # one of each kernel
+    python benchmarks/variants.py --arch 80
+
+Calls the launcher with small tensors and takes down what it would launch; compiles that for the
+architecture with the divisibility a launch would find, and reads the machine code. Instructions
+per score are those of the innermost loop over pairs, times 32 lanes and the warps, over the pairs
+of a tile. Exit code 1 if a variant spills.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import irpe
+from irpe.backends.call import Call
+from irpe.backends.triton import attention, launch
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+RESULTS = Path(__file__).parent / "results"
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
+    torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+MODES = {
+    "plain": None,
+    "bias": "rpe-1.9-product-bias-0-k",
+    "k": "rpe-1.9-product-ctx-1-k",
+    "qk": "rpe-1.9-product-ctx-1-qk",
+    "qkv": "rpe-1.9-product-ctx-1-qkv",
+    "cross qkv": "rpe-1.9-cross-ctx-1-qkv",
+}
+
+
+class Recorder:
+    """Stands in the launcher for the module of kernels: notes launches, runs none."""
+
+    def __init__(self, kernels: Any) -> None:
+        self.kernels, self.launches = kernels, []
+
+    def __getattr__(self, name: str) -> Any:
+        kernel = getattr(self.kernels, name)
+        launches = self.launches
+
+        class Grid:
+            def __getitem__(self, grid: Any) -> Any:
+                return lambda **given: launches.append((name, kernel, given))
+
+        return Grid()
+
+
+def launches(mode: str, dtype: torch.dtype, dim: int, **given: Any) -> Iterator[tuple]:
+    """(name, kernel, arguments) of all launches of a forward and backward pass."""
+    grid = irpe.Grid(4, 4, prefix=0)
+    q, k, v = (torch.zeros(2, 2, 16, dim, dtype=dtype, requires_grad=True) for _ in range(3))
+    terms: tuple[irpe.Term, ...] = ()
+    if MODES[mode] is not None:
+        modules = irpe.build_rpe(MODES[mode], head_dim=dim, num_heads=2, prefix=False, dtype=dtype)
+        terms = sum((m.terms(grid) for m in modules if m is not None), ())
+    recorder, real = Recorder(launch.kernels), launch.kernels
+    launch.kernels = recorder
+    try:
+        call = Call(q, k, v, terms, given.get("mask"), given.get("causal", False),
+                    given.get("dropout", 0.0), dim**-0.5)  # fmt: skip
+        attention(call).sum().backward()
+    finally:
+        launch.kernels = real
+    return recorder.launches
+
+
+def source(kernel: Any, given: dict[str, Any]) -> tuple[ASTSource, dict[str, int]]:
+    """A kernel as a launch with such arguments would specialise it; and the launch's options."""
+    signature, constants, attributes = {}, {}, {}
+    options = {name: given[name] for name in ("num_warps", "num_stages") if name in given}
+    for at, parameter in enumerate(kernel.params):
+        name, value = parameter.name, given[parameter.name]
+        if parameter.is_constexpr:
+            signature[name] = "constexpr"
+            constants[(at,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            attributes[(at,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1 and not parameter.do_not_specialize:
+            signature[name] = "constexpr"
+            constants[(at,)] = 1
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(at,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def measure(kernel: Any, given: dict[str, Any], arch: int) -> dict[str, Any]:
+    """Registers, stack, shared memory and instructions per score of one launch."""
+    made, options = source(kernel, given)
+    compiled = triton.compile(made, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = _tool("nvdisasm", "-c", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    registers, stack, _, local = (int(n) for n in found.groups())
+    loop = innermost_loop(code)
+    scores = given["BM"] * given["BN"]
+    lanes = 32 * given["num_warps"]
+    return {
+        "BM": given["BM"], "BN": given["BN"], **options, "registers": registers,
+        "spills": max(stack, local), "shared_kib": round(compiled.metadata.shared / 1024),
+        "instructions": round(len(loop) * lanes / scores, 1),
+        "local_in_loop": sum("LDL" in line or "STL" in line for line in loop),
+        "exponentials": round(sum("MUFU.EX2" in line for line in loop) * lanes / scores, 2),
+    }  # fmt: skip
+
+
+def innermost_loop(code: str) -> list[str]:
+    """Instructions of the longest loop that holds a matrix product or an exponential."""
+    lines = [line.strip() for line in code.splitlines()]
+    labels = {line[:-1]: at for at, line in enumerate(lines) if re.fullmatch(r"\.L_x_\d+:", line)}
+    loops = []
+    for at, line in enumerate(lines):
+        jump = re.search(r"BRA[^`]*`\((\.L_x_\d+)\)", line)
+        if jump and labels.get(jump[1], at) < at:
+            body = [x for x in lines[labels[jump[1]] : at + 1] if x.startswith("/*")]
+            if any("MUFU.EX2" in x for x in body):
+                loops.append(body)
+    inner = [b for b in loops if not any(len(o) < len(b) and o[0] in b for o in loops)]
+    return max(inner, key=len, default=[])
+
+
+def _tool(name: str, *arguments: str) -> str:
+    done = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def cases(sample: bool) -> Iterator[tuple[str, torch.dtype, int]]:
+    if sample:
+        yield "qkv", torch.bfloat16, 64
+        return
+    yield from itertools.product(MODES, (torch.bfloat16,), (32, 64))
+    yield from itertools.product(("k", "qkv"), (torch.bfloat16,), (16, 96, 128))
+    yield from itertools.product(("k", "qkv"), (torch.float16, torch.float32), (64,))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--arch", type=int, nargs="*", default=[80, 90], help="80, 90")
+    parser.add_argument("--sample", action="store_true", help="one of each kernel")
+    parser.add_argument("--mode", choices=MODES, help="only this mode")
+    parser.add_argument("--name", default="variants", help="name of the result file")
+    arguments = parser.parse_args()
+    work = []
+    for mode, dtype, dim in cases(arguments.sample):
+        if arguments.mode not in (None, mode):
+            continue
+        for name, kernel, given in launches(mode, dtype, dim):
+            work += [(mode, dtype, dim, name, kernel, given, arch) for arch in arguments.arch]
+    rows = []
+    with ThreadPoolExecutor(2) as pool:
+        for row in pool.map(lambda w: report(*w), work):
+            rows.append(row)
+            print(" ".join(f"{x!s:>9}" for x in row.values()), flush=True)
+    figures = {"triton": triton.__version__, "torch": torch.__version__, "rows": rows}
+    (RESULTS / f"{arguments.name}.json").write_text(json.dumps(figures, indent=0) + "\n")
+    spilling = [row for row in rows if row["spills"]]
+    if spilling:
+        sys.exit(f"error: {len(spilling)} of {len(rows)} variants spill")
+
+
+def report(
+    mode: str, dtype: torch.dtype, dim: int, name: str, kernel: Any, given: dict, arch: int
+) -> dict[str, Any]:
+    head = {"mode": mode, "dtype": str(dtype).removeprefix("torch."), "dim": dim, "kernel": name}
+    return {**head, "arch": arch, **measure(kernel, given, arch)}
+
+
+if __name__ == "__main__":
+    main()
