@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when irpe is imported
+
 FIXTURES = Path(__file__).parent / "fixtures"
 torch.set_num_threads(2)
 
@@ -24,3 +27,28 @@ def _seed():
 def fixtures() -> Path:
     """Folder with the numbers of the official code."""
     return FIXTURES
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels launched; and all memory they are given is full of NaN before."""
+    from irpe.backends.triton import launch
+
+    names = []
+    start, new_empty, empty_like = launch.Pairs.start, torch.Tensor.new_empty, torch.empty_like
+
+    def counted(self, name, *args, **given):
+        names.append(name)
+        return start(self, name, *args, **given)
+
+    def poisoned(make):
+        def call(*args, **given):
+            made = make(*args, **given)
+            return made.fill_(float("nan")) if made.is_floating_point() else made
+
+        return call
+
+    monkeypatch.setattr(launch.Pairs, "start", counted)
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(new_empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(empty_like))
+    return names

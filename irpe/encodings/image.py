@@ -61,7 +61,9 @@ class ImageRPE(Encoding):
     def _buckets(self, geometry: Geometry, by_key: bool = False) -> BucketIds:
         if not isinstance(geometry, Geometry):
             raise IrpeError(f"geometry={geometry!r} is not a geometry: make an irpe.Grid")
-        has_prefix = geometry.prefix > 0 or geometry.key_prefix > 0
+        has_prefix = False
+        if geometry.prefix > 0 or geometry.key_prefix > 0:  # sizes may be symbols
+            has_prefix = True
         if has_prefix != self.prefix:
             raise IrpeError(
                 f"{geometry!r} has {'a' if has_prefix else 'no'} prefix, but the rpe_{self.on} "

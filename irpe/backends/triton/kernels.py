@@ -5,8 +5,8 @@ the saved logarithms; nothing of size ``[B, H, L, S]`` reaches memory.
 
 Shapes: q ``[B, H, L, D]``, k ``[B, G, S, D]``, v ``[B, G, S, E]``, out ``[B, H, L, E]``, by
 strides; rows ``[H, B, L, W]`` (SHARED: ``[H | 1, W]`` for all queries), columns ``[H, B, S, W]``,
-gain ``[H | 1, W]``, lse and delta ``[H, B, L]``; ids ``[MAPS, B | 1, L, S']``, transposed in the
-column pass.
+gain ``[H | 1, W]``, stats ``[2, H, B, L]``, delta ``[H, B, L]``;
+ids ``[MAPS, B | 1, L', S']``, transposed in the column pass.
 """
 
 import triton
@@ -16,6 +16,7 @@ from .tiles import (
     LOG2E,
     add_gathered,
     drop,
+    exponential,
     load_gain,
     load_rows,
     masked,
@@ -38,6 +39,13 @@ def program(length, H, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def load_stats(stats, i, B, H, L):
+    """Largest logits of queries i, and logarithms of their sums (infinity past the end)."""
+    shift = tl.load(stats + i, mask=i < L, other=0.0)
+    return shift, tl.load(stats + H.to(tl.int64) * B * L + i, mask=i < L, other=float("inf"))
+
+
+@triton.jit
 def last_key(i, L, S, CAUSAL: tl.constexpr):
     """One past the last key that queries i can see."""
     end = S
@@ -48,16 +56,17 @@ def last_key(i, L, S, CAUSAL: tl.constexpr):
 
 @triton.jit(do_not_specialize=PLAIN)
 def forward(
-    q, k, v, out, lse, ids, rows, columns, gain, mask, seed,
+    q, k, v, out, stats, ids, rows, columns, gain, mask, seed,
     q_sb, q_sh, q_sl, k_sb, k_sh, k_sl, v_sb, v_sh, v_sl, o_sb, o_sh, o_sl,
     ids_sm, ids_sb, ids_so, rows_sh, gain_sh, mask_sb, mask_sh, mask_sl, mask_ss,
-    B, H, GROUP, L, S, scale, dropout,
+    B, H, GROUP, L, S, scale, dropout, factor,
     D: tl.constexpr, E: tl.constexpr, D_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr,
     MAPS: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr,
     COLUMNS: tl.constexpr, GAIN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, PRECISE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Writes out, and lse: the logarithm to base 2 of each row's sum."""
+    """Writes out, and of each row the largest logit and the logarithm of its sum to base 2."""
     i, bh, b, h = program(L, H, BM)
     k += b * k_sb + h // GROUP * k_sh
     v += b * v_sb + h // GROUP * v_sh
@@ -82,14 +91,14 @@ def forward(
             ids, i, j, ids_sm, ids_so, MAPS, N, PRECISION,
         )  # fmt: skip
         logits = masked(logits, i[:, None], j[None, :], mask, mask_sl, mask_ss, L, S, MASK, CAUSAL)
-        higher = tl.maximum(best, tl.max(logits, 1) * LOG2E)
+        higher = tl.maximum(best, tl.max(logits, 1))
         # A row that saw nothing yet has no best: any finite number keeps its sums at zero.
         shift = tl.where(higher == float("-inf"), 0.0, higher)
-        shrink = tl.exp2(best - shift)
-        p = tl.exp2(logits * LOG2E - shift[:, None])
+        shrink = tl.exp2((best - shift) * LOG2E)
+        p = exponential(logits, shift[:, None], 0.0, PRECISE)
         total = total * shrink + tl.sum(p, 1)
         if DROPOUT:
-            p = drop(p, seed, bh, i[:, None], j[None, :], S, dropout)
+            p = drop(p, seed, bh, i[:, None], j[None, :], S, dropout, factor)
         values = load_rows(v, j, v_sl, S, E, E_BLOCK)
         acc = acc * shrink[:, None]
         acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
@@ -97,22 +106,23 @@ def forward(
     seen = total > 0.0
     total = tl.where(seen, total, 1.0)
     store_rows(out + b * o_sb + h * o_sh, acc / total[:, None], i, o_sl, L, E, E_BLOCK)
-    # A row that sees nothing gets zero: exp2(-inf - 0), every probability of it, is zero.
-    logarithm = tl.where(seen, best, 0.0) + tl.log2(total)
-    tl.store(lse + (h * B + b) * L + i, logarithm, mask=i < L)
+    # A row that sees nothing gets zeros: exp(-inf - 0), every probability of it, is zero.
+    stats += (h * B + b) * L + i
+    tl.store(stats, tl.where(seen, best, 0.0), mask=i < L)
+    tl.store(stats + H.to(tl.int64) * B * L, tl.log2(total), mask=i < L)
 
 
 @triton.jit(do_not_specialize=PLAIN)
 def mass(
-    q, k, lse, sums, ids, rows, columns, gain, mask, seed,
+    q, k, stats, sums, ids, rows, columns, gain, mask, seed,
     q_sb, q_sh, q_sl, k_sb, k_sh, k_sl,
     ids_sm, ids_sb, ids_so, rows_sh, gain_sh, mask_sb, mask_sh, mask_sl, mask_ss,
-    B, H, GROUP, L, S, scale, dropout,
+    B, H, GROUP, L, S, scale, dropout, factor,
     D: tl.constexpr, D_BLOCK: tl.constexpr,
     MAPS: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr,
     COLUMNS: tl.constexpr, MASS: tl.constexpr, GAIN: tl.constexpr, MASK: tl.constexpr,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, DETERMINISTIC: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr, PRECISE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """sums ``[H, B, L, W]`` += the probability in each bucket of each query."""
     i, bh, b, h = program(L, H, BM)
@@ -127,7 +137,7 @@ def mass(
 
     queries = load_rows(q + b * q_sb + h * q_sh, i, q_sl, L, D, D_BLOCK)
     queries = (queries * scale).to(queries.dtype)
-    shift = tl.load(lse + (h * B + b) * L + i, mask=i < L, other=float("inf"))
+    shift, log_total = load_stats(stats + (h * B + b) * L, i, B, H, L)
     for start in range(0, last_key(i, L, S, CAUSAL), BN):
         j = start + tl.arange(0, BN)
         columns_at = tl.minimum(j, S - 1) * (MAPS * N)
@@ -137,25 +147,26 @@ def mass(
             ids, i, j, ids_sm, ids_so, MAPS, N, PRECISION,
         )  # fmt: skip
         logits = masked(logits, i[:, None], j[None, :], mask, mask_sl, mask_ss, L, S, MASK, CAUSAL)
-        p = tl.exp2(logits * LOG2E - shift[:, None])
+        p = exponential(logits, shift[:, None], log_total[:, None], PRECISE)
         if DROPOUT:
-            p = drop(p, seed, bh, i[:, None], j[None, :], S, dropout)
+            p = drop(p, seed, bh, i[:, None], j[None, :], S, dropout, factor)
         scatter(sums, p, MASS, ids, i, L, j, ids_sm, ids_so, MAPS, N, DETERMINISTIC)
 
 
 @triton.jit(do_not_specialize=PLAIN)
 def row_pass(
-    q, k, v, out, grad, lse, delta, masses, grad_mass, grad_q, grad_rows, grad_gain,
+    q, k, v, out, grad, stats, delta, masses, grad_mass, grad_q, grad_rows, grad_gain,
     ids, rows, columns, gain, mask, seed,
     q_sb, q_sh, q_sl, k_sb, k_sh, k_sl, v_sb, v_sh, v_sl, o_sb, o_sh, o_sl, g_sb, g_sh, g_sl,
     gq_sb, gq_sh, gq_sl,
     ids_sm, ids_sb, ids_so, rows_sh, gain_sh, mask_sb, mask_sh, mask_sl, mask_ss,
-    B, H, GROUP, L, S, scale, dropout,
+    B, H, GROUP, L, S, scale, dropout, factor,
     D: tl.constexpr, E: tl.constexpr, D_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr,
     MAPS: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr,
     COLUMNS: tl.constexpr, MASS: tl.constexpr, GRAD_ROWS: tl.constexpr, GAIN: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
-    DETERMINISTIC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DETERMINISTIC: tl.constexpr, PRECISION: tl.constexpr, PRECISE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Writes grad_q and delta = sum_j p dp; adds to grad_rows and grad_gain ``[H, B, L, W]``."""
     i, bh, b, h = program(L, H, BM)
@@ -176,7 +187,7 @@ def row_pass(
     queries = load_rows(q + b * q_sb + h * q_sh, i, q_sl, L, D, D_BLOCK)
     queries = (queries * scale).to(queries.dtype)
     flow = load_rows(grad + b * g_sb + h * g_sh, i, g_sl, L, E, E_BLOCK)
-    shift = tl.load(lse + own + i, mask=i < L, other=float("inf"))
+    shift, log_total = load_stats(stats + own, i, B, H, L)
     outs = load_rows(out + b * o_sb + h * o_sh, i, o_sl, L, E, E_BLOCK)
     mean = tl.sum(outs.to(tl.float32) * flow.to(tl.float32), 1)
     if MASS > 0:
@@ -200,13 +211,13 @@ def row_pass(
             ids, i, j, ids_sm, ids_so, MAPS, N, PRECISION,
         )  # fmt: skip
         logits = masked(logits, i[:, None], j[None, :], mask, mask_sl, mask_ss, L, S, MASK, CAUSAL)
-        p = tl.exp2(logits * LOG2E - shift[:, None])
+        p = exponential(logits, shift[:, None], log_total[:, None], PRECISE)
         values = load_rows(v, j, v_sl, S, E, E_BLOCK)
         dp = tl.zeros([BM, BN], tl.float32)
         dp = add_gathered(dp, grad_mass, mass_at[:, None], MASS, ids, i, j, ids_sm, ids_so, MAPS, N)
         dp = tl.dot(flow, tl.trans(values), dp, input_precision=PRECISION)
         if DROPOUT:
-            dp = drop(dp, seed, bh, i[:, None], j[None, :], S, dropout)
+            dp = drop(dp, seed, bh, i[:, None], j[None, :], S, dropout, factor)
         ds = p * (dp - mean[:, None])
         scatter(grad_rows, ds, GRAD_ROWS, ids, i, L, j, ids_sm, ids_so, MAPS, N, DETERMINISTIC)
         if GAIN >= 0:
@@ -221,17 +232,18 @@ def row_pass(
 
 @triton.jit(do_not_specialize=PLAIN)
 def column_pass(
-    q, k, v, grad, lse, delta, grad_mass, grad_k, grad_v, grad_columns,
+    q, k, v, grad, stats, delta, grad_mass, grad_k, grad_v, grad_columns,
     ids, rows, columns, gain, mask, seed,
     q_sb, q_sh, q_sl, k_sb, k_sh, k_sl, v_sb, v_sh, v_sl, g_sb, g_sh, g_sl,
     gk_sb, gk_sh, gk_sl, gv_sb, gv_sh, gv_sl,
     ids_sm, ids_sb, ids_so, rows_sh, gain_sh, mask_sb, mask_sh, mask_sl, mask_ss,
-    B, H, GROUP, L, S, scale, dropout,
+    B, H, GROUP, L, S, scale, dropout, factor,
     D: tl.constexpr, E: tl.constexpr, D_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr,
     MAPS: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr,
     COLUMNS: tl.constexpr, MASS: tl.constexpr, GRAD_COLUMNS: tl.constexpr, GAIN: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
-    DETERMINISTIC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DETERMINISTIC: tl.constexpr, PRECISION: tl.constexpr, PRECISE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Writes grad_k and grad_v; adds to grad_columns ``[H, B, S, W]``. Tiles are ``[BN, BM]``."""
     j, bkv, b, kv = program(S, H // GROUP, BN)
@@ -264,12 +276,12 @@ def column_pass(
                 logits, i[None, :], j[:, None], mask + b * mask_sb + h * mask_sh,
                 mask_sl, mask_ss, L, S, MASK, CAUSAL,
             )  # fmt: skip
-            shift = tl.load(lse + stream + i, mask=i < L, other=float("inf"))
-            p = tl.exp2(logits * LOG2E - shift[None, :])
+            shift, log_total = load_stats(stats + stream, i, B, H, L)
+            p = exponential(logits, shift[None, :], log_total[None, :], PRECISE)
             flow = load_rows(grad + b * g_sb + h * g_sh, i, g_sl, L, E, E_BLOCK)
             given = p
             if DROPOUT:
-                given = drop(p, seed, bh, i[None, :], j[:, None], S, dropout)
+                given = drop(p, seed, bh, i[None, :], j[:, None], S, dropout, factor)
             acc_v = tl.dot(given.to(flow.dtype), flow, acc_v, input_precision=PRECISION)
             dp = tl.zeros([BN, BM], tl.float32)
             dp = add_gathered(
@@ -278,7 +290,7 @@ def column_pass(
             )  # fmt: skip
             dp = tl.dot(values, tl.trans(flow), dp, input_precision=PRECISION)
             if DROPOUT:
-                dp = drop(dp, seed, bh, i[None, :], j[:, None], S, dropout)
+                dp = drop(dp, seed, bh, i[None, :], j[:, None], S, dropout, factor)
             mean = tl.load(delta + stream + i, mask=i < L, other=0.0)
             ds = p * (dp - mean[None, :])
             scatter(

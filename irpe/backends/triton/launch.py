@@ -10,7 +10,7 @@ from . import kernels
 from .variants import variant
 
 
-class _Pairs:
+class Pairs:
     """What all kernels of a call know about its pairs of queries and keys."""
 
     def __init__(
@@ -50,6 +50,7 @@ class _Pairs:
             **dict(zip(("mask_sb", "mask_sh", "mask_sl", "mask_ss"), mask_strides, strict=True)),
             "B": self.B, "H": self.H, "GROUP": self.H // G, "L": self.L, "S": self.S,
             "scale": scale, "dropout": dropout_p,
+            "factor": 1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
         }  # fmt: skip
         kind = "none" if mask is None else "bool" if mask.dtype == torch.uint8 else "float"
         self.wide = {"D": D, "D_BLOCK": _block(D)}
@@ -58,6 +59,7 @@ class _Pairs:
             "MAPS": maps, "N": width, "ROWS": row_use, "SHARED": shared, "COLUMNS": column_use,
             "GAIN": gain_use.bit_length() - 1, "MASK": kind, "CAUSAL": is_causal,
             "DROPOUT": dropout_p > 0.0, "PRECISION": _precision(q),
+            "PRECISE": q.dtype == torch.float32,
         }  # fmt: skip
         self.mass_use = mass_use
         self.dtype = q.dtype
@@ -77,38 +79,38 @@ class _Pairs:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mass: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, mass: Tensor,
     ids: Tensor | None, ids_turned: Tensor | None, *pairs: Any, **settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Fill out, lse and, with a value term, mass."""
+    """Fill out, stats and, with a value term, mass."""
     q, k, v = (_unit(x) for x in (q, k, v))
-    call = _Pairs(q, k, v, ids, *pairs, **settings)
+    call = Pairs(q, k, v, ids, *pairs, **settings)
     B, H, L = call.B, call.H, call.L
     given = {"q": q, "k": k, **_strides("q", q), **_strides("k", k), **_ids(ids)}
     with _on(q):
         call.start(
-            "forward", L, B * H, v=v, out=out, lse=lse, **given, **_strides("v", v),
+            "forward", L, B * H, v=v, out=out, stats=stats, **given, **_strides("v", v),
             **_strides("o", out),
         )  # fmt: skip
         if mass.numel():
             sums = torch.zeros(mass.shape, dtype=torch.float32, device=mass.device)
             call.start(
-                "mass", L, B * H, lse=lse, sums=sums, MASS=call.mass_use,
+                "mass", L, B * H, stats=stats, sums=sums, MASS=call.mass_use,
                 DETERMINISTIC=torch.are_deterministic_algorithms_enabled(), **given,
             )  # fmt: skip
             mass = sums.to(mass.dtype)
-    return out, lse, mass
+    return out, stats, mass
 
 
 def backward(
     grad: Tensor, grad_mass: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
-    lse: Tensor, mass: Tensor, ids: Tensor | None, ids_turned: Tensor | None,
+    stats: Tensor, mass: Tensor, ids: Tensor | None, ids_turned: Tensor | None,
     rows: Tensor | None, columns: Tensor | None, gain: Tensor | None, *pairs: Any,
     grad_rows: bool, grad_columns: bool, **settings: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of q, k, v, rows, columns and gain; empty where there is none to give."""
     q, k, v, grad, out = (_unit(x) for x in (q, k, v, grad, out))
-    call = _Pairs(q, k, v, ids, rows, columns, gain, *pairs, **settings)
+    call = Pairs(q, k, v, ids, rows, columns, gain, *pairs, **settings)
     B, H, L, S, G = call.B, call.H, call.L, call.S, k.shape[1]
     W = 1 if ids is None else ids.shape[0] * int(settings["width"])
     grads = [_empty(x) for x in (q, k, v)]
@@ -119,7 +121,7 @@ def backward(
 
     to_rows, to_columns = sums(wants_rows, L), sums(wants_columns, S)
     to_gain = sums(gain is not None, L)
-    delta = torch.empty_like(lse)
+    delta = torch.empty_like(stats[0])
     use = call.mass_use if grad_mass is not None else 0
     held = q if grad_mass is None else grad_mass.contiguous()
     options = {
@@ -127,7 +129,7 @@ def backward(
         "DETERMINISTIC": torch.are_deterministic_algorithms_enabled(),
     }
     given = {
-        "q": q, "k": k, "v": v, "grad": grad, "lse": lse, "delta": delta, "grad_mass": held,
+        "q": q, "k": k, "v": v, "grad": grad, "stats": stats, "delta": delta, "grad_mass": held,
         **_strides("q", q), **_strides("k", k), **_strides("v", v), **_strides("g", grad),
     }  # fmt: skip
     with _on(q):

@@ -21,7 +21,7 @@ _PAIRS = (
 )
 _FORWARD = f"(Tensor q, Tensor k, Tensor v, {_PAIRS}, *, {_SETTINGS}) -> (Tensor, Tensor, Tensor)"
 _BACKWARD = (
-    "(Tensor grad, Tensor? grad_mass, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "(Tensor grad, Tensor? grad_mass, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, "
     f"Tensor mass, {_PAIRS}, *, {_SETTINGS}, bool grad_rows, bool grad_columns) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
@@ -36,9 +36,9 @@ def _like(x: Tensor) -> Tensor:
 def _outputs(q: Tensor, v: Tensor, ids: Tensor | None, width: int, mass_use: int) -> Any:
     B, H, L, _ = q.shape
     out = q.new_empty(B, L, H, v.shape[-1]).transpose(1, 2)
-    lse = q.new_empty(H, B, L, dtype=torch.float32)
+    stats = q.new_empty(2, H, B, L, dtype=torch.float32)
     wide = ids.shape[0] * width if ids is not None and mass_use else 0
-    return out, lse, q.new_empty((H, B, L, wide) if wide else (0,))
+    return out, stats, q.new_empty((H, B, L, wide) if wide else (0,))
 
 
 @torch.library.custom_op("irpe::fused_attention", mutates_args=(), schema=_FORWARD)
@@ -55,14 +55,15 @@ def fused_attention(
         settings: N as width, bit masks of the maps that each use, and what attention takes.
 
     Returns:
-        out ``[B, H, L, E]``; lse ``[H, B, L]``, to base 2; and the probability in each bucket
+        out ``[B, H, L, E]``; stats ``[2, H, B, L]``, the largest logit and the logarithm of the sum
+        to base 2; and the probability in each bucket
         ``[H, B, L, W]``, with the dropout in it.
     """
     from . import launch
 
     ids = pairs[0]
-    out, lse, mass = _outputs(q, v, ids, settings["width"], settings["mass_use"])
-    return launch.forward(q, k, v, out, lse, mass, *pairs, **settings)
+    out, stats, mass = _outputs(q, v, ids, settings["width"], settings["mass_use"])
+    return launch.forward(q, k, v, out, stats, mass, *pairs, **settings)
 
 
 @fused_attention.register_fake
@@ -78,7 +79,7 @@ def fused_attention_backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     mass: Tensor,
     *pairs: Tensor | None,
     **settings: Any,
@@ -86,7 +87,7 @@ def fused_attention_backward(
     """Gradients of q, k, v, rows, columns and gain; of those not asked for, nothing."""
     from . import launch
 
-    return launch.backward(grad, grad_mass, q, k, v, out, lse, mass, *pairs, **settings)
+    return launch.backward(grad, grad_mass, q, k, v, out, stats, mass, *pairs, **settings)
 
 
 @fused_attention_backward.register_fake
@@ -97,7 +98,7 @@ def _(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     mass: Tensor,
     ids: Tensor | None,
     ids_turned: Tensor | None,
@@ -125,11 +126,11 @@ def _setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple) ->
 
 
 def _backward(ctx: Any, grad: Tensor | None, _: Any, grad_mass: Tensor | None) -> tuple:
-    q, k, v, out, lse, mass, *pairs = ctx.saved_tensors
+    q, k, v, out, stats, mass, *pairs = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros_like(out)
     grads = fused_attention_backward(
-        grad, grad_mass, q, k, v, out, lse, mass, *pairs, **ctx.settings,
+        grad, grad_mass, q, k, v, out, stats, mass, *pairs, **ctx.settings,
         grad_rows=ctx.wants[0], grad_columns=ctx.wants[1],
     )  # fmt: skip
     rows, columns, gain = (g if g.numel() else None for g in grads[3:])

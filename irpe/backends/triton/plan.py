@@ -90,14 +90,14 @@ def rows(x: Tensor, table: Tensor) -> Tensor:
     """``[B, H, R, D]`` times ``[H | 1, D, W]``, laid out as ``[H, B, R, W]``."""
     B, H, R, D = x.shape
     flat = x.transpose(0, 1).reshape(H, B * R, D)  # no copy of a projection's output
-    return torch.bmm(flat, table.expand(H, -1, -1)).view(H, B, R, -1)
+    return torch.bmm(flat, table.expand(H, -1, -1)).view(H, B, R, table.shape[-1])
 
 
 def mixed(mass: Tensor, table: Tensor) -> Tensor:
     """``[H, B, L, W]`` times ``[H | 1, W, E]``: ``[B, H, L, E]``."""
     H, B, L, W = mass.shape
     out = torch.bmm(mass.view(H, B * L, W), table.expand(H, -1, -1))
-    return out.view(H, B, L, -1).transpose(0, 1)
+    return out.view(H, B, L, table.shape[-1]).transpose(0, 1)
 
 
 def _same(a: BucketIds, b: BucketIds) -> bool:

@@ -131,7 +131,19 @@ def masked(logits, i, j, mask, mask_sl, mask_ss, L, S, MASK: tl.constexpr, CAUSA
 
 
 @triton.jit
-def drop(tile, seed, bh, i, j, S, p):
-    """Dropout with the same random number for a pair in every pass."""
-    keep = tl.rand(tl.load(seed) + bh, i * S + j) >= p
-    return tl.where(keep, tile * tl.where(p < 1.0, 1.0 / (1.0 - p), 0.0), 0.0)
+def exponential(logits, shift, log_total, PRECISE: tl.constexpr):
+    """exp(logits - shift) / 2 ** log_total.
+
+    Where precision is asked for the shift comes off first: a large logit then costs no digits.
+    """
+    if PRECISE:
+        power = (logits - shift) * LOG2E - log_total
+    else:
+        power = logits * LOG2E - (shift * LOG2E + log_total)
+    return tl.exp2(power)
+
+
+@triton.jit
+def drop(tile, seed, bh, i, j, S, p, factor):
+    """Dropout with the same random number for a pair in every pass; factor is 1 / (1 - p)."""
+    return tl.where(tl.rand(tl.load(seed) + bh, i * S + j) >= p, tile * factor, 0.0)

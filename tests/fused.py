@@ -1,0 +1,60 @@
+"""What the tests of the kernels share: a device, dtypes, the comparison with the reference."""
+
+import torch
+from oracles.precision import assert_as_good
+
+import irpe
+from irpe.terms import Term
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton's interpreter cannot do bfloat16.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+
+
+def expected(terms):
+    masses = ["mass"] if any(t.kind == "value" for t in terms) else []
+    return ["forward", *masses, "row_pass", "column_pass"]
+
+
+def leaf(x, dtype=None):
+    """A copy of x on the device, of a dtype, that wants a gradient."""
+    return x.detach().to(DEVICE, dtype).clone().requires_grad_()
+
+
+def tabled(terms, tables):
+    return tuple(Term(t.kind, x, t.buckets) for t, x in zip(terms, tables, strict=True))
+
+
+def outcome(backend, qkv, terms, weight, **given):
+    """Output, and gradients of q, k, v and every table."""
+    out = irpe.attention(*qkv, terms, backend=backend, **given)
+    inputs = [*qkv, *(t.table for t in terms)]
+    return [out, *torch.autograd.grad((out * weight).sum(), inputs)]
+
+
+def compare(qkv, terms, dtype, mask=None, **given):
+    """The kernels in dtype against the reference in float64, and the reference in dtype."""
+    weight = torch.randn(*qkv[0].shape[:3], qkv[2].shape[-1], dtype=dtype, device=DEVICE)
+    results = {}
+    first = [leaf(x, dtype) for x in (*qkv, *(t.table for t in terms))]
+    for name, backend, kind in (
+        ("found", "triton", dtype),
+        ("plain", "reference", dtype),
+        ("truth", "reference", torch.float64),
+    ):
+        inputs = [leaf(x, kind) for x in first]
+        if mask is not None:
+            given["mask"] = mask.to(DEVICE, kind if mask.is_floating_point() else None)
+        results[name] = outcome(
+            backend, inputs[:3], tabled(terms, inputs[3:]), weight.to(kind), **given
+        )
+    names = ["out", "q", "k", "v", *(t.kind for t in terms)]
+    # Gradients of logits are differences of numbers of this size, where plain torch can be
+    # lucky: with one key seen it subtracts a number from itself.
+    groups = inputs[0].shape[1] // inputs[2].shape[1]
+    values = inputs[2].detach().repeat_interleave(groups, 1)
+    size = (weight.double() @ values.mT).abs().max() * max(x.abs().max() for x in inputs)
+    for what, found, plain, truth in zip(names, *results.values(), strict=True):
+        assert found.dtype == dtype
+        assert_as_good(found, plain, truth, what, 0.0 if what in ("out", "v") else size)
+    return results["found"]
