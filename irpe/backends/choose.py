@@ -99,10 +99,8 @@ def _preference(facts: Facts) -> list[tuple[str, str]]:
     if facts.traced:
         return [traced]
     if facts.device == "cuda":
-        return [
-            fused,
-            biased,
-            ("eager", "least memory of the ways that compute a value term"),
-            reference,
-        ]
+        least = ("eager", "least memory of the ways that compute a value term")
+        # In float32 the kernel does without tensor cores, and some of its variants spill.
+        half = facts.dtype != torch.float32
+        return [fused, biased, least, reference] if half else [biased, least, fused, reference]
     return [traced] if facts.compiled else [fewest, reference]

@@ -1,6 +1,7 @@
 """Starts the kernels: shapes and strides in, a variant for each kernel from variants.py."""
 
 import contextlib
+from functools import cache
 from typing import Any
 
 import torch
@@ -63,19 +64,20 @@ class Pairs:
         }  # fmt: skip
         self.mass_use = mass_use
         self.dtype = q.dtype
+        self.capability = _capability(q.device)
 
-    def start(self, name: str, blocks_over: int, owners: int, **given: Any) -> None:
-        """Launch a kernel, one program for each block of tokens and owner (batch times heads)."""
+    def start(self, name: str, length: int, owners: int, **given: Any) -> None:
+        """Launch a kernel: a program for each block of length tokens, and owner (batch * heads)."""
         options = {**self.options, **self.wide}
-        kernel = getattr(kernels, name)
-        block, chosen = variant(
-            name, self.dtype, self.wide["D_BLOCK"], self.wide_v["E_BLOCK"], self.options
-        )
         if name != "mass":
             options |= self.wide_v
-        tiles = -(-blocks_over // block)
+        widest = max(self.wide["D_BLOCK"], self.wide_v["E_BLOCK"])
+        chosen = variant(name, self.dtype, widest, options | given, self.capability)
+        tiles = -(-length // (chosen.BN if name == "column_pass" else chosen.BM))
         if tiles * owners:
-            kernel[(tiles * owners,)](**given, **self.tensors, **self.scalars, **options, **chosen)
+            getattr(kernels, name)[(tiles * owners,)](
+                **given, **self.tensors, **self.scalars, **options, **chosen._asdict()
+            )
 
 
 def forward(
@@ -177,6 +179,12 @@ def _whole(x: Tensor | None) -> Tensor | None:
 def _empty(x: Tensor) -> Tensor:
     B, H, R, D = x.shape
     return x.new_empty(B, R, H, D).transpose(1, 2)
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return 10 * major + minor
 
 
 def _strides(name: str, x: Tensor) -> dict[str, int]:

@@ -1,22 +1,44 @@
-"""Which blocks, warps and stages a kernel gets. A pure function."""
+"""Blocks, warps and stages of each kernel: the ones that compile without spilling registers.
 
-from typing import Any
+``python benchmarks/variants.py`` compiles them all and says what they take.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
 
 
+class Variant(NamedTuple):
+    """BM queries and BN keys in a tile; warps of a program; stages of its pipeline of loads."""
+
+    BM: int
+    BN: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+
 def variant(
-    name: str, dtype: torch.dtype, d_block: int, e_block: int, options: dict[str, Any]
-) -> tuple[int, dict[str, int]]:
-    """Owned tokens of a program, and the options of its launch."""
-    wide = max(d_block, e_block) > 64
+    kernel: str, dtype: torch.dtype, widest: int, options: dict[str, Any], capability: int
+) -> Variant:
+    """The variant of a call.
+
+    Args:
+        kernel: its name. widest: the wider block of head dims, 16 to 128. options: the call's
+            constants. capability: 10 * major + minor of the GPU.
+    """
+    ampere, wide = capability < 90, widest > 64
+    several = options["MAPS"] > 1
     if dtype == torch.float32:
-        bm, bn, warps, stages = 32, 32, 4, 1
-    elif wide:
-        bm, bn, warps, stages = 64, 32, 4, 2
-    else:
-        bm, bn, warps, stages = 64, 64, 4, 2
-    if name == "column_pass":
-        bm, bn = bn, bm
-    own = bn if name == "column_pass" else bm
-    return own, {"BM": bm, "BN": bn, "num_warps": warps, "num_stages": stages}
+        return Variant(16, 32, num_stages=1)
+    if kernel == "forward":
+        return Variant(64, 32 if wide else 64, num_stages=1 if ampere and widest <= 32 else 2)
+    if kernel == "mass":
+        return Variant(64, 32 if several or wide else 64)
+    if kernel == "row_pass":
+        if wide or (ampere and several):
+            return Variant(32, 32, num_stages=2 if options["MASS"] and not several else 1)
+        return Variant(64, 32)
+    heavy = options["MASS"] or (options["COLUMNS"] and widest > 32)
+    if wide or (ampere and heavy):
+        return Variant(32, 32, num_stages=1)
+    return Variant(32, 64)
