@@ -31,9 +31,13 @@ def variant(
     if dtype == torch.float32:
         return Variant(16, 32, num_stages=1)
     if kernel == "forward":
-        return Variant(64, 32 if wide else 64, num_stages=1 if ampere and widest <= 32 else 2)
+        return Variant(64, 32) if wide or (ampere and widest <= 32) else Variant(64, 64)
     if kernel == "mass":
         return Variant(64, 32 if several or wide else 64)
+    if wide and ampere and several:
+        return (
+            Variant(16, 32, num_stages=1) if kernel == "row_pass" else Variant(32, 16, num_stages=1)
+        )
     if kernel == "row_pass":
         if wide or (ampere and several):
             return Variant(32, 32, num_stages=2 if options["MASS"] and not several else 1)
@@ -41,4 +45,4 @@ def variant(
     heavy = options["MASS"] or (options["COLUMNS"] and widest > 32)
     if wide or (ampere and heavy):
         return Variant(32, 32, num_stages=1)
-    return Variant(32, 64)
+    return Variant(32, 64, num_stages=2 if ampere and widest <= 32 else 1)
