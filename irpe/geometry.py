@@ -159,6 +159,11 @@ class Grid(Geometry):
         return Grid(self.height, self.width, self.prefix, positions=positions)
 
     @property
+    def whole(self) -> bool:
+        """Whether all patches are there, row by row."""
+        return self._query is None
+
+    @property
     def axes(self) -> int:
         return 2 if self._query is None else super().axes
 

@@ -15,7 +15,7 @@ from oracles.precision import assert_as_good
 import irpe
 from irpe.backends import reference
 from irpe.backends.call import Call
-from irpe.backends.triton import plan
+from irpe.backends.triton import plan, strips
 from irpe.terms import Term
 
 
@@ -67,6 +67,47 @@ def test_official_numbers(case, launches):
         band = 1e-5 * stored.abs().max()
         torch.testing.assert_close(x.cpu(), stored, rtol=1e-5, atol=float(band))
     assert launches == expected(terms)
+
+
+@pytest.fixture
+def on_strips(monkeypatch):
+    """Takes the products for whole grids of any size; list of the calls that took them."""
+    calls = []
+    real = strips.strips
+    monkeypatch.setattr(strips, "WASTE", float("inf"))
+    monkeypatch.setattr(strips, "strips", lambda *given: calls.append(given) or real(*given))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("spec", "grid"),
+    [
+        ("rpe-1.9-product-ctx-1-qkv", (5, 6, 1)),  # a unit is more than a column
+        ("rpe-1.9-product-ctx-0-qkv", (17, 3, 0)),  # two units a column
+        ("rpe-1.9-product-ctx-1-k", (3, 34, 2)),  # three parts, prefix in the last
+        ("rpe-1.9-product-bias-0-qk", (6, 18, 17)),  # two runs of prefix tokens
+        ("rpe-2.0-product-ctx-1-qkv", (9, 7, 1)),  # nine column buckets: sixteen numbers a run
+        ("rpe-1.9-cross-ctx-0-qkv", (8, 5, 1)),
+        ("rpe-1.9-cross-bias-1-k", (4, 4, 0)),
+    ],
+)  # fmt: skip
+def test_strips(spec, grid, launches, on_strips):
+    grid = irpe.Grid(*grid)
+    terms = made(spec, 16, prefix=grid.prefix > 0, std=0.5)(grid)
+    qkv = tensors(2, 2, grid.query_length, grid.query_length, 16)
+    mask = torch.rand(2, 1, 1, grid.query_length) > 0.2
+    compare(qkv, terms, DTYPES[-1], mask)
+    assert launches == expected(terms) and len(on_strips) == 1
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_every_case_of_the_loops_on_strips(name, launches, on_strips):
+    modules, geometry, qkv, arguments, *_ = cases.solved(name)
+    terms = cases.joined(modules, geometry)
+    if not strips.applicable(terms, torch.float16, arguments.get("is_causal", False)):
+        pytest.skip("no whole grid, or no buckets that part into rows and columns")
+    compare(qkv, terms, torch.float16, **arguments)
+    assert launches == expected(terms) and len(on_strips) == 1
 
 
 @pytest.mark.parametrize("D", [16, 32, 60, 64, 96, 128])

@@ -1,7 +1,8 @@
 """Fused attention with terms on a GPU: forward and backward without a ``[B, H, L, S]`` tensor.
 
 plan.py turns terms into rows of numbers, ops.py registers the operators with torch, launch.py
-starts the kernels of kernels.py and lookup.py, which are built from tiles.py.
+starts the kernels of kernels.py, which are built from tiles.py. Where tokens fill a grid strips.py
+orders them so that strip_tiles.py gathers and scatters by matrix products.
 """
 
 import importlib.util
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..call import Call
-from . import ops
-from .plan import mixed, plan, rows
+from . import ops, strips
+from .plan import mixed, plan, plan_strips, rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 128
@@ -55,7 +56,8 @@ def unsupported(dtype: torch.dtype, head_dim: int, pairs: int, gain_maps: int) -
 def attention(call: Call) -> Tensor:
     """``[B, H, L, E]``."""
     q, k, v, scale = call.q, call.k, call.v, call.scale
-    made = plan(call.terms)
+    on_grid = strips.applicable(call.terms, q.dtype, call.is_causal)
+    made = plan_strips(call.terms) if on_grid else plan(call.terms)
     tables, uses = made.tables, made.uses
     row_table = tables["bias"].float() if "bias" in tables else None
     if "query" in tables:
@@ -65,8 +67,17 @@ def attention(call: Call) -> Tensor:
     if "key" in tables:
         keys, _ = call.grouped()
         columns = rows(keys, tables["key"] * scale)
-    ids = ids_turned = None
-    if made.maps:
+    ids = ids_turned = order = runs = units = None
+    side = height = width = prefix = 0
+    if on_grid:
+        buckets = call.terms[0].buckets
+        grid, slots = buckets.geometry, strips.strips(buckets, q.device)
+        ids, ids_turned = slots.ids[:1], slots.ids[1:]
+        order, runs, units = slots.order, slots.runs, slots.units
+        side, height, width, prefix = strips.side(buckets), grid.height, grid.width, grid.prefix
+        # What is gathered enters a product: it has the dtype of its other side.
+        row_table = None if row_table is None else row_table.to(q.dtype)
+    elif made.maps:
         ids, ids_turned = made.ids(q.device)
     mask = call.mask
     if mask is not None:
@@ -77,10 +88,10 @@ def attention(call: Call) -> Tensor:
         seed = torch.randint(2**62, (1,), device=q.device)
     out, _, mass = ops.fused_attention(
         q, k, v, ids, ids_turned, row_table, columns, tables.get("gain"), mask, seed,
-        width=made.width, row_use=uses.get("bias", 0) | uses.get("query", 0),
+        order, runs, units, width=made.width, row_use=uses.get("bias", 0) | uses.get("query", 0),
         column_use=uses.get("key", 0), mass_use=uses.get("value", 0),
         gain_use=uses.get("gain", 0), is_causal=call.is_causal, dropout_p=float(call.dropout_p),
-        scale=float(scale),
+        scale=float(scale), side=side, grid_height=height, grid_width=width, prefix=prefix,
     )  # fmt: skip
     if "value" in tables:
         out = out + mixed(mass, tables["value"])

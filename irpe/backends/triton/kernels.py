@@ -12,9 +12,11 @@ ids ``[MAPS, B | 1, L', S']``, transposed in the column pass.
 import triton
 import triton.language as tl
 
+from .strip_tiles import part_count, span, stream_token, strip_onehot, strip_runs
 from .tiles import (
     LOG2E,
     add_gathered,
+    add_own,
     drop,
     exponential,
     load_gain,
@@ -22,11 +24,12 @@ from .tiles import (
     masked,
     pair_logits,
     scatter,
+    scatter_own,
     store_rows,
 )  # fmt: skip
 
 # Their values would make variants of a kernel without need.
-PLAIN = ["B", "H", "GROUP", "L", "S"]
+PLAIN = ["B", "H", "GROUP", "L", "S", "owned", "height", "width", "prefix"]
 
 
 @triton.jit
@@ -36,6 +39,14 @@ def program(length, H, BLOCK: tl.constexpr):
     tile = tl.program_id(0) % tiles
     bh = tl.program_id(0) // tiles
     return tile * BLOCK + tl.arange(0, BLOCK), bh, (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+
+
+@triton.jit
+def token(slot, order, SIDE: tl.constexpr):
+    """Tokens of owned slots; with strips, past the end where a slot is empty."""
+    if SIDE > 0:
+        slot = tl.load(order + slot)
+    return slot
 
 
 @triton.jit
@@ -56,18 +67,20 @@ def last_key(i, L, S, CAUSAL: tl.constexpr):
 
 @triton.jit(do_not_specialize=PLAIN)
 def forward(
-    q, k, v, out, stats, ids, rows, columns, gain, mask, seed,
+    q, k, v, out, stats, ids, rows, columns, gain, mask, seed, order, runs, units,
     q_sb, q_sh, q_sl, k_sb, k_sh, k_sl, v_sb, v_sh, v_sl, o_sb, o_sh, o_sl,
     ids_sm, ids_sb, ids_so, rows_sh, gain_sh, mask_sb, mask_sh, mask_sl, mask_ss,
     B, H, GROUP, L, S, scale, dropout, factor,
+    owned, runs_so, units_so, height, width, prefix,
     D: tl.constexpr, E: tl.constexpr, D_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr,
     MAPS: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr,
     COLUMNS: tl.constexpr, GAIN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, PRECISE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    SIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Writes out, and of each row the largest logit and the logarithm of its sum to base 2."""
-    i, bh, b, h = program(L, H, BM)
+    o, bh, b, h = program(owned, H, BM)
+    i = token(o, order, SIDE)
     k += b * k_sb + h // GROUP * k_sh
     v += b * v_sb + h // GROUP * v_sh
     ids += b * ids_sb
@@ -82,27 +95,32 @@ def forward(
     best = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, E_BLOCK], tl.float32)
-    for start in range(0, last_key(i, L, S, CAUSAL), BN):
-        j = start + tl.arange(0, BN)
-        columns_at = tl.minimum(j, S - 1) * (MAPS * N)
-        keys = load_rows(k, j, k_sl, S, D, D_BLOCK)
-        logits, content = pair_logits(
-            queries, keys, rows, rows_at, ROWS, columns, columns_at, COLUMNS, gain, GAIN,
-            ids, i, j, ids_sm, ids_so, MAPS, N, PRECISION,
-        )  # fmt: skip
-        logits = masked(logits, i[:, None], j[None, :], mask, mask_sl, mask_ss, L, S, MASK, CAUSAL)
-        higher = tl.maximum(best, tl.max(logits, 1))
-        # A row that saw nothing yet has no best: any finite number keeps its sums at zero.
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        shrink = tl.exp2((best - shift) * LOG2E)
-        p = exponential(logits, shift[:, None], 0.0, PRECISE)
-        total = total * shrink + tl.sum(p, 1)
-        if DROPOUT:
-            p = drop(p, seed, bh, i[:, None], j[None, :], S, dropout, factor)
-        values = load_rows(v, j, v_sl, S, E, E_BLOCK)
-        acc = acc * shrink[:, None]
-        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
-        best = higher
+    for part in range(part_count(width, SIDE)):
+        onehot = strip_onehot(units, o, part, units_so, BN, SIDE, queries)
+        first, end = span(part, last_key(i, L, S, CAUSAL), height, width, prefix, SIDE)
+        for start in range(first, end, BN):
+            s = start + tl.arange(0, BN)
+            j = stream_token(s, part, S, height, width, prefix, SIDE)
+            run = strip_runs(runs, o, start, runs_so, BN, SIDE)
+            columns_at = tl.minimum(j, S - 1) * (MAPS * N)
+            keys = load_rows(k, j, k_sl, S, D, D_BLOCK)
+            logits, content = pair_logits(
+                queries, keys, rows, rows_at, ROWS, columns, columns_at, COLUMNS, gain, GAIN,
+                ids, o, s, ids_sm, ids_so, MAPS, N, PRECISION, onehot, run, SIDE,
+            )  # fmt: skip
+            logits = masked(logits, i[:, None], j[None, :], mask, mask_sl, mask_ss, L, S, MASK, CAUSAL)
+            higher = tl.maximum(best, tl.max(logits, 1))
+            # A row that saw nothing yet has no best: any finite number keeps its sums at zero.
+            shift = tl.where(higher == float("-inf"), 0.0, higher)
+            shrink = tl.exp2((best - shift) * LOG2E)
+            p = exponential(logits, shift[:, None], 0.0, PRECISE)
+            total = total * shrink + tl.sum(p, 1)
+            if DROPOUT:
+                p = drop(p, seed, bh, i[:, None], j[None, :], S, dropout, factor)
+            values = load_rows(v, j, v_sl, S, E, E_BLOCK)
+            acc = acc * shrink[:, None]
+            acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+            best = higher
     seen = total > 0.0
     total = tl.where(seen, total, 1.0)
     store_rows(out + b * o_sb + h * o_sh, acc / total[:, None], i, o_sl, L, E, E_BLOCK)
@@ -114,18 +132,21 @@ def forward(
 
 @triton.jit(do_not_specialize=PLAIN)
 def mass(
-    q, k, stats, sums, ids, rows, columns, gain, mask, seed,
+    q, k, stats, sums, ids, rows, columns, gain, mask, seed, order, runs, units,
     q_sb, q_sh, q_sl, k_sb, k_sh, k_sl,
     ids_sm, ids_sb, ids_so, rows_sh, gain_sh, mask_sb, mask_sh, mask_sl, mask_ss,
     B, H, GROUP, L, S, scale, dropout, factor,
+    owned, runs_so, units_so, height, width, prefix,
     D: tl.constexpr, D_BLOCK: tl.constexpr,
     MAPS: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr,
     COLUMNS: tl.constexpr, MASS: tl.constexpr, GAIN: tl.constexpr, MASK: tl.constexpr,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, DETERMINISTIC: tl.constexpr,
-    PRECISION: tl.constexpr, PRECISE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr, PRECISE: tl.constexpr, SIDE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """sums ``[H, B, L, W]`` += the probability in each bucket of each query."""
-    i, bh, b, h = program(L, H, BM)
+    o, bh, b, h = program(owned, H, BM)
+    i = token(o, order, SIDE)
     k += b * k_sb + h // GROUP * k_sh
     ids += b * ids_sb
     rows += h * rows_sh if SHARED else (h * B + b) * L * (MAPS * N)
@@ -138,38 +159,48 @@ def mass(
     queries = load_rows(q + b * q_sb + h * q_sh, i, q_sl, L, D, D_BLOCK)
     queries = (queries * scale).to(queries.dtype)
     shift, log_total = load_stats(stats + (h * B + b) * L, i, B, H, L)
-    for start in range(0, last_key(i, L, S, CAUSAL), BN):
-        j = start + tl.arange(0, BN)
-        columns_at = tl.minimum(j, S - 1) * (MAPS * N)
-        keys = load_rows(k, j, k_sl, S, D, D_BLOCK)
-        logits, content = pair_logits(
-            queries, keys, rows, rows_at, ROWS, columns, columns_at, COLUMNS, gain, GAIN,
-            ids, i, j, ids_sm, ids_so, MAPS, N, PRECISION,
-        )  # fmt: skip
-        logits = masked(logits, i[:, None], j[None, :], mask, mask_sl, mask_ss, L, S, MASK, CAUSAL)
-        p = exponential(logits, shift[:, None], log_total[:, None], PRECISE)
-        if DROPOUT:
-            p = drop(p, seed, bh, i[:, None], j[None, :], S, dropout, factor)
-        scatter(sums, p, MASS, ids, i, L, j, ids_sm, ids_so, MAPS, N, DETERMINISTIC)
+    for part in range(part_count(width, SIDE)):
+        onehot = strip_onehot(units, o, part, units_so, BN, SIDE, queries)
+        first, end = span(part, last_key(i, L, S, CAUSAL), height, width, prefix, SIDE)
+        for start in range(first, end, BN):
+            s = start + tl.arange(0, BN)
+            j = stream_token(s, part, S, height, width, prefix, SIDE)
+            run = strip_runs(runs, o, start, runs_so, BN, SIDE)
+            columns_at = tl.minimum(j, S - 1) * (MAPS * N)
+            keys = load_rows(k, j, k_sl, S, D, D_BLOCK)
+            logits, content = pair_logits(
+                queries, keys, rows, rows_at, ROWS, columns, columns_at, COLUMNS, gain, GAIN,
+                ids, o, s, ids_sm, ids_so, MAPS, N, PRECISION, onehot, run, SIDE,
+            )  # fmt: skip
+            logits = masked(logits, i[:, None], j[None, :], mask, mask_sl, mask_ss, L, S, MASK, CAUSAL)
+            p = exponential(logits, shift[:, None], log_total[:, None], PRECISE)
+            if DROPOUT:
+                p = drop(p, seed, bh, i[:, None], j[None, :], S, dropout, factor)
+            scatter_own(
+                sums, p, MASS, ids, o, i, L, s, ids_sm, ids_so, MAPS, N, DETERMINISTIC,
+                onehot, run, SIDE,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=PLAIN)
 def row_pass(
     q, k, v, out, grad, stats, delta, masses, grad_mass, grad_q, grad_rows, grad_gain,
-    ids, rows, columns, gain, mask, seed,
+    ids, rows, columns, gain, mask, seed, order, runs, units,
     q_sb, q_sh, q_sl, k_sb, k_sh, k_sl, v_sb, v_sh, v_sl, o_sb, o_sh, o_sl, g_sb, g_sh, g_sl,
     gq_sb, gq_sh, gq_sl,
     ids_sm, ids_sb, ids_so, rows_sh, gain_sh, mask_sb, mask_sh, mask_sl, mask_ss,
     B, H, GROUP, L, S, scale, dropout, factor,
+    owned, runs_so, units_so, height, width, prefix,
     D: tl.constexpr, E: tl.constexpr, D_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr,
     MAPS: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr,
     COLUMNS: tl.constexpr, MASS: tl.constexpr, GRAD_ROWS: tl.constexpr, GAIN: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
     DETERMINISTIC: tl.constexpr, PRECISION: tl.constexpr, PRECISE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    SIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Writes grad_q and delta = sum_j p dp; adds to grad_rows and grad_gain ``[H, B, L, W]``."""
-    i, bh, b, h = program(L, H, BM)
+    o, bh, b, h = program(owned, H, BM)
+    i = token(o, order, SIDE)
     own = (h * B + b) * L
     k += b * k_sb + h // GROUP * k_sh
     v += b * v_sb + h // GROUP * v_sh
@@ -202,103 +233,119 @@ def row_pass(
     tl.store(delta + own + i, mean, mask=i < L)
     mass_at = tl.minimum(i, L - 1) * (MAPS * N)
     acc = tl.zeros([BM, D_BLOCK], tl.float32)
-    for start in range(0, last_key(i, L, S, CAUSAL), BN):
-        j = start + tl.arange(0, BN)
-        columns_at = tl.minimum(j, S - 1) * (MAPS * N)
-        keys = load_rows(k, j, k_sl, S, D, D_BLOCK)
-        logits, content = pair_logits(
-            queries, keys, rows, rows_at, ROWS, columns, columns_at, COLUMNS, gain, GAIN,
-            ids, i, j, ids_sm, ids_so, MAPS, N, PRECISION,
-        )  # fmt: skip
-        logits = masked(logits, i[:, None], j[None, :], mask, mask_sl, mask_ss, L, S, MASK, CAUSAL)
-        p = exponential(logits, shift[:, None], log_total[:, None], PRECISE)
-        values = load_rows(v, j, v_sl, S, E, E_BLOCK)
-        dp = tl.zeros([BM, BN], tl.float32)
-        dp = add_gathered(dp, grad_mass, mass_at[:, None], MASS, ids, i, j, ids_sm, ids_so, MAPS, N)
-        dp = tl.dot(flow, tl.trans(values), dp, input_precision=PRECISION)
-        if DROPOUT:
-            dp = drop(dp, seed, bh, i[:, None], j[None, :], S, dropout, factor)
-        ds = p * (dp - mean[:, None])
-        scatter(grad_rows, ds, GRAD_ROWS, ids, i, L, j, ids_sm, ids_so, MAPS, N, DETERMINISTIC)
-        if GAIN >= 0:
-            scatter(
-                grad_gain, ds * content, 1 << GAIN, ids, i, L, j, ids_sm, ids_so, MAPS, N,
-                DETERMINISTIC,
+    for part in range(part_count(width, SIDE)):
+        onehot = strip_onehot(units, o, part, units_so, BN, SIDE, queries)
+        first, end = span(part, last_key(i, L, S, CAUSAL), height, width, prefix, SIDE)
+        for start in range(first, end, BN):
+            s = start + tl.arange(0, BN)
+            j = stream_token(s, part, S, height, width, prefix, SIDE)
+            run = strip_runs(runs, o, start, runs_so, BN, SIDE)
+            columns_at = tl.minimum(j, S - 1) * (MAPS * N)
+            keys = load_rows(k, j, k_sl, S, D, D_BLOCK)
+            logits, content = pair_logits(
+                queries, keys, rows, rows_at, ROWS, columns, columns_at, COLUMNS, gain, GAIN,
+                ids, o, s, ids_sm, ids_so, MAPS, N, PRECISION, onehot, run, SIDE,
             )  # fmt: skip
-            ds *= load_gain(gain, GAIN, ids, i, j, ids_sm, ids_so, N)
-        acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
+            logits = masked(logits, i[:, None], j[None, :], mask, mask_sl, mask_ss, L, S, MASK, CAUSAL)
+            p = exponential(logits, shift[:, None], log_total[:, None], PRECISE)
+            values = load_rows(v, j, v_sl, S, E, E_BLOCK)
+            dp = tl.zeros([BM, BN], tl.float32)
+            dp = add_own(
+                dp, grad_mass, mass_at, MASS, ids, o, s, ids_sm, ids_so, MAPS, N, onehot, run, SIDE
+            )
+            dp = tl.dot(flow, tl.trans(values), dp, input_precision=PRECISION)
+            if DROPOUT:
+                dp = drop(dp, seed, bh, i[:, None], j[None, :], S, dropout, factor)
+            ds = p * (dp - mean[:, None])
+            scatter_own(
+                grad_rows, ds, GRAD_ROWS, ids, o, i, L, s, ids_sm, ids_so, MAPS, N, DETERMINISTIC,
+                onehot, run, SIDE,
+            )  # fmt: skip
+            if GAIN >= 0:
+                scatter(
+                    grad_gain, ds * content, 1 << GAIN, ids, i, L, s, ids_sm, ids_so, MAPS, N,
+                    DETERMINISTIC,
+                )  # fmt: skip
+                ds *= load_gain(gain, GAIN, ids, i, s, ids_sm, ids_so, N)
+            acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
     store_rows(grad_q + b * gq_sb + h * gq_sh, acc * scale, i, gq_sl, L, D, D_BLOCK)
 
 
 @triton.jit(do_not_specialize=PLAIN)
 def column_pass(
     q, k, v, grad, stats, delta, grad_mass, grad_k, grad_v, grad_columns,
-    ids, rows, columns, gain, mask, seed,
+    ids, rows, columns, gain, mask, seed, order, runs, units,
     q_sb, q_sh, q_sl, k_sb, k_sh, k_sl, v_sb, v_sh, v_sl, g_sb, g_sh, g_sl,
     gk_sb, gk_sh, gk_sl, gv_sb, gv_sh, gv_sl,
     ids_sm, ids_sb, ids_so, rows_sh, gain_sh, mask_sb, mask_sh, mask_sl, mask_ss,
     B, H, GROUP, L, S, scale, dropout, factor,
+    owned, runs_so, units_so, height, width, prefix,
     D: tl.constexpr, E: tl.constexpr, D_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr,
     MAPS: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr,
     COLUMNS: tl.constexpr, MASS: tl.constexpr, GRAD_COLUMNS: tl.constexpr, GAIN: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
     DETERMINISTIC: tl.constexpr, PRECISION: tl.constexpr, PRECISE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    SIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Writes grad_k and grad_v; adds to grad_columns ``[H, B, S, W]``. Tiles are ``[BN, BM]``."""
-    j, bkv, b, kv = program(S, H // GROUP, BN)
+    o, bkv, b, kv = program(owned, H // GROUP, BN)
+    j = token(o, order, SIDE)
     ids += b * ids_sb
     keys = load_rows(k + b * k_sb + kv * k_sh, j, k_sl, S, D, D_BLOCK)
     values = load_rows(v + b * v_sb + kv * v_sh, j, v_sl, S, E, E_BLOCK)
     columns_at = tl.minimum(j, S - 1) * (MAPS * N)
     acc_k = tl.zeros([BN, D_BLOCK], tl.float32)
     acc_v = tl.zeros([BN, E_BLOCK], tl.float32)
-    first = 0
-    if CAUSAL:
-        first = tl.maximum(tl.min(j) - (S - L), 0) // BM * BM
     for member in range(GROUP):
         h = kv * GROUP + member
         bh = (b * H + h).to(tl.int32)
         stream = (h * B + b) * L
         h_rows = rows + (h * rows_sh if SHARED else stream * (MAPS * N))
         own_at = (h * B + b) * S * (MAPS * N)
-        for start in range(first, L, BM):
-            i = start + tl.arange(0, BM)
-            rows_at = tl.minimum(i, L - 1) * (0 if SHARED else MAPS * N)
-            mass_at = tl.minimum(i, L - 1) * (MAPS * N)
-            queries = load_rows(q + b * q_sb + h * q_sh, i, q_sl, L, D, D_BLOCK)
-            queries = (queries * scale).to(queries.dtype)
-            logits, content = pair_logits(
-                keys, queries, columns + own_at, columns_at, COLUMNS, h_rows, rows_at, ROWS,
-                gain + h * gain_sh, GAIN, ids, j, i, ids_sm, ids_so, MAPS, N, PRECISION,
-            )  # fmt: skip
-            logits = masked(
-                logits, i[None, :], j[:, None], mask + b * mask_sb + h * mask_sh,
-                mask_sl, mask_ss, L, S, MASK, CAUSAL,
-            )  # fmt: skip
-            shift, log_total = load_stats(stats + stream, i, B, H, L)
-            p = exponential(logits, shift[None, :], log_total[None, :], PRECISE)
-            flow = load_rows(grad + b * g_sb + h * g_sh, i, g_sl, L, E, E_BLOCK)
-            given = p
-            if DROPOUT:
-                given = drop(p, seed, bh, i[None, :], j[:, None], S, dropout, factor)
-            acc_v = tl.dot(given.to(flow.dtype), flow, acc_v, input_precision=PRECISION)
-            dp = tl.zeros([BN, BM], tl.float32)
-            dp = add_gathered(
-                dp, grad_mass + stream * (MAPS * N), mass_at[None, :], MASS,
-                ids, j, i, ids_sm, ids_so, MAPS, N,
-            )  # fmt: skip
-            dp = tl.dot(values, tl.trans(flow), dp, input_precision=PRECISION)
-            if DROPOUT:
-                dp = drop(dp, seed, bh, i[None, :], j[:, None], S, dropout, factor)
-            mean = tl.load(delta + stream + i, mask=i < L, other=0.0)
-            ds = p * (dp - mean[None, :])
-            scatter(
-                grad_columns + own_at, ds, GRAD_COLUMNS, ids, j, S, i, ids_sm, ids_so, MAPS, N,
-                DETERMINISTIC,
-            )  # fmt: skip
-            if GAIN >= 0:
-                ds *= load_gain(gain + h * gain_sh, GAIN, ids, j, i, ids_sm, ids_so, N)
-            acc_k = tl.dot(ds.to(queries.dtype), queries, acc_k, input_precision=PRECISION)
+        for part in range(part_count(width, SIDE)):
+            onehot = strip_onehot(units, o, part, units_so, BM, SIDE, keys)
+            first, end = span(part, L, height, width, prefix, SIDE)
+            if CAUSAL:
+                first = tl.maximum(tl.min(j) - (S - L), 0) // BM * BM
+            for start in range(first, end, BM):
+                s = start + tl.arange(0, BM)
+                i = stream_token(s, part, L, height, width, prefix, SIDE)
+                run = strip_runs(runs, o, start, runs_so, BM, SIDE)
+                rows_at = tl.minimum(i, L - 1) * (0 if SHARED else MAPS * N)
+                mass_at = tl.minimum(i, L - 1) * (MAPS * N)
+                queries = load_rows(q + b * q_sb + h * q_sh, i, q_sl, L, D, D_BLOCK)
+                queries = (queries * scale).to(queries.dtype)
+                logits, content = pair_logits(
+                    keys, queries, columns + own_at, columns_at, COLUMNS, h_rows, rows_at, ROWS,
+                    gain + h * gain_sh, GAIN, ids, o, s, ids_sm, ids_so, MAPS, N, PRECISION, onehot, run, SIDE,
+                )  # fmt: skip
+                logits = masked(
+                    logits, i[None, :], j[:, None], mask + b * mask_sb + h * mask_sh,
+                    mask_sl, mask_ss, L, S, MASK, CAUSAL,
+                )  # fmt: skip
+                shift, log_total = load_stats(stats + stream, i, B, H, L)
+                p = exponential(logits, shift[None, :], log_total[None, :], PRECISE)
+                flow = load_rows(grad + b * g_sb + h * g_sh, i, g_sl, L, E, E_BLOCK)
+                given = p
+                if DROPOUT:
+                    given = drop(p, seed, bh, i[None, :], j[:, None], S, dropout, factor)
+                acc_v = tl.dot(given.to(flow.dtype), flow, acc_v, input_precision=PRECISION)
+                dp = tl.zeros([BN, BM], tl.float32)
+                dp = add_gathered(
+                    dp, grad_mass + stream * (MAPS * N), mass_at[None, :], MASS,
+                    ids, o, s, ids_sm, ids_so, MAPS, N,
+                )  # fmt: skip
+                dp = tl.dot(values, tl.trans(flow), dp, input_precision=PRECISION)
+                if DROPOUT:
+                    dp = drop(dp, seed, bh, i[None, :], j[:, None], S, dropout, factor)
+                mean = tl.load(delta + stream + i, mask=i < L, other=0.0)
+                ds = p * (dp - mean[None, :])
+                scatter_own(
+                    grad_columns + own_at, ds, GRAD_COLUMNS, ids, o, j, S, s, ids_sm, ids_so,
+                    MAPS, N, DETERMINISTIC, onehot, run, SIDE,
+                )  # fmt: skip
+                if GAIN >= 0:
+                    ds *= load_gain(gain + h * gain_sh, GAIN, ids, o, s, ids_sm, ids_so, N)
+                acc_k = tl.dot(ds.to(queries.dtype), queries, acc_k, input_precision=PRECISION)
     store_rows(grad_k + b * gk_sb + kv * gk_sh, acc_k, j, gk_sl, S, D, D_BLOCK)
     store_rows(grad_v + b * gv_sb + kv * gv_sh, acc_v, j, gv_sl, S, E, E_BLOCK)

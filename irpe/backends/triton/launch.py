@@ -25,6 +25,9 @@ class Pairs:
         gain: Tensor | None,
         mask: Tensor | None,
         seed: Tensor | None,
+        order: Tensor | None,
+        runs: Tensor | None,
+        units: Tensor | None,
         width: int,
         row_use: int,
         column_use: int,
@@ -33,12 +36,17 @@ class Pairs:
         is_causal: bool,
         dropout_p: float,
         scale: float,
+        side: int,
+        grid_height: int,
+        grid_width: int,
+        prefix: int,
     ) -> None:
         (self.B, self.H, self.L, D), (_, G, self.S, E) = q.shape, v.shape
         # Where there is nothing to point at, q serves: the kernel never looks.
         self.tensors = {
             "ids": ids, "rows": _whole(rows), "columns": _whole(columns), "gain": _whole(gain),
-            "mask": mask, "seed": seed,
+            "mask": mask, "seed": seed, "order": order, "runs": _whole(runs),
+            "units": _whole(units),
         }  # fmt: skip
         self.tensors = {name: q if t is None else t for name, t in self.tensors.items()}
         head = {name: t is not None and t.shape[0] > 1 for name, t in (("r", rows), ("g", gain))}
@@ -52,6 +60,9 @@ class Pairs:
             "B": self.B, "H": self.H, "GROUP": self.H // G, "L": self.L, "S": self.S,
             "scale": scale, "dropout": dropout_p,
             "factor": 1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
+            "runs_so": 0 if runs is None else runs.shape[-1],
+            "units_so": 0 if units is None else units.shape[-1],
+            "height": grid_height, "width": grid_width, "prefix": prefix,
         }  # fmt: skip
         kind = "none" if mask is None else "bool" if mask.dtype == torch.uint8 else "float"
         self.wide = {"D": D, "D_BLOCK": _block(D)}
@@ -60,8 +71,9 @@ class Pairs:
             "MAPS": maps, "N": width, "ROWS": row_use, "SHARED": shared, "COLUMNS": column_use,
             "GAIN": gain_use.bit_length() - 1, "MASK": kind, "CAUSAL": is_causal,
             "DROPOUT": dropout_p > 0.0, "PRECISION": _precision(q),
-            "PRECISE": q.dtype == torch.float32,
+            "PRECISE": q.dtype == torch.float32, "SIDE": side,
         }  # fmt: skip
+        self.slots = None if order is None else order.shape[0]
         self.mass_use = mass_use
         self.dtype = q.dtype
         self.capability = _capability(q.device)
@@ -73,10 +85,15 @@ class Pairs:
             options |= self.wide_v
         widest = max(self.wide["D_BLOCK"], self.wide_v["E_BLOCK"])
         chosen = variant(name, self.dtype, widest, options | given, self.capability)
-        tiles = -(-length // (chosen.BN if name == "column_pass" else chosen.BM))
+        owned = length if self.slots is None else self.slots
+        tiles = -(-owned // (chosen.BN if name == "column_pass" else chosen.BM))
+        tensors = dict(self.tensors)
+        if self.slots is not None:
+            for table in ("runs", "units"):
+                tensors[table] = tensors[table][int(name == "column_pass")]
         if tiles * owners:
             getattr(kernels, name)[(tiles * owners,)](
-                **given, **self.tensors, **self.scalars, **options, **chosen._asdict()
+                **given, **tensors, **self.scalars, **options, **chosen._asdict(), owned=owned
             )
 
 

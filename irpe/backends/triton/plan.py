@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...buckets import BucketIds
 from ...terms import Kind, Term
+from .strips import places, width
 
 TILE = 128  # the largest block of queries or keys of a kernel
 
@@ -54,6 +55,20 @@ class Plan:
         )
 
 
+def plan_strips(terms: Sequence[Term]) -> Plan:
+    """Tables of the same kind, laid out as strips.py has it, add up."""
+    tables: dict[Kind, Tensor] = {}
+    for term in terms:
+        axis = 1 if term.kind == "value" else -1
+        table = _reversed(term, axis) if term.buckets.by_key else term.table
+        # In float32, for the gradient: some numbers stand in several places.
+        table = table.float().index_select(axis, places(term.buckets, table.device))
+        tables[term.kind] = table + tables[term.kind] if term.kind in tables else table
+    dtype = terms[0].table.dtype
+    tables = {kind: table.to(dtype) for kind, table in tables.items()}
+    return Plan((), width(terms[0].buckets), tables, dict.fromkeys(tables, 1))
+
+
 def plan(terms: Sequence[Term]) -> Plan:
     """Sort terms by map and kind; tables of the same kind and map add up."""
     maps: list[BucketIds] = []
@@ -68,12 +83,12 @@ def plan(terms: Sequence[Term]) -> Plan:
         if at == len(maps):
             maps.append(buckets)
         placed.append((term, at, turned))
-    width = max((-(-m.size // 16) * 16 for m in maps), default=16)
+    wide = max((-(-m.size // 16) * 16 for m in maps), default=16)
     parts: dict[Kind, list[Tensor | None]] = {}
     for term, at, turned in placed:
         axis = 1 if term.kind == "value" else -1
         table = _reversed(term, axis) if turned else term.table
-        spare = width - term.buckets.size
+        spare = wide - term.buckets.size
         table = F.pad(table, (0, 0, 0, spare) if axis == 1 else (0, spare))
         slots = parts.setdefault(term.kind, [None] * len(maps))
         held = slots[at]
@@ -83,7 +98,7 @@ def plan(terms: Sequence[Term]) -> Plan:
     for kind, slots in parts.items():
         uses[kind] = sum(1 << m for m, slot in enumerate(slots) if slot is not None)
         tables[kind] = _beside(slots, 1 if kind == "value" else -1)
-    return Plan(tuple(maps), width, tables, uses)
+    return Plan(tuple(maps), wide, tables, uses)
 
 
 def rows(x: Tensor, table: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ W = MAPS * N numbers in a row. Sets of maps (OWN, STREAM, USED) are bit masks.
 import triton
 import triton.language as tl
 
+from .strip_tiles import strip_gather, strip_scatter
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -79,11 +81,38 @@ def scatter(
 
 
 @triton.jit
+def add_own(
+    tile, rows, at, USED: tl.constexpr, ids, own, stream, ids_sm, ids_so,
+    MAPS: tl.constexpr, N: tl.constexpr, onehot, runs, SIDE: tl.constexpr,
+):  # fmt: skip
+    """``add_gathered`` from rows of the owned tokens, ``at [R]``; with strips by a product."""
+    if SIDE == 0:
+        tile = add_gathered(tile, rows, at[:, None], USED, ids, own, stream, ids_sm, ids_so, MAPS, N)
+    elif USED > 0:
+        tile = strip_gather(tile, rows, at, onehot, runs, SIDE)
+    return tile
+
+
+@triton.jit
+def scatter_own(
+    rows, tile, USED: tl.constexpr, ids, own, token, length, stream, ids_sm, ids_so,
+    MAPS: tl.constexpr, N: tl.constexpr, DETERMINISTIC: tl.constexpr,
+    onehot, runs, SIDE: tl.constexpr,
+):  # fmt: skip
+    """``scatter`` into rows of the owned tokens; with strips by a product."""
+    if SIDE == 0:
+        scatter(rows, tile, USED, ids, own, length, stream, ids_sm, ids_so, MAPS, N, DETERMINISTIC)
+    elif USED > 0:
+        strip_scatter(rows, tile, token, length, onehot, runs, N, SIDE, DETERMINISTIC)
+
+
+@triton.jit
 def pair_logits(
     owned, streamed, own_rows, own_at, OWN: tl.constexpr,
     stream_rows, stream_at, STREAM: tl.constexpr, gain, GAIN: tl.constexpr,
     ids, own, stream, ids_sm, ids_so,
     MAPS: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+    onehot, runs, SIDE: tl.constexpr,
 ):  # fmt: skip
     """Logits ``[R, C]`` without masks, and their content part before the gain.
 
@@ -91,8 +120,8 @@ def pair_logits(
     the matrix unit, where an addition afterwards would make the compiler compute the softmax twice.
     """
     start = tl.zeros([owned.shape[0], streamed.shape[0]], tl.float32)
-    start = add_gathered(
-        start, own_rows, own_at[:, None], OWN, ids, own, stream, ids_sm, ids_so, MAPS, N
+    start = add_own(
+        start, own_rows, own_at, OWN, ids, own, stream, ids_sm, ids_so, MAPS, N, onehot, runs, SIDE
     )
     start = add_gathered(
         start, stream_rows, stream_at[None, :], STREAM, ids, own, stream, ids_sm, ids_so, MAPS, N

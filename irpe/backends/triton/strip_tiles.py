@@ -1,0 +1,122 @@
+"""Gather and scatter on whole grids, by products with one-hot matrices instead of addresses.
+
+Owned tokens come in units of 16 patches of one grid column, streamed ones in runs of 16 patches of
+one grid row, see strips.py. The bucket of a pair is ``a * SIDE + c``: its row part a is the same
+for a token and a run, its column part c for a unit and a token. So SIDE neighbouring numbers serve
+a token and a run, and a matrix of zeros and ones, the same for all runs of a grid's columns, deals
+them out.
+
+Shapes: R owned and C streamed tokens of a tile, U = R / 16 units, K = C / 16 * SIDE.
+"""
+
+import triton
+import triton.language as tl
+
+LOWEST = tl.constexpr(-65504.0)
+
+
+@triton.jit
+def part_count(width, SIDE: tl.constexpr):
+    """Parts that the streamed tokens come in: with strips, 16 columns of the grid each."""
+    if SIDE > 0:
+        count = tl.cdiv(width, 16)
+    else:
+        count = 1
+    return count
+
+
+@triton.jit
+def span(part, end, height, width, prefix, SIDE: tl.constexpr):
+    """First slot of a part, and one past its last.
+
+    A part holds a run of each grid row, and the last one those of the prefix after them.
+    """
+    first = 0
+    if SIDE > 0:
+        first = part * tl.cdiv(height, 4) * 64
+        last = part == tl.cdiv(width, 16) - 1
+        end = first + (height + tl.where(last, tl.cdiv(prefix, 16), 0)) * 16
+    return first, end
+
+
+@triton.jit
+def stream_token(slot, part, length, height, width, prefix, SIDE: tl.constexpr):
+    """Tokens of streamed slots; length in empty ones."""
+    if SIDE > 0:
+        run = slot // 16 - part * tl.cdiv(height, 4) * 4
+        lane = slot % 16
+        column = part * 16 + lane
+        patch = tl.where(column < width, prefix + run * width + column, length)
+        before = (run - height) * 16 + lane
+        last = part == tl.cdiv(width, 16) - 1
+        slot = tl.where(run < height, patch, tl.where(last & (before < prefix), before, length))
+    return slot
+
+
+@triton.jit
+def strip_onehot(units, own, part, step, C: tl.constexpr, SIDE: tl.constexpr, like):
+    """``[U, K, C]`` of the type of like: which number of a run's belongs to which token."""
+    onehot = 0
+    if SIDE > 0:
+        count: tl.constexpr = own.shape[0] // 16
+        lane = tl.arange(0, C)
+        unit = tl.min(own) // 16 + tl.arange(0, count)
+        c = tl.load(units + unit[:, None] * step + (part * 16 + lane % 16)[None, :]).to(tl.int32)
+        wanted = (lane // 16 * SIDE)[None, :] + c
+        row = tl.arange(0, C // 16 * SIDE)
+        onehot = (row[None, :, None] == wanted[:, None, :]).to(like.dtype)
+    return onehot
+
+
+@triton.jit
+def strip_runs(runs, own, start, step, C: tl.constexpr, SIDE: tl.constexpr):
+    """Row parts a ``[R, C / 16]`` of owned slots and the runs from a slot on."""
+    a = 0
+    if SIDE > 0:
+        run = start // 16 + tl.arange(0, C // 16)
+        a = tl.load(runs + own[:, None] * step + run[None, :]).to(tl.int32)
+    return a
+
+
+@triton.jit
+def strip_gather(tile, rows, at, onehot, runs, SIDE: tl.constexpr):
+    """``tile[r, c] + rows[at[r] + a * SIDE + c]``."""
+    R: tl.constexpr = tile.shape[0]
+    C: tl.constexpr = tile.shape[1]
+    units: tl.constexpr = R // 16
+    K: tl.constexpr = C // 16 * SIDE
+    place = (at[:, None] + runs * SIDE)[:, :, None] + tl.arange(0, SIDE)[None, None, :]
+    place = tl.reshape(place, [R, K])
+    place = tl.max_contiguous(tl.multiple_of(place, [1, SIDE]), [1, SIDE])
+    # Times zero, an infinite number would be none; the lowest one closes a pair as well.
+    numbers = tl.maximum(tl.load(rows + place).to(tl.float32), LOWEST).to(onehot.dtype)
+    numbers = tl.reshape(numbers, [units, 16, K])
+    tile = tl.reshape(tile, [units, 16, C])
+    return tl.reshape(tl.dot(numbers, onehot, tile), [R, C])
+
+
+@triton.jit
+def strip_scatter(
+    rows, tile, token, length, onehot, runs, W: tl.constexpr, SIDE: tl.constexpr,
+    DETERMINISTIC: tl.constexpr,
+):  # fmt: skip
+    """``rows[token[r], a * SIDE + c] += tile[r, c]``; rows ``[R, W]`` are float32, of a program."""
+    R: tl.constexpr = tile.shape[0]
+    C: tl.constexpr = tile.shape[1]
+    units: tl.constexpr = R // 16
+    parts = tl.reshape(tile.to(onehot.dtype), [units, 16, C])
+    sums = tl.dot(parts, tl.permute(onehot, (0, 2, 1)))
+    sums = tl.reshape(sums, [R, C // 16, SIDE])
+    inside = (token < length)[:, None]
+    side = tl.arange(0, SIDE)
+    if DETERMINISTIC:
+        # One address per token and step, hence one order of additions.
+        run = tl.arange(0, C // 16)
+        for n in range(C // 16):
+            one = tl.sum(tl.where((run == n)[None, :, None], sums, 0.0), 1)
+            a = tl.sum(tl.where((run == n)[None, :], runs, 0), 1)
+            place = (token * W + a * SIDE)[:, None] + side[None, :]
+            tl.atomic_add(rows + place, one, mask=inside, sem="relaxed")
+    else:
+        place = (token[:, None] * W + runs * SIDE)[:, :, None] + side[None, None, :]
+        tl.atomic_add(rows + place, sums, mask=inside[:, :, None], sem="relaxed")
