@@ -46,7 +46,14 @@ MODES = {
     "k": "rpe-1.9-product-ctx-1-k",
     "qk": "rpe-1.9-product-ctx-1-qk",
     "qkv": "rpe-1.9-product-ctx-1-qkv",
-    "cross qkv": "rpe-1.9-cross-ctx-1-qkv",
+    "k wide": "rpe-2.0-product-ctx-1-k",  # nine column buckets
+    "qkv wide": "rpe-2.0-product-ctx-1-qkv",
+    # Tokens that fill no grid: their buckets come from maps.
+    "bias map": "rpe-1.9-product-bias-0-k",
+    "k map": "rpe-1.9-product-ctx-1-k",
+    "qk map": "rpe-1.9-product-ctx-1-qk",
+    "qkv map": "rpe-1.9-product-ctx-1-qkv",
+    "cross qkv map": "rpe-1.9-cross-ctx-1-qkv",
 }
 
 
@@ -69,8 +76,10 @@ class Recorder:
 
 def launches(mode: str, dtype: torch.dtype, dim: int, arch: int) -> list[tuple]:
     """(name, kernel, arguments) of all launches of a forward and backward pass."""
-    grid = irpe.Grid(4, 4, prefix=0)
-    q, k, v = (torch.zeros(2, 2, 16, dim, dtype=dtype, requires_grad=True) for _ in range(3))
+    grid = irpe.Grid(16, 16, prefix=0)
+    if mode.endswith("map"):
+        grid = grid.select(torch.arange(256))
+    q, k, v = (torch.zeros(2, 2, 256, dim, dtype=dtype, requires_grad=True) for _ in range(3))
     terms: tuple[irpe.Term, ...] = ()
     if MODES[mode] is not None:
         modules = irpe.build_rpe(MODES[mode], head_dim=dim, num_heads=2, prefix=False, dtype=dtype)
@@ -152,14 +161,16 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def cases(sample: bool) -> Iterator[tuple[str, torch.dtype, int]]:
-    if sample:
-        yield "qkv", torch.bfloat16, 64
-        return
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    if sample:
+        yield "k", bf16, 64
+        yield "qkv map", bf16, 64
+        return
     yield from itertools.product(MODES, (bf16,), (32, 64))
-    yield from itertools.product(("k", "cross qkv"), (bf16,), (16, 96))
-    yield from itertools.product(("bias", "qkv", "cross qkv"), (fp16,), (64, 128))
-    yield from itertools.product(("k", "cross qkv"), (fp32,), (32, 64, 128))
+    yield from itertools.product(("k", "qkv", "cross qkv map"), (bf16,), (16, 96))
+    several = ("bias", "qkv", "qkv wide", "qkv map", "cross qkv map")
+    yield from itertools.product(several, (fp16,), (64, 128))
+    yield from itertools.product(("k map", "cross qkv map"), (fp32,), (32, 64, 128))
 
 
 def main() -> None:

@@ -67,14 +67,13 @@ def attention(call: Call) -> Tensor:
     if "key" in tables:
         keys, _ = call.grouped()
         columns = rows(keys, tables["key"] * scale)
-    ids = ids_turned = order = runs = units = None
-    side = height = width = prefix = 0
+    ids = ids_turned = order = others = runs = units = None
+    side = parts = part_slots = 0
     if on_grid:
-        buckets = call.terms[0].buckets
-        grid, slots = buckets.geometry, strips.strips(buckets, q.device)
+        slots = strips.strips(call.terms[0].buckets, q.device)
         ids, ids_turned = slots.ids[:1], slots.ids[1:]
-        order, runs, units = slots.order, slots.runs, slots.units
-        side, height, width, prefix = strips.side(buckets), grid.height, grid.width, grid.prefix
+        order, others, runs, units = slots.order, slots.others, slots.runs, slots.units
+        side, parts, part_slots = slots.side, slots.parts, slots.part_slots
         # What is gathered enters a product: it has the dtype of its other side.
         row_table = None if row_table is None else row_table.to(q.dtype)
     elif made.maps:
@@ -88,10 +87,10 @@ def attention(call: Call) -> Tensor:
         seed = torch.randint(2**62, (1,), device=q.device)
     out, _, mass = ops.fused_attention(
         q, k, v, ids, ids_turned, row_table, columns, tables.get("gain"), mask, seed,
-        order, runs, units, width=made.width, row_use=uses.get("bias", 0) | uses.get("query", 0),
+        order, others, runs, units, width=made.width, row_use=uses.get("bias", 0) | uses.get("query", 0),
         column_use=uses.get("key", 0), mass_use=uses.get("value", 0),
         gain_use=uses.get("gain", 0), is_causal=call.is_causal, dropout_p=float(call.dropout_p),
-        scale=float(scale), side=side, grid_height=height, grid_width=width, prefix=prefix,
+        scale=float(scale), side=side, parts=parts, part_slots=part_slots,
     )  # fmt: skip
     if "value" in tables:
         out = out + mixed(mass, tables["value"])

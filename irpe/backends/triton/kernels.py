@@ -12,7 +12,7 @@ ids ``[MAPS, B | 1, L', S']``, transposed in the column pass.
 import triton
 import triton.language as tl
 
-from .strip_tiles import part_count, span, stream_token, strip_onehot, strip_runs
+from .strip_tiles import span, strip_onehot, strip_runs, token
 from .tiles import (
     LOG2E,
     add_gathered,
@@ -29,7 +29,7 @@ from .tiles import (
 )  # fmt: skip
 
 # Their values would make variants of a kernel without need.
-PLAIN = ["B", "H", "GROUP", "L", "S", "owned", "height", "width", "prefix"]
+PLAIN = ["B", "H", "GROUP", "L", "S", "owned", "parts", "part_slots", "slots"]
 
 
 @triton.jit
@@ -39,14 +39,6 @@ def program(length, H, BLOCK: tl.constexpr):
     tile = tl.program_id(0) % tiles
     bh = tl.program_id(0) // tiles
     return tile * BLOCK + tl.arange(0, BLOCK), bh, (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-
-
-@triton.jit
-def token(slot, order, SIDE: tl.constexpr):
-    """Tokens of owned slots; with strips, past the end where a slot is empty."""
-    if SIDE > 0:
-        slot = tl.load(order + slot)
-    return slot
 
 
 @triton.jit
@@ -67,11 +59,11 @@ def last_key(i, L, S, CAUSAL: tl.constexpr):
 
 @triton.jit(do_not_specialize=PLAIN)
 def forward(
-    q, k, v, out, stats, ids, rows, columns, gain, mask, seed, order, runs, units,
+    q, k, v, out, stats, ids, rows, columns, gain, mask, seed, order, others, runs, units,
     q_sb, q_sh, q_sl, k_sb, k_sh, k_sl, v_sb, v_sh, v_sl, o_sb, o_sh, o_sl,
     ids_sm, ids_sb, ids_so, rows_sh, gain_sh, mask_sb, mask_sh, mask_sl, mask_ss,
     B, H, GROUP, L, S, scale, dropout, factor,
-    owned, runs_so, units_so, height, width, prefix,
+    owned, runs_so, units_so, parts, part_slots, slots,
     D: tl.constexpr, E: tl.constexpr, D_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr,
     MAPS: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr,
     COLUMNS: tl.constexpr, GAIN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
@@ -95,12 +87,12 @@ def forward(
     best = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, E_BLOCK], tl.float32)
-    for part in range(part_count(width, SIDE)):
+    for part in range(parts if SIDE > 0 else 1):
         onehot = strip_onehot(units, o, part, units_so, BN, SIDE, queries)
-        first, end = span(part, last_key(i, L, S, CAUSAL), height, width, prefix, SIDE)
+        first, end = span(part, parts, last_key(i, L, S, CAUSAL), part_slots, slots, SIDE)
         for start in range(first, end, BN):
             s = start + tl.arange(0, BN)
-            j = stream_token(s, part, S, height, width, prefix, SIDE)
+            j = token(s, others, SIDE)
             run = strip_runs(runs, o, start, runs_so, BN, SIDE)
             columns_at = tl.minimum(j, S - 1) * (MAPS * N)
             keys = load_rows(k, j, k_sl, S, D, D_BLOCK)
@@ -132,11 +124,11 @@ def forward(
 
 @triton.jit(do_not_specialize=PLAIN)
 def mass(
-    q, k, stats, sums, ids, rows, columns, gain, mask, seed, order, runs, units,
+    q, k, stats, sums, ids, rows, columns, gain, mask, seed, order, others, runs, units,
     q_sb, q_sh, q_sl, k_sb, k_sh, k_sl,
     ids_sm, ids_sb, ids_so, rows_sh, gain_sh, mask_sb, mask_sh, mask_sl, mask_ss,
     B, H, GROUP, L, S, scale, dropout, factor,
-    owned, runs_so, units_so, height, width, prefix,
+    owned, runs_so, units_so, parts, part_slots, slots,
     D: tl.constexpr, D_BLOCK: tl.constexpr,
     MAPS: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr,
     COLUMNS: tl.constexpr, MASS: tl.constexpr, GAIN: tl.constexpr, MASK: tl.constexpr,
@@ -159,12 +151,12 @@ def mass(
     queries = load_rows(q + b * q_sb + h * q_sh, i, q_sl, L, D, D_BLOCK)
     queries = (queries * scale).to(queries.dtype)
     shift, log_total = load_stats(stats + (h * B + b) * L, i, B, H, L)
-    for part in range(part_count(width, SIDE)):
+    for part in range(parts if SIDE > 0 else 1):
         onehot = strip_onehot(units, o, part, units_so, BN, SIDE, queries)
-        first, end = span(part, last_key(i, L, S, CAUSAL), height, width, prefix, SIDE)
+        first, end = span(part, parts, last_key(i, L, S, CAUSAL), part_slots, slots, SIDE)
         for start in range(first, end, BN):
             s = start + tl.arange(0, BN)
-            j = stream_token(s, part, S, height, width, prefix, SIDE)
+            j = token(s, others, SIDE)
             run = strip_runs(runs, o, start, runs_so, BN, SIDE)
             columns_at = tl.minimum(j, S - 1) * (MAPS * N)
             keys = load_rows(k, j, k_sl, S, D, D_BLOCK)
@@ -185,12 +177,12 @@ def mass(
 @triton.jit(do_not_specialize=PLAIN)
 def row_pass(
     q, k, v, out, grad, stats, delta, masses, grad_mass, grad_q, grad_rows, grad_gain,
-    ids, rows, columns, gain, mask, seed, order, runs, units,
+    ids, rows, columns, gain, mask, seed, order, others, runs, units,
     q_sb, q_sh, q_sl, k_sb, k_sh, k_sl, v_sb, v_sh, v_sl, o_sb, o_sh, o_sl, g_sb, g_sh, g_sl,
     gq_sb, gq_sh, gq_sl,
     ids_sm, ids_sb, ids_so, rows_sh, gain_sh, mask_sb, mask_sh, mask_sl, mask_ss,
     B, H, GROUP, L, S, scale, dropout, factor,
-    owned, runs_so, units_so, height, width, prefix,
+    owned, runs_so, units_so, parts, part_slots, slots,
     D: tl.constexpr, E: tl.constexpr, D_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr,
     MAPS: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr,
     COLUMNS: tl.constexpr, MASS: tl.constexpr, GRAD_ROWS: tl.constexpr, GAIN: tl.constexpr,
@@ -233,12 +225,12 @@ def row_pass(
     tl.store(delta + own + i, mean, mask=i < L)
     mass_at = tl.minimum(i, L - 1) * (MAPS * N)
     acc = tl.zeros([BM, D_BLOCK], tl.float32)
-    for part in range(part_count(width, SIDE)):
+    for part in range(parts if SIDE > 0 else 1):
         onehot = strip_onehot(units, o, part, units_so, BN, SIDE, queries)
-        first, end = span(part, last_key(i, L, S, CAUSAL), height, width, prefix, SIDE)
+        first, end = span(part, parts, last_key(i, L, S, CAUSAL), part_slots, slots, SIDE)
         for start in range(first, end, BN):
             s = start + tl.arange(0, BN)
-            j = stream_token(s, part, S, height, width, prefix, SIDE)
+            j = token(s, others, SIDE)
             run = strip_runs(runs, o, start, runs_so, BN, SIDE)
             columns_at = tl.minimum(j, S - 1) * (MAPS * N)
             keys = load_rows(k, j, k_sl, S, D, D_BLOCK)
@@ -274,12 +266,12 @@ def row_pass(
 @triton.jit(do_not_specialize=PLAIN)
 def column_pass(
     q, k, v, grad, stats, delta, grad_mass, grad_k, grad_v, grad_columns,
-    ids, rows, columns, gain, mask, seed, order, runs, units,
+    ids, rows, columns, gain, mask, seed, order, others, runs, units,
     q_sb, q_sh, q_sl, k_sb, k_sh, k_sl, v_sb, v_sh, v_sl, g_sb, g_sh, g_sl,
     gk_sb, gk_sh, gk_sl, gv_sb, gv_sh, gv_sl,
     ids_sm, ids_sb, ids_so, rows_sh, gain_sh, mask_sb, mask_sh, mask_sl, mask_ss,
     B, H, GROUP, L, S, scale, dropout, factor,
-    owned, runs_so, units_so, height, width, prefix,
+    owned, runs_so, units_so, parts, part_slots, slots,
     D: tl.constexpr, E: tl.constexpr, D_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr,
     MAPS: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr,
     COLUMNS: tl.constexpr, MASS: tl.constexpr, GRAD_COLUMNS: tl.constexpr, GAIN: tl.constexpr,
@@ -302,14 +294,14 @@ def column_pass(
         stream = (h * B + b) * L
         h_rows = rows + (h * rows_sh if SHARED else stream * (MAPS * N))
         own_at = (h * B + b) * S * (MAPS * N)
-        for part in range(part_count(width, SIDE)):
+        for part in range(parts if SIDE > 0 else 1):
             onehot = strip_onehot(units, o, part, units_so, BM, SIDE, keys)
-            first, end = span(part, L, height, width, prefix, SIDE)
+            first, end = span(part, parts, L, part_slots, slots, SIDE)
             if CAUSAL:
                 first = tl.maximum(tl.min(j) - (S - L), 0) // BM * BM
             for start in range(first, end, BM):
                 s = start + tl.arange(0, BM)
-                i = stream_token(s, part, L, height, width, prefix, SIDE)
+                i = token(s, others, SIDE)
                 run = strip_runs(runs, o, start, runs_so, BM, SIDE)
                 rows_at = tl.minimum(i, L - 1) * (0 if SHARED else MAPS * N)
                 mass_at = tl.minimum(i, L - 1) * (MAPS * N)

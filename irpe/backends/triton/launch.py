@@ -26,6 +26,7 @@ class Pairs:
         mask: Tensor | None,
         seed: Tensor | None,
         order: Tensor | None,
+        others: Tensor | None,
         runs: Tensor | None,
         units: Tensor | None,
         width: int,
@@ -37,16 +38,15 @@ class Pairs:
         dropout_p: float,
         scale: float,
         side: int,
-        grid_height: int,
-        grid_width: int,
-        prefix: int,
+        parts: int,
+        part_slots: int,
     ) -> None:
         (self.B, self.H, self.L, D), (_, G, self.S, E) = q.shape, v.shape
         # Where there is nothing to point at, q serves: the kernel never looks.
         self.tensors = {
             "ids": ids, "rows": _whole(rows), "columns": _whole(columns), "gain": _whole(gain),
-            "mask": mask, "seed": seed, "order": order, "runs": _whole(runs),
-            "units": _whole(units),
+            "mask": mask, "seed": seed, "order": order, "others": others,
+            "runs": runs, "units": units,
         }  # fmt: skip
         self.tensors = {name: q if t is None else t for name, t in self.tensors.items()}
         head = {name: t is not None and t.shape[0] > 1 for name, t in (("r", rows), ("g", gain))}
@@ -62,7 +62,8 @@ class Pairs:
             "factor": 1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
             "runs_so": 0 if runs is None else runs.shape[-1],
             "units_so": 0 if units is None else units.shape[-1],
-            "height": grid_height, "width": grid_width, "prefix": prefix,
+            "parts": parts, "part_slots": part_slots,
+            "slots": 0 if others is None else others.shape[0],
         }  # fmt: skip
         kind = "none" if mask is None else "bool" if mask.dtype == torch.uint8 else "float"
         self.wide = {"D": D, "D_BLOCK": _block(D)}

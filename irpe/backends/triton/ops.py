@@ -13,11 +13,11 @@ from ...errors import IrpeError
 
 _SETTINGS = (
     "int width, int row_use, int column_use, int mass_use, int gain_use, bool is_causal, "
-    "float dropout_p, float scale, int side, int grid_height, int grid_width, int prefix"
+    "float dropout_p, float scale, int side, int parts, int part_slots"
 )
 _PAIRS = (
     "Tensor? ids, Tensor? ids_turned, Tensor? rows, Tensor? columns, Tensor? gain, Tensor? mask, "
-    "Tensor? seed, Tensor? order, Tensor? runs, Tensor? units"
+    "Tensor? seed, Tensor? order, Tensor? others, Tensor? runs, Tensor? units"
 )
 _FORWARD = f"(Tensor q, Tensor k, Tensor v, {_PAIRS}, *, {_SETTINGS}) -> (Tensor, Tensor, Tensor)"
 _BACKWARD = (
@@ -51,10 +51,10 @@ def fused_attention(
         q: ``[B, H, L, D]``. k, v: ``[B, G, S, D]`` and ``[B, G, S, E]``.
         pairs: ids ``[maps, 1 | B, L, S']`` and the transposed ones; rows ``[H, B, L, W]`` or
             ``[H | 1, W]``, columns ``[H, B, S, W]``, added to the logits; gain ``[H | 1, W]``;
-            mask ``[B, H, L, S]``, uint8 or additive; seed ``[1]`` of the dropout; order, runs
-            and units of strips.py.
+            mask ``[B, H, L, S]``, uint8 or additive; seed ``[1]`` of the dropout; order, others,
+            runs and units of strips.py.
         settings: N as width, bit masks of the maps that each use, what attention takes, and with
-            strips the numbers of a run as side, and the grid.
+            strips the numbers of a run as side, and the parts of the streamed tokens.
 
     Returns:
         out ``[B, H, L, E]``; stats ``[2, H, B, L]``, the largest logit and the logarithm of the sum
@@ -136,7 +136,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: Any, grad_mass: Tensor | None) -
         grad_rows=ctx.wants[0], grad_columns=ctx.wants[1],
     )  # fmt: skip
     rows, columns, gain = (g if g.numel() else None for g in grads[3:])
-    return (*grads[:3], None, None, rows, columns, gain, *[None] * 5)
+    return (*grads[:3], None, None, rows, columns, gain, *[None] * 6)
 
 
 fused_attention.register_autograd(_backward, setup_context=_setup)

@@ -16,40 +16,20 @@ LOWEST = tl.constexpr(-65504.0)
 
 
 @triton.jit
-def part_count(width, SIDE: tl.constexpr):
-    """Parts that the streamed tokens come in: with strips, 16 columns of the grid each."""
-    if SIDE > 0:
-        count = tl.cdiv(width, 16)
-    else:
-        count = 1
-    return count
-
-
-@triton.jit
-def span(part, end, height, width, prefix, SIDE: tl.constexpr):
-    """First slot of a part, and one past its last.
-
-    A part holds a run of each grid row, and the last one those of the prefix after them.
-    """
+def span(part, parts, end, part_slots, slots, SIDE: tl.constexpr):
+    """First slot of a part of the streamed tokens, and one past its last."""
     first = 0
     if SIDE > 0:
-        first = part * tl.cdiv(height, 4) * 64
-        last = part == tl.cdiv(width, 16) - 1
-        end = first + (height + tl.where(last, tl.cdiv(prefix, 16), 0)) * 16
+        first = part * part_slots
+        end = tl.where(part == parts - 1, slots, first + part_slots)
     return first, end
 
 
 @triton.jit
-def stream_token(slot, part, length, height, width, prefix, SIDE: tl.constexpr):
-    """Tokens of streamed slots; length in empty ones."""
+def token(slot, order, SIDE: tl.constexpr):
+    """Tokens of slots; with strips, past the end where a slot is empty."""
     if SIDE > 0:
-        run = slot // 16 - part * tl.cdiv(height, 4) * 4
-        lane = slot % 16
-        column = part * 16 + lane
-        patch = tl.where(column < width, prefix + run * width + column, length)
-        before = (run - height) * 16 + lane
-        last = part == tl.cdiv(width, 16) - 1
-        slot = tl.where(run < height, patch, tl.where(last & (before < prefix), before, length))
+        slot = tl.load(order + slot)
     return slot
 
 

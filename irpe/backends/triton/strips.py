@@ -27,17 +27,24 @@ class Strips:
     """Slots of a grid's tokens.
 
     Args:
-        order: token of each owned slot, int32 ``[slots]``; L in empty ones.
+        order: token of each owned slot, int32 ``[slots]``; L in empty ones. others: of each
+            streamed one.
         runs: row part of the bucket of an owned slot and a run, uint8 ``[2, slots, runs]``: for
             offsets owned - streamed (queries own), and the other way round (keys own).
         units: column part for a unit and a column, uint8 ``[2, slots / 16, columns]``.
         ids: of the whole bucket, ``[2, 1, slots, streamed slots]``, likewise.
+        side: numbers of a run. parts: of the streamed tokens, 16 columns each, all of part_slots
+            slots; the last one has those of the prefix besides.
     """
 
     order: Tensor
+    others: Tensor
     runs: Tensor
     units: Tensor
     ids: Tensor
+    side: int
+    parts: int
+    part_slots: int
 
 
 def applicable(terms: Sequence[Term], dtype: torch.dtype, is_causal: bool) -> bool:
@@ -125,16 +132,27 @@ def _strips(buckets: BucketIds, device: torch.device) -> Strips:
         [torch.where(outside, 2 * index.bound + 1, part_of(o)) for o in (down, -down)]
     )
     units = torch.stack([part_of(o) for o in (across, -across)])
-    # The whole id, for tokens that meet rows of streamed ones.
     column_of_run = torch.cat([p * 0 + n * UNIT for n, p in enumerate(parts)])
-    at = (column_of_run.unsqueeze(1) + lane).flatten()
+    place = column_of_run.unsqueeze(1) + lane
+    patch = prefix + row_of_run.unsqueeze(1) * columns + place
+    spare = (torch.cat(parts) - height).unsqueeze(1) * UNIT + lane  # where prefix tokens may be
+    before = torch.where((column_of_run == place[-1, 0]).unsqueeze(1), spare, length)
+    others = torch.where(place < columns, patch, length)
+    others = torch.where(
+        row_of_run.unsqueeze(1) >= 0, others, torch.where(before < prefix, before, length)
+    )
+    # The whole id, for tokens that meet rows of streamed ones.
     wide = runs.repeat_interleave(UNIT, 2) * side(buckets)
-    ids = wide + units.index_select(2, at).repeat_interleave(UNIT, 1)
+    ids = wide + units.index_select(2, place.flatten()).repeat_interleave(UNIT, 1)
     return Strips(
         order.to(torch.int32),
+        others.flatten().to(torch.int32),
         runs.to(torch.uint8),
         units.to(torch.uint8),
         ids.to(torch.uint8).unsqueeze(1),
+        side=side(buckets),
+        parts=len(parts),
+        part_slots=_up(height, TILE // UNIT) * UNIT,
     )
 
 
