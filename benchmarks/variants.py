@@ -1,7 +1,7 @@
 """What the kernels compile to, without a GPU: registers, spills, instructions per score.
 
-    python benchmarks/variants.py                # all that a GPU can be given, a few minutes
-    python benchmarks/variants.py --sample       # one of each kernel
+    python benchmarks/variants.py --name variants    # all that a GPU can be given, some minutes
+    python benchmarks/variants.py --sample           # each kernel, on strips and from maps
     python benchmarks/variants.py --arch 80
 
 Calls the launcher with small tensors and takes down what it would launch; compiles that for the
@@ -47,7 +47,6 @@ MODES = {
     "qk": "rpe-1.9-product-ctx-1-qk",
     "qkv": "rpe-1.9-product-ctx-1-qkv",
     "k wide": "rpe-2.0-product-ctx-1-k",  # nine column buckets
-    "qkv wide": "rpe-2.0-product-ctx-1-qkv",
     # Tokens that fill no grid: their buckets come from maps.
     "bias map": "rpe-1.9-product-bias-0-k",
     "k map": "rpe-1.9-product-ctx-1-k",
@@ -168,7 +167,7 @@ def cases(sample: bool) -> Iterator[tuple[str, torch.dtype, int]]:
         return
     yield from itertools.product(MODES, (bf16,), (32, 64))
     yield from itertools.product(("k", "qkv", "cross qkv map"), (bf16,), (16, 96))
-    several = ("bias", "qkv", "qkv wide", "qkv map", "cross qkv map")
+    several = ("bias", "qkv", "k wide", "qkv map", "cross qkv map")
     yield from itertools.product(several, (fp16,), (64, 128))
     yield from itertools.product(("k map", "cross qkv map"), (fp32,), (32, 64, 128))
 
@@ -176,9 +175,9 @@ def cases(sample: bool) -> Iterator[tuple[str, torch.dtype, int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--arch", type=int, nargs="*", default=[80, 90], help="80, 90")
-    parser.add_argument("--sample", action="store_true", help="one of each kernel")
+    parser.add_argument("--sample", action="store_true", help="each kernel once or twice")
     parser.add_argument("--mode", choices=MODES, help="only this mode")
-    parser.add_argument("--name", default="variants", help="name of the result file")
+    parser.add_argument("--name", help="of a file in results/, to keep the figures")
     arguments = parser.parse_args()
     work = []
     for mode, dtype, dim in cases(arguments.sample):
@@ -193,7 +192,8 @@ def main() -> None:
             rows.append(row)
             print(" ".join(f"{x!s:>11}" for x in row.values()), flush=True)
     figures = {"triton": triton.__version__, "torch": torch.__version__, "rows": rows}
-    (RESULTS / f"{arguments.name}.json").write_text(json.dumps(figures, indent=0) + "\n")
+    if arguments.name:
+        (RESULTS / f"{arguments.name}.json").write_text(json.dumps(figures, indent=0) + "\n")
     picked = [row for row in rows if row["dtype"] != "float32"]
     spilling = [row for row in picked if row["spills"]]
     print(f"{len(spilling)} of {len(picked)} variants that auto can pick spill")

@@ -86,7 +86,7 @@ def on_strips(monkeypatch):
         ("rpe-1.9-product-ctx-0-qkv", (17, 3, 0)),  # two units a column
         ("rpe-1.9-product-ctx-1-k", (3, 34, 2)),  # three parts, prefix in the last
         ("rpe-1.9-product-bias-0-qk", (6, 18, 17)),  # two runs of prefix tokens
-        ("rpe-2.0-product-ctx-1-qkv", (9, 7, 1)),  # nine column buckets: sixteen numbers a run
+        ("rpe-2.0-product-ctx-1-k", (9, 7, 1)),  # nine column buckets: sixteen numbers a run
         ("rpe-1.9-cross-ctx-0-qkv", (8, 5, 1)),
         ("rpe-1.9-cross-bias-1-k", (4, 4, 0)),
     ],

@@ -87,7 +87,8 @@ def attention(call: Call) -> Tensor:
         seed = torch.randint(2**62, (1,), device=q.device)
     out, _, mass = ops.fused_attention(
         q, k, v, ids, ids_turned, row_table, columns, tables.get("gain"), mask, seed,
-        order, others, runs, units, width=made.width, row_use=uses.get("bias", 0) | uses.get("query", 0),
+        order, others, runs, units, width=made.width,
+        row_use=uses.get("bias", 0) | uses.get("query", 0),
         column_use=uses.get("key", 0), mass_use=uses.get("value", 0),
         gain_use=uses.get("gain", 0), is_causal=call.is_causal, dropout_p=float(call.dropout_p),
         scale=float(scale), side=side, parts=parts, part_slots=part_slots,

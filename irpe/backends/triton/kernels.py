@@ -100,7 +100,9 @@ def forward(
                 queries, keys, rows, rows_at, ROWS, columns, columns_at, COLUMNS, gain, GAIN,
                 ids, o, s, ids_sm, ids_so, MAPS, N, PRECISION, onehot, run, SIDE,
             )  # fmt: skip
-            logits = masked(logits, i[:, None], j[None, :], mask, mask_sl, mask_ss, L, S, MASK, CAUSAL)
+            logits = masked(
+                logits, i[:, None], j[None, :], mask, mask_sl, mask_ss, L, S, MASK, CAUSAL
+            )
             higher = tl.maximum(best, tl.max(logits, 1))
             # A row that saw nothing yet has no best: any finite number keeps its sums at zero.
             shift = tl.where(higher == float("-inf"), 0.0, higher)
@@ -164,7 +166,9 @@ def mass(
                 queries, keys, rows, rows_at, ROWS, columns, columns_at, COLUMNS, gain, GAIN,
                 ids, o, s, ids_sm, ids_so, MAPS, N, PRECISION, onehot, run, SIDE,
             )  # fmt: skip
-            logits = masked(logits, i[:, None], j[None, :], mask, mask_sl, mask_ss, L, S, MASK, CAUSAL)
+            logits = masked(
+                logits, i[:, None], j[None, :], mask, mask_sl, mask_ss, L, S, MASK, CAUSAL
+            )
             p = exponential(logits, shift[:, None], log_total[:, None], PRECISE)
             if DROPOUT:
                 p = drop(p, seed, bh, i[:, None], j[None, :], S, dropout, factor)
@@ -238,7 +242,9 @@ def row_pass(
                 queries, keys, rows, rows_at, ROWS, columns, columns_at, COLUMNS, gain, GAIN,
                 ids, o, s, ids_sm, ids_so, MAPS, N, PRECISION, onehot, run, SIDE,
             )  # fmt: skip
-            logits = masked(logits, i[:, None], j[None, :], mask, mask_sl, mask_ss, L, S, MASK, CAUSAL)
+            logits = masked(
+                logits, i[:, None], j[None, :], mask, mask_sl, mask_ss, L, S, MASK, CAUSAL
+            )
             p = exponential(logits, shift[:, None], log_total[:, None], PRECISE)
             values = load_rows(v, j, v_sl, S, E, E_BLOCK)
             dp = tl.zeros([BM, BN], tl.float32)
@@ -309,7 +315,8 @@ def column_pass(
                 queries = (queries * scale).to(queries.dtype)
                 logits, content = pair_logits(
                     keys, queries, columns + own_at, columns_at, COLUMNS, h_rows, rows_at, ROWS,
-                    gain + h * gain_sh, GAIN, ids, o, s, ids_sm, ids_so, MAPS, N, PRECISION, onehot, run, SIDE,
+                    gain + h * gain_sh, GAIN, ids, o, s, ids_sm, ids_so, MAPS, N, PRECISION,
+                    onehot, run, SIDE,
                 )  # fmt: skip
                 logits = masked(
                     logits, i[None, :], j[:, None], mask + b * mask_sb + h * mask_sh,

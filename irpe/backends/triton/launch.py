@@ -43,12 +43,12 @@ class Pairs:
     ) -> None:
         (self.B, self.H, self.L, D), (_, G, self.S, E) = q.shape, v.shape
         # Where there is nothing to point at, q serves: the kernel never looks.
-        self.tensors = {
+        given = {
             "ids": ids, "rows": _whole(rows), "columns": _whole(columns), "gain": _whole(gain),
             "mask": mask, "seed": seed, "order": order, "others": others,
             "runs": runs, "units": units,
         }  # fmt: skip
-        self.tensors = {name: q if t is None else t for name, t in self.tensors.items()}
+        self.tensors = {name: q if t is None else t for name, t in given.items()}
         head = {name: t is not None and t.shape[0] > 1 for name, t in (("r", rows), ("g", gain))}
         maps = 1 if ids is None else ids.shape[0]
         shared = rows is not None and rows.dim() == 2
@@ -90,8 +90,8 @@ class Pairs:
         tiles = -(-owned // (chosen.BN if name == "column_pass" else chosen.BM))
         tensors = dict(self.tensors)
         if self.slots is not None:
-            for table in ("runs", "units"):
-                tensors[table] = tensors[table][int(name == "column_pass")]
+            turned = int(name == "column_pass")
+            tensors |= {table: tensors[table][turned] for table in ("runs", "units")}
         if tiles * owners:
             getattr(kernels, name)[(tiles * owners,)](
                 **given, **tensors, **self.scalars, **options, **chosen._asdict(), owned=owned

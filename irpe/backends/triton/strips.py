@@ -60,8 +60,9 @@ def applicable(terms: Sequence[Term], dtype: torch.dtype, is_causal: bool) -> bo
             return False
         if function.method not in METHODS:
             return False
-    if 2 * index.bound + 1 > 15:
-        return False
+    narrow, kinds = side(terms[0].buckets) == 8, {term.kind for term in terms}
+    if 2 * index.bound + 1 > 16 or not (narrow or kinds <= {"bias", "query"}):
+        return False  # wide runs leave no registers for more
     owned = _up(grid.width * _units(grid.height) + _units(grid.prefix), TILE // UNIT) * UNIT
     streamed = sum(_part_runs(grid)) * UNIT
     tokens = _up(grid.query_length, TILE)

@@ -87,7 +87,9 @@ def add_own(
 ):  # fmt: skip
     """``add_gathered`` from rows of the owned tokens, ``at [R]``; with strips by a product."""
     if SIDE == 0:
-        tile = add_gathered(tile, rows, at[:, None], USED, ids, own, stream, ids_sm, ids_so, MAPS, N)
+        tile = add_gathered(
+            tile, rows, at[:, None], USED, ids, own, stream, ids_sm, ids_so, MAPS, N
+        )
     elif USED > 0:
         tile = strip_gather(tile, rows, at, onehot, runs, SIDE)
     return tile

@@ -30,6 +30,10 @@ def variant(
     several = options["MAPS"] > 1
     if dtype == torch.float32:
         return Variant(16, 32, num_stages=1)
+    if options["SIDE"]:
+        found = _on_strips(kernel, widest, options, ampere)
+        if found is not None:
+            return found
     if kernel == "forward":
         return Variant(64, 32) if wide or (ampere and widest <= 32) else Variant(64, 64)
     if kernel == "mass":
@@ -46,3 +50,17 @@ def variant(
     if wide or (ampere and heavy):
         return Variant(32, 32, num_stages=1)
     return Variant(32, 64, num_stages=2 if ampere and widest <= 32 else 1)
+
+
+def _on_strips(kernel: str, widest: int, options: dict[str, Any], ampere: bool) -> Variant | None:
+    """Where the products want registers that gathers leave free."""
+    if kernel == "row_pass" and widest > 64:
+        return Variant(32, 32, num_stages=1)
+    if ampere and widest == 64:
+        if kernel == "forward" and options["COLUMNS"]:
+            return Variant(64, 32)
+        if kernel == "row_pass" and options["COLUMNS"]:
+            return Variant(64, 32, num_stages=1)
+        if kernel == "column_pass":
+            return Variant(32, 32, num_stages=1)
+    return None
