@@ -39,9 +39,7 @@ def variant(
     if kernel == "mass":
         return Variant(64, 32 if several or wide else 64)
     if wide and ampere and several:
-        return (
-            Variant(16, 32, num_stages=1) if kernel == "row_pass" else Variant(32, 16, num_stages=1)
-        )
+        return Variant(16, 32, num_stages=1) if kernel == "row_pass" else Variant(32, 16)
     if kernel == "row_pass":
         if wide or (ampere and several):
             return Variant(32, 32, num_stages=2 if options["MASS"] and not several else 1)
