@@ -135,13 +135,12 @@ def drive(
 
 def warm(order: list[Case], settings: Settings, processes: int, seconds: float) -> None:
     """Compile what the cases need, in several processes and in the same order."""
-    jobs, known = [], set()
+    jobs, bare = [], set()
     for case in order[:AHEAD]:
-        for mode, name in [("", "no terms"), *((mode, "triton") for mode in MODES)]:
-            kernel = (case.dtype, case.dim, mode, case.method if mode else None)
-            if kernel not in known:
-                known.add(kernel)
-                jobs.append((case, name, mode, settings))
+        if (case.dtype, case.dim) not in bare:
+            bare.add((case.dtype, case.dim))
+            jobs.append((case, "no terms", "", settings))
+        jobs += [(case, "triton", mode, settings) for mode in MODES]
         if settings.device == "cuda":
             jobs += [(case, "flex", mode, settings) for mode in ("bias", "k", "qk")]
     before = os.environ.get("TORCHINDUCTOR_COMPILE_THREADS")
