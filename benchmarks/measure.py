@@ -1,9 +1,14 @@
 """Interleaved timing, bootstrap intervals, peak memory: what the benchmarks share."""
 
+import importlib
+import importlib.util
 import json
 import platform
 import random
+import re
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,32 +18,79 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 CONTROL = "plain again"
+QUIET = (0.98, 1.02)
+
+Run = Callable[[], object]
+
+
+def wall(run: Run) -> float:
+    """Seconds of a call by the clock on the wall."""
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+class Events:
+    """Seconds of a call on the GPU, by its events, with nothing of the inputs in the L2 cache.
+
+    Ahead of the call a buffer larger than that cache is overwritten, so often that Python has
+    launched the whole call before the GPU comes to it: what is timed is the GPU's work. How long
+    Python took at least is kept in ``host``, seconds by call.
+    """
+
+    def __init__(self) -> None:
+        self.scratch = torch.empty(2**28, dtype=torch.int8, device="cuda")
+        self.host: dict[Run, float] = {}
+        self.cover = 1e-4
+        self.cover = sorted(self(self.scratch.zero_) for _ in range(5))[2]
+
+    def __call__(self, run: Run) -> float:
+        for _ in range(min(64, 1 + int(1.5 * self.host.get(run, 0.0) / self.cover))):
+            self.scratch.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        began = time.perf_counter()
+        run()
+        host = time.perf_counter() - began
+        end.record()
+        end.synchronize()
+        self.host[run] = min(host, self.host.get(run, host))
+        return start.elapsed_time(end) / 1e3
 
 
 def interleaved(
-    cells: dict[str, Callable[[], object]], rounds: int, warmup: int = 2
+    cells: dict[str, Run],
+    rounds: int | dict[str, int],
+    warmup: int = 2,
+    clock: Callable[[Run], float] = wall,
 ) -> dict[str, list[float]]:
-    """Seconds of every cell in every round; each round has an order of its own, by fixed seed."""
+    """Seconds of every cell in every round; each round has an order of its own, by fixed seed.
+
+    With a number of rounds for each cell, a cell takes part in the first ones only.
+    """
     order = random.Random(0)
     for _ in range(warmup):
         for run in cells.values():
-            run()
+            clock(run)
+    each = dict.fromkeys(cells, rounds) if isinstance(rounds, int) else rounds
     times: dict[str, list[float]] = {name: [] for name in cells}
-    for _ in range(rounds):
+    for number in range(max(each.values(), default=0)):
         for name in order.sample(list(cells), len(cells)):
-            start = time.perf_counter()
-            cells[name]()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
+            if number < each[name]:
+                times[name].append(clock(cells[name]))
     return times
 
 
-def ratio(times: list[float], base: list[float]) -> dict[str, float]:
-    """Median of the ratios round by round, with a 95 % bootstrap interval of that median."""
-    ratios = [a / b for a, b in zip(times, base, strict=True)]
+def ratio(times: list[float], base: list[float], draws: int = 4000) -> dict[str, float]:
+    """Median of the ratios round by round, with a 95 % bootstrap interval of that median.
+
+    A cell of fewer rounds than the base is compared in those that it has.
+    """
+    ratios = [a / b for a, b in zip(times, base, strict=False)]
     draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(4000))
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(draws))
     return {
         "median": statistics.median(ratios),
         "low": medians[int(0.025 * len(medians))],
@@ -64,8 +116,24 @@ def _status(key: str) -> int:
     raise OSError(f"/proc/self/status has no {key}: memory is measured on Linux only")
 
 
+def gpu_peak(run: Run, before: int) -> float:
+    """MiB of GPU memory that a call takes at its peak, above ``before`` bytes."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held = run()
+    torch.cuda.synchronize()
+    del held
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def reason(error: BaseException) -> str:
+    """An error as one line."""
+    text = " ".join(str(error).split())[:300]
+    return text if type(error).__name__ == "IrpeError" else f"{type(error).__name__}: {text}"
+
+
 def machine() -> dict[str, Any]:
-    """What a figure needs beside it: processor, threads, versions."""
+    """What a figure needs beside it: processor, threads, versions, GPU."""
     names = [
         line.split(":", 1)[1].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -79,8 +147,26 @@ def machine() -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
     }
     if torch.cuda.is_available():
-        facts["gpu"] = torch.cuda.get_device_name()
+        facts |= {"gpu": torch.cuda.get_device_name(), "driver": _driver()}
+        facts |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        if importlib.util.find_spec("triton") is not None:
+            facts["triton"] = importlib.import_module("triton").__version__
     return facts
+
+
+def _driver() -> str | None:
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
+def suffix(device: str) -> str:
+    """The end of a result file's name: the GPU's name, or cpu."""
+    if device != "cuda":
+        return device
+    name = torch.cuda.get_device_name().lower().removeprefix("nvidia ")
+    return re.sub(r"[^a-z0-9]+", "_", name)
 
 
 def save(name: str, figures: dict[str, Any]) -> Path:

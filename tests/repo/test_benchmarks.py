@@ -1,11 +1,20 @@
-"""The model benchmark runs whole, on a tiny model, beside a stand-in for the original's file."""
+"""The benchmarks run whole, at toy sizes, beside a stand-in for the original's file."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+from irpe import functional
+from irpe.backends import reference
+
 ROOT = Path(__file__).parents[2]
+CPU = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+GPU = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 STAND_IN = '''
 """The original's names over irpe's modules."""
@@ -18,18 +27,31 @@ def get_rpe_config(**given):
 
 
 def build_rpe(config, head_dim, num_heads):
-    spec = irpe.RPE(ratio=config.ratio, method=config.method, mode=config.mode, on=config.rpe_on)
-    modules = irpe.build_rpe(spec, head_dim=head_dim, num_heads=num_heads, prefix=config.skip > 0)
-    return [m and (lambda x, m=m: m(x, 10, 10)) for m in modules]
+    c = config
+    spec = irpe.RPE(ratio=c.ratio, method=c.method, mode=c.mode, shared=c.shared_head, on=c.rpe_on)
+    modules = irpe.build_rpe(spec, head_dim=head_dim, num_heads=num_heads, prefix=c.skip > 0)
+    for module in modules:
+        if module is not None:
+            module.register_forward_pre_hook(sized, with_kwargs=True)
+    return modules
+
+
+def sized(module, args, size):
+    """The original guesses a square."""
+    side = int(args[0].shape[-2] ** 0.5)
+    return args, size or {"height": side, "width": side}
 '''
+
+
+def run(script, *arguments, env=CPU):
+    command = [sys.executable, f"benchmarks/{script}.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, env=env)
 
 
 def test_models(tmp_path):
     (tmp_path / "irpe.py").write_text(STAND_IN)
-    command = [sys.executable, "benchmarks/models.py", "--model", "test_vit", "--size", "160"]
-    command += ["--batch", "1", "--rounds", "2", "--original", str(tmp_path)]
-    command += ["--name", str(tmp_path / "figures")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    given = ["--model", "test_vit", "--size", "160", "--batch", "1", "--rounds", "2"]
+    done = run("models", *given, "--original", tmp_path, "--name", tmp_path / "figures")
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     originals = {"original k", "original qk", "original qkv"}
@@ -39,8 +61,136 @@ def test_models(tmp_path):
         assert (row["peak_mib"] is None) == (name == "plain again")
 
 
+def test_models_under_autocast(tmp_path):
+    """What a GPU does, but for the GPU: several cases, and a row that cannot be."""
+    (tmp_path / "irpe.py").write_text(STAND_IN.replace("with_kwargs", "mistyped"))
+    given = ["--model", "test_vit", "--size", "160", "--batch", "1", "2", "--rounds", "2", "--amp"]
+    done = run("models", *given, "--original", tmp_path, "--name", tmp_path / "figures")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["left_out"] == []
+    assert [(case["model"], case["batch"]) for case in figures["cases"]] == [
+        ("test_vit", 1), ("test_vit", 2)
+    ]  # fmt: skip
+    for case in figures["cases"]:
+        for name in ("plain", "plain again", "k", "qk", "qkv"):
+            assert case["rows"][name]["ratio"]["median"] > 0
+        assert "mistyped" in case["rows"]["original k"]["cannot"]
+
+
 def test_without_the_original(tmp_path):
-    command = [sys.executable, "benchmarks/models.py", "--original", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 1
-    assert "there is no irpe.py" in done.stderr
+    for script, code in (("models", 1), ("attention", 2)):
+        given = ["--tiny"] if script == "attention" else []
+        done = run(script, *given, "--original", tmp_path)
+        assert done.returncode == code
+        assert "there is no irpe.py" in done.stderr
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU"))]  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_attention(device, tmp_path):
+    (tmp_path / "irpe.py").write_text(STAND_IN)
+    name = tmp_path / "figures"
+    given = ["--tiny", "--device", device, "--original", tmp_path, "--name", name]
+    done = run("attention", *given, env=CPU if device == "cpu" else GPU)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert name.with_suffix(".png").stat().st_size > 10_000
+    figures = json.loads(name.with_suffix(".json").read_text())
+    assert figures["left_out"] == []
+    assert [(c["dtype"], c["method"]) for c in figures["cases"]] == [
+        ("float32", "product"), ("float16", "cross")
+    ]  # fmt: skip
+    modes = ["bias", "k", "qk", "qkv"]
+    for case in figures["cases"]:
+        assert case["gate"] == dict.fromkeys(["no terms", *modes], "passed")
+        rows = case["rows"]
+        timed = [case["base"], "control", "no terms"]
+        ways = ("triton", "flat index", "original")
+        timed += [f"{mode} {way}" for mode in modes for way in ways]
+        timed += [f"{mode} sdpa" for mode in modes[:3]] + ["qkv eager"]
+        for way in timed:
+            for kind in ("forward", "both"):
+                found = rows[way][kind]
+                assert found["ms"] > 0 and found["ratio"]["median"] > 0, way
+                assert way == "control" or (found["mib"] is None) == (device == "cpu")
+            assert rows[way].get("differs", 0.0) < 0.02, way
+        assert "probabilities" in rows["qkv flex"]["cannot"]
+        assert "value terms" in rows["qkv sdpa"]["cannot"]
+        if device == "cpu":
+            assert rows["k flex"]["forward"]["ms"] > 0 and rows["k flex"]["differs"] < 0.02
+            assert rows["k flex"]["both"] == {"cannot": "no backward on cpu"}
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
+def test_a_wrong_kernel_is_not_timed(benchmarks, monkeypatch):
+    from attention import cases
+    from session import RED, Session, Settings
+
+    def wrong(call):
+        out = reference.attention(call)
+        return out * 1.01 if any(term.kind == "key" for term in call.terms) else out
+
+    monkeypatch.setitem(functional._RUN, "triton", wrong)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    session = Session(cases(tiny=True)[0], Settings(device, 1, 1, None), {}, lambda step: None)
+    case = session.figures()
+    assert case["gate"]["k"] == "passed" and "ms" in case["rows"]["k triton"]["both"]
+    for mode in ("qk", "qkv"):
+        assert case["gate"][mode].startswith(RED)
+        assert case["rows"][f"{mode} triton"] == {"cannot": "its gate has not passed"}
+        assert "ms" in case["rows"][f"{mode} flat index"]["both"]
+
+
+def test_what_hangs_or_dies_costs_itself_only(benchmarks, monkeypatch):
+    import attention
+
+    tried = []
+
+    class Scripted:
+        """Dies in one way of computing, hangs in another, loses one case while it is timed."""
+
+        def __init__(self, settings):
+            self.stopped = False
+
+        def measure(self, case, without, until):
+            assert not self.stopped
+            tried.append((case.method, sorted(without)))
+            for how, step in (("died", "k sdpa"), ("hangs", "qk flex")):
+                if step not in without:
+                    return how, f"it {how}", step
+            if case.method == "euc":
+                return "fatal", "CUDA error", "timing both"
+            return ("time", "", "") if case.dtype == "float32" else ("done", {"rows": {}}, "")
+
+        def stop(self):
+            self.stopped = True
+
+    monkeypatch.setattr(attention, "Worker", Scripted)
+    given = {"height": 2, "width": 2, "prefix": 0, "dim": 16, "heads": 1, "batch": 1}
+    order = [
+        attention.Case(**given, dtype=dtype, method=method)
+        for dtype, method in (
+            ("bfloat16", "product"), ("bfloat16", "euc"), ("bfloat16", "cross"),
+            ("float32", "product"), ("float32", "cross"),
+        )
+    ]  # fmt: skip
+    done = []
+    left = attention.drive(order, None, float("inf"), done.append)
+    assert tried == [
+        ("product", []),
+        ("product", ["k sdpa"]),
+        ("product", ["k sdpa", "qk flex"]),
+        ("euc", ["qk flex"]),  # what hung is not tried again, what died once is
+        ("euc", ["k sdpa", "qk flex"]),
+        ("cross", ["k sdpa", "qk flex"]),
+        ("product", ["k sdpa", "qk flex"]),
+    ]
+    assert [case.get("cannot") for case in done] == [None, "timing both: CUDA error", None]
+    assert left == [str(case) for case in order[3:]]
