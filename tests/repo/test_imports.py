@@ -18,7 +18,7 @@ ALLOWED = {
     "buckets": {"errors", "spec", "geometry"},
     "terms": {"buckets"},
     "encodings": {"errors", "spec", "geometry", "buckets", "terms"},
-    "backends": {"errors", "buckets", "terms"},
+    "backends": {"errors", "geometry", "buckets", "terms"},
     "functional": {"errors", "terms", "backends"},
     "layers": {"errors", "spec", "geometry", "encodings", "functional"},
     "hosts": {"errors", "spec", "geometry", "encodings", "functional"},
