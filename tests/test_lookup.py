@@ -82,6 +82,13 @@ def test_shapes(name, dtype, launches):
     check(torch.randn(B, H, L, N, device=DEVICE).to(dtype), ids, launches)
 
 
+@pytest.mark.parametrize("n", [0, 15, 16, 63, 64, 127, 128, 140])
+def test_one_bucket_for_all_keys(n, launches):
+    """First and last ones of tiles of buckets, of which all but one are passed over."""
+    ids = torch.full((1, 70), n, device=DEVICE)
+    check(torch.randn(1, 2, 1, 141, device=DEVICE), ids, launches)
+
+
 @pytest.mark.parametrize("dtype", ID_DTYPES)
 def test_dtypes_of_ids(dtype, launches):
     """Each is read as it is; 200 is more than an int8 holds."""
@@ -136,17 +143,17 @@ def test_nothing_is_copied(layout, monkeypatch):
 
 @pytest.mark.parametrize("axis", range(4))
 def test_offsets_past_32_bits(axis):
-    """Numbers 2**31 apart; the memory between is never touched."""
-    shape, far = [2, 2, 2, 2], 2**31
-    steps = [1 << n for n in range(4)]
+    """A stride of 31 bits, met twice; the memory between is never touched."""
+    shape, far = [3, 3, 3, 3], 2**30
+    steps = [3**n for n in range(4)]
     steps[axis] = far
-    memory = torch.empty(far + 16, dtype=torch.float16, device=DEVICE)
+    memory = torch.empty(2 * far + 81, dtype=torch.float16, device=DEVICE)
     x = memory.as_strided(shape, steps)
     x.copy_(torch.randn(shape))
-    ids = torch.tensor([[1, 0], [0, 1]], device=DEVICE)
+    ids = torch.tensor([[2, 0, 1], [0, 1, 2], [1, 2, 0]], device=DEVICE)
     assert torch.equal(operators.lookup(x, ids).cpu(), gathered(x.cpu(), ids.cpu()))
-    found = operators.lookup_backward(x, ids, 2)
-    assert torch.equal(found.cpu().double(), summed(x.cpu(), ids.cpu(), 2))
+    found = operators.lookup_backward(x, ids, 3)
+    assert torch.equal(found.cpu().double(), summed(x.cpu(), ids.cpu(), 3))
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="4 GiB of results are too many for the interpreter")
@@ -184,10 +191,10 @@ def test_sums_are_the_same_in_every_run(dtype):
 
 
 def test_sums_are_rounded_once():
-    """In float16 itself, a sum of ones would stop at 2048."""
-    g = torch.ones(1, 1, 1, 2900, device=DEVICE, dtype=torch.float16)
-    ids = torch.zeros(1, 2900, dtype=torch.int16, device=DEVICE)
-    assert operators.lookup_backward(g, ids, 3).flatten().tolist() == [2900.0, 0.0, 0.0]
+    """Of 2901 ones: not after every key, nor after every tile of them, in float16 itself."""
+    g = torch.ones(1, 1, 1, 3 * 2901, device=DEVICE, dtype=torch.float16)
+    ids = (torch.arange(g.shape[-1], device=DEVICE) % 3).short()[None]
+    assert operators.lookup_backward(g, ids, 3).flatten().tolist() == [2900.0] * 3
 
 
 def calls():

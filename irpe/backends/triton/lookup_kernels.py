@@ -72,7 +72,7 @@ def lookup_backward(
             near = (tl.max(bucket) >= first) & (tl.min(bucket) < first + BUCKETS)
         if near:
             mask = exists[:, None] & (j < S)[None, :]
-            flow = tl.load(g_rows + (at * g_ss)[None, :], mask=mask, other=0.0)
+            flow = tl.load(g_rows + (j * g_ss)[None, :], mask=mask, other=0.0)
             hot = (bucket[:, None] == n[None, :]).to(flow.dtype)
             sums = tl.dot(flow, hot, sums, input_precision="ieee")
     target = out + ((place * L + i) * N)[:, None] + n[None, :]
