@@ -6,8 +6,9 @@
 
 Calls the launcher with small tensors and takes down what it would launch; compiles that for the
 architecture with the divisibility a launch would find, and reads the machine code. Instructions
-per score are those of the innermost loop over pairs, times 32 lanes and the warps, over the pairs
-of a tile. Exit code 1 if a variant that ``auto`` can pick spills: all but float32.
+per score are those of the innermost loop over pairs (of all the code without a loop), times 32
+lanes and the warps, over the pairs of a tile. For ``irpe.lookup`` dim is the number of buckets.
+Exit code 1 if a variant that ``auto`` can pick spills: all but float32 attention.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from triton.compiler import ASTSource
 
 import irpe
 from irpe.backends.call import Call
-from irpe.backends.triton import attention, launch
+from irpe.backends.triton import attention, launch, lookup
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 RESULTS = Path(__file__).parent / "results"
@@ -53,6 +54,7 @@ MODES = {
     "qk map": "rpe-1.9-product-ctx-1-qk",
     "qkv map": "rpe-1.9-product-ctx-1-qkv",
     "cross qkv map": "rpe-1.9-cross-ctx-1-qkv",
+    "lookup": None,
 }
 
 
@@ -75,6 +77,8 @@ class Recorder:
 
 def launches(mode: str, dtype: torch.dtype, dim: int, arch: int) -> list[tuple]:
     """(name, kernel, arguments) of all launches of a forward and backward pass."""
+    if mode == "lookup":
+        return lookup_launches(dtype, dim)
     grid = irpe.Grid(16, 16, prefix=0)
     if mode.endswith("map"):
         grid = grid.select(torch.arange(256))
@@ -90,6 +94,25 @@ def launches(mode: str, dtype: torch.dtype, dim: int, arch: int) -> list[tuple]:
     finally:
         launch.kernels, launch._capability = real
     return recorder.launches
+
+
+def lookup_launches(dtype: torch.dtype, size: int) -> list[tuple]:
+    """The launches of ``irpe.lookup``, for ids that all rows share and for those of each sample."""
+    from irpe.backends.triton import lookup_kernels
+
+    noted = []
+
+    def note(name: str, programs: int, **given: Any) -> None:
+        noted.append((name, getattr(lookup_kernels, name), given))
+
+    real, lookup._start = lookup._start, note
+    try:
+        for ids in (torch.zeros(16, 16).long(), torch.zeros(16, 16, 16).to(torch.uint8)):
+            x = torch.zeros(16, 8, 16, size, dtype=dtype, requires_grad=True)
+            lookup.lookup(x, ids).backward(torch.zeros(16, 8, 16, 16, dtype=dtype))
+    finally:
+        lookup._start = real
+    return noted
 
 
 def source(kernel: Any, given: dict[str, Any]) -> tuple[ASTSource, dict[str, int]]:
@@ -127,7 +150,7 @@ def measure(kernel: Any, given: dict[str, Any], arch: int) -> dict[str, Any]:
         code = _tool("nvdisasm", "-c", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     registers, stack, _, local = (int(n) for n in found.groups())
-    loop = innermost_loop(code)
+    loop = innermost_loop(code, "" if kernel.fn.__name__.startswith("lookup") else "MUFU.EX2")
     scores = given["BM"] * given["BN"]
     lanes = 32 * given["num_warps"]
     return {
@@ -139,8 +162,8 @@ def measure(kernel: Any, given: dict[str, Any], arch: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def innermost_loop(code: str) -> list[str]:
-    """Instructions of the longest loop that holds a matrix product or an exponential."""
+def innermost_loop(code: str, mark: str) -> list[str]:
+    """Instructions of the longest innermost loop with a mark in it; without any, all of them."""
     lines = [line.strip() for line in code.splitlines()]
     labels = {line[:-1]: at for at, line in enumerate(lines) if re.fullmatch(r"\.L_x_\d+:", line)}
     loops = []
@@ -148,10 +171,10 @@ def innermost_loop(code: str) -> list[str]:
         jump = re.search(r"BRA[^`]*`\((\.L_x_\d+)\)", line)
         if jump and labels.get(jump[1], at) < at:
             body = [x for x in lines[labels[jump[1]] : at + 1] if x.startswith("/*")]
-            if any("MUFU.EX2" in x for x in body):
+            if len(body) > 1 and any(mark in x for x in body):
                 loops.append(body)
     inner = [b for b in loops if not any(len(o) < len(b) and o[0] in b for o in loops)]
-    return max(inner, key=len, default=[])
+    return max(inner, key=len, default=[x for x in lines if x.startswith("/*")])
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -164,12 +187,14 @@ def cases(sample: bool) -> Iterator[tuple[str, torch.dtype, int]]:
     if sample:
         yield "k", bf16, 64
         yield "qkv map", bf16, 64
+        yield "lookup", bf16, 50
         return
-    yield from itertools.product(MODES, (bf16,), (32, 64))
+    yield from itertools.product([m for m in MODES if m != "lookup"], (bf16,), (32, 64))
     yield from itertools.product(("k", "qkv", "cross qkv map"), (bf16,), (16, 96))
     several = ("bias", "qkv", "k wide", "qkv map", "cross qkv map")
     yield from itertools.product(several, (fp16,), (64, 128))
     yield from itertools.product(("k map", "cross qkv map"), (fp32,), (32, 64, 128))
+    yield from itertools.product(("lookup",), (bf16, fp16, fp32), (15, 30, 50, 130))
 
 
 def main() -> None:
@@ -194,7 +219,7 @@ def main() -> None:
     figures = {"triton": triton.__version__, "torch": torch.__version__, "rows": rows}
     if arguments.name:
         (RESULTS / f"{arguments.name}.json").write_text(json.dumps(figures, indent=0) + "\n")
-    picked = [row for row in rows if row["dtype"] != "float32"]
+    picked = [row for row in rows if row["dtype"] != "float32" or row["mode"] == "lookup"]
     spilling = [row for row in picked if row["spills"]]
     print(f"{len(spilling)} of {len(picked)} variants that auto can pick spill")
     if spilling:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .backends import eager, reference, sdpa, triton
-from .backends.call import Call, autocasting
+from .backends.call import Call, autocasting, check_ids, debugging, transformed
 from .backends.choose import BACKENDS, Facts, choose, obstacle
+from .backends.triton import lookup as fused_lookup
 from .errors import IrpeError
 from .terms import Term
 
@@ -83,12 +84,24 @@ def explain(
 def lookup(x: Tensor, ids: Tensor) -> Tensor:
     """The gather alone: ``y[b, h, i, j] = x[b, h, i, ids[i, j]]``.
 
+    On a GPU it is a Triton operator for bfloat16, float16 and float32, whose gradient is summed in
+    float32 without atomics, to the same bits in every run; elsewhere, for other dtypes and in an
+    exported or transformed graph it is torch's gather.
+
     Args:
-        x: ``[B, H, L, N]``, a number for each query and bucket.
-        ids: integer ``[L, S]`` or ``[B, L, S]``, in [0, N).
+        x: ``[B, H, L, N]``, a number for each query and bucket; any dtype and strides.
+        ids: integer ``[L, S]`` or ``[B, L, S]``, in [0, N); any strides.
 
     Returns:
-        ``[B, H, L, S]``, differentiable in x.
+        ``[B, H, L, S]`` of x's dtype, also under autocast; differentiable in x to any order.
+
+    Raises:
+        IrpeError: for types, devices or shapes that do not fit together; and, if the environment
+            has ``IRPE_DEBUG=1`` (read at every call; a GPU then waits for the check), for an id out
+            of [0, N), with its value and place. Without it, torch raises an IndexError or a
+            RuntimeError for such an id on a CPU; on a GPU the result is undefined. The check needs
+            ids that have values: torch.compile skips it on a CPU, and exports, traces and
+            torch.func transforms skip it everywhere.
     """
     if not isinstance(x, Tensor) or not isinstance(ids, Tensor):
         raise IrpeError(f"lookup takes tensors x and ids, not {_named(x)} and {_named(ids)}")
@@ -103,6 +116,10 @@ def lookup(x: Tensor, ids: Tensor) -> Tensor:
         raise IrpeError(f"ids are integers, not {ids.dtype}")
     if ids.shape[-2] != x.shape[-2] or (ids.dim() == 3 and ids.shape[0] not in (1, x.shape[0])):
         raise IrpeError(f"ids {list(ids.shape)} do not match x {list(x.shape)}")
+    if fused_lookup.able(x):
+        return fused_lookup.lookup(x, ids)
+    if not (transformed() or torch.compiler.is_compiling() or ids.is_meta) and debugging():
+        check_ids(ids, x.shape[-1])
     return reference.lookup(x, ids.to(torch.int64))
 
 

@@ -32,14 +32,19 @@ def fixtures() -> Path:
 @pytest.fixture
 def launches(monkeypatch):
     """Names of the kernels launched; and all memory they are given is full of NaN before."""
-    from irpe.backends.triton import launch
+    from irpe.backends.triton import launch, lookup
 
     names = []
+    start_lookup = lookup._start
     start, new_empty, empty_like = launch.Pairs.start, torch.Tensor.new_empty, torch.empty_like
 
     def counted(self, name, *args, **given):
         names.append(name)
         return start(self, name, *args, **given)
+
+    def counted_lookup(name, *args, **given):
+        names.append(name)
+        return start_lookup(name, *args, **given)
 
     def poisoned(make):
         def call(*args, **given):
@@ -49,6 +54,7 @@ def launches(monkeypatch):
         return call
 
     monkeypatch.setattr(launch.Pairs, "start", counted)
+    monkeypatch.setattr(lookup, "_start", counted_lookup)
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(new_empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(empty_like))
     return names

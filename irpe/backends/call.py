@@ -1,10 +1,13 @@
 """One attention call, validated, and the arithmetic that all backends share."""
 
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from ..errors import IrpeError
 from ..terms import Term
 
 
@@ -77,3 +80,30 @@ def meet(x: Tensor, table: Tensor) -> Tensor:
 def autocasting(device: str) -> bool:
     """Whether autocast is on for this type of device; some types, as meta, have none."""
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def transformed() -> bool:
+    """Whether export, a trace, forward mode or a torch.func transform is on: plain operations."""
+    return (
+        torch.compiler.is_exporting()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def debugging() -> bool:
+    """Whether the environment has IRPE_DEBUG=1, read at every call."""
+    return os.environ.get("IRPE_DEBUG") == "1"
+
+
+def check_ids(ids: Tensor, size: int) -> None:
+    """Raises IrpeError for the first id, row by row, that is not in [0, size)."""
+    wide = ids.to(torch.int64)
+    wrong = ((wide < 0) | (wide >= size)).nonzero()
+    if wrong.shape[0]:
+        place = wrong[0].tolist()
+        raise IrpeError(
+            f"ids{place} is {int(wide[tuple(place)])}, but x has {size} buckets: "
+            f"ids are at least 0 and less than {size}"
+        )

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from torch.autograd import forward_ad
 
 from . import eager, sdpa, triton
-from .call import Call
+from .call import Call, transformed
 
 BACKENDS = ("reference", "eager", "sdpa", "triton")
 
@@ -47,10 +46,7 @@ class Facts:
             head_dim=max(q.shape[-1], v.shape[-1]),
             pairs=0 if exported or torch.jit.is_tracing() else q.shape[-2] * v.shape[-2],
             compiled=torch.compiler.is_compiling() and not exported,
-            traced=exported
-            or torch.jit.is_tracing()
-            or torch._C._are_functorch_transforms_active()
-            or forward_ad._current_level >= 0,
+            traced=transformed(),
             mask_grad=call.mask is not None and call.mask.requires_grad,
             no_triton=triton.absent(q.device),
         )
