@@ -12,8 +12,6 @@ Shapes: R owned and C streamed tokens of a tile, U = R / 16 units, K = C / 16 * 
 import triton
 import triton.language as tl
 
-LOWEST = tl.constexpr(-65504.0)
-
 
 @triton.jit
 def span(part, parts, end, part_slots, slots, SIDE: tl.constexpr):
@@ -68,8 +66,10 @@ def strip_gather(tile, rows, at, onehot, runs, SIDE: tl.constexpr):
     place = (at[:, None] + runs * SIDE)[:, :, None] + tl.arange(0, SIDE)[None, None, :]
     place = tl.reshape(place, [R, K])
     place = tl.max_contiguous(tl.multiple_of(place, [1, SIDE]), [1, SIDE])
-    # Times zero, an infinite number would be none; the lowest one closes a pair as well.
-    numbers = tl.maximum(tl.load(rows + place).to(tl.float32), LOWEST).to(onehot.dtype)
+    # Minus infinity times zero is NaN; the lowest number closes a pair as well.
+    lowest: tl.constexpr = -65504.0 if onehot.dtype == tl.float16 else -3.38e38
+    numbers = tl.load(rows + place).to(tl.float32)
+    numbers = tl.maximum(numbers, lowest, propagate_nan=tl.PropagateNan.ALL).to(onehot.dtype)
     numbers = tl.reshape(numbers, [units, 16, K])
     tile = tl.reshape(tile, [units, 16, C])
     return tl.reshape(tl.dot(numbers, onehot, tile), [R, C])
