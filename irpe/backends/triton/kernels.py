@@ -57,6 +57,28 @@ def last_key(i, L, S, CAUSAL: tl.constexpr):
     return end
 
 
+@triton.jit
+def key_tile(
+    start, o, i, queries, k, k_sl, rows, rows_at, ROWS: tl.constexpr, columns,
+    COLUMNS: tl.constexpr, gain, GAIN: tl.constexpr, ids, ids_sm, ids_so, mask, mask_sl, mask_ss,
+    others, runs, runs_so, onehot, L, S, D: tl.constexpr, D_BLOCK: tl.constexpr,
+    MAPS: tl.constexpr, N: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr, SIDE: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """BN keys that pass queries i in slots o: slots, tokens, strip runs, keys, logits, content."""
+    s = start + tl.arange(0, BN)
+    j = token(s, others, SIDE)
+    run = strip_runs(runs, o, start, runs_so, BN, SIDE)
+    columns_at = tl.minimum(j, S - 1) * (MAPS * N)
+    keys = load_rows(k, j, k_sl, S, D, D_BLOCK)
+    logits, content = pair_logits(
+        queries, keys, rows, rows_at, ROWS, columns, columns_at, COLUMNS, gain, GAIN,
+        ids, o, s, ids_sm, ids_so, MAPS, N, PRECISION, onehot, run, SIDE,
+    )  # fmt: skip
+    logits = masked(logits, i[:, None], j[None, :], mask, mask_sl, mask_ss, L, S, MASK, CAUSAL)
+    return s, j, run, keys, logits, content
+
+
 @triton.jit(do_not_specialize=PLAIN)
 def forward(
     q, k, v, out, stats, ids, rows, columns, gain, mask, seed, order, others, runs, units,
@@ -91,18 +113,11 @@ def forward(
         onehot = strip_onehot(units, o, part, units_so, BN, SIDE, queries)
         first, end = span(part, parts, last_key(i, L, S, CAUSAL), part_slots, slots, SIDE)
         for start in range(first, end, BN):
-            s = start + tl.arange(0, BN)
-            j = token(s, others, SIDE)
-            run = strip_runs(runs, o, start, runs_so, BN, SIDE)
-            columns_at = tl.minimum(j, S - 1) * (MAPS * N)
-            keys = load_rows(k, j, k_sl, S, D, D_BLOCK)
-            logits, content = pair_logits(
-                queries, keys, rows, rows_at, ROWS, columns, columns_at, COLUMNS, gain, GAIN,
-                ids, o, s, ids_sm, ids_so, MAPS, N, PRECISION, onehot, run, SIDE,
+            s, j, run, keys, logits, content = key_tile(
+                start, o, i, queries, k, k_sl, rows, rows_at, ROWS, columns, COLUMNS, gain, GAIN,
+                ids, ids_sm, ids_so, mask, mask_sl, mask_ss, others, runs, runs_so, onehot, L, S,
+                D, D_BLOCK, MAPS, N, MASK, CAUSAL, PRECISION, SIDE, BN,
             )  # fmt: skip
-            logits = masked(
-                logits, i[:, None], j[None, :], mask, mask_sl, mask_ss, L, S, MASK, CAUSAL
-            )
             higher = tl.maximum(best, tl.max(logits, 1))
             # A row that saw nothing yet has no best: any finite number keeps its sums at zero.
             shift = tl.where(higher == float("-inf"), 0.0, higher)
@@ -157,18 +172,11 @@ def mass(
         onehot = strip_onehot(units, o, part, units_so, BN, SIDE, queries)
         first, end = span(part, parts, last_key(i, L, S, CAUSAL), part_slots, slots, SIDE)
         for start in range(first, end, BN):
-            s = start + tl.arange(0, BN)
-            j = token(s, others, SIDE)
-            run = strip_runs(runs, o, start, runs_so, BN, SIDE)
-            columns_at = tl.minimum(j, S - 1) * (MAPS * N)
-            keys = load_rows(k, j, k_sl, S, D, D_BLOCK)
-            logits, content = pair_logits(
-                queries, keys, rows, rows_at, ROWS, columns, columns_at, COLUMNS, gain, GAIN,
-                ids, o, s, ids_sm, ids_so, MAPS, N, PRECISION, onehot, run, SIDE,
+            s, j, run, keys, logits, content = key_tile(
+                start, o, i, queries, k, k_sl, rows, rows_at, ROWS, columns, COLUMNS, gain, GAIN,
+                ids, ids_sm, ids_so, mask, mask_sl, mask_ss, others, runs, runs_so, onehot, L, S,
+                D, D_BLOCK, MAPS, N, MASK, CAUSAL, PRECISION, SIDE, BN,
             )  # fmt: skip
-            logits = masked(
-                logits, i[:, None], j[None, :], mask, mask_sl, mask_ss, L, S, MASK, CAUSAL
-            )
             p = exponential(logits, shift[:, None], log_total[:, None], PRECISE)
             if DROPOUT:
                 p = drop(p, seed, bh, i[:, None], j[None, :], S, dropout, factor)
@@ -233,18 +241,11 @@ def row_pass(
         onehot = strip_onehot(units, o, part, units_so, BN, SIDE, queries)
         first, end = span(part, parts, last_key(i, L, S, CAUSAL), part_slots, slots, SIDE)
         for start in range(first, end, BN):
-            s = start + tl.arange(0, BN)
-            j = token(s, others, SIDE)
-            run = strip_runs(runs, o, start, runs_so, BN, SIDE)
-            columns_at = tl.minimum(j, S - 1) * (MAPS * N)
-            keys = load_rows(k, j, k_sl, S, D, D_BLOCK)
-            logits, content = pair_logits(
-                queries, keys, rows, rows_at, ROWS, columns, columns_at, COLUMNS, gain, GAIN,
-                ids, o, s, ids_sm, ids_so, MAPS, N, PRECISION, onehot, run, SIDE,
+            s, j, run, keys, logits, content = key_tile(
+                start, o, i, queries, k, k_sl, rows, rows_at, ROWS, columns, COLUMNS, gain, GAIN,
+                ids, ids_sm, ids_so, mask, mask_sl, mask_ss, others, runs, runs_so, onehot, L, S,
+                D, D_BLOCK, MAPS, N, MASK, CAUSAL, PRECISION, SIDE, BN,
             )  # fmt: skip
-            logits = masked(
-                logits, i[:, None], j[None, :], mask, mask_sl, mask_ss, L, S, MASK, CAUSAL
-            )
             p = exponential(logits, shift[:, None], log_total[:, None], PRECISE)
             values = load_rows(v, j, v_sl, S, E, E_BLOCK)
             dp = tl.zeros([BM, BN], tl.float32)

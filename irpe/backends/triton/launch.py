@@ -1,6 +1,5 @@
 """Starts the kernels: shapes and strides in, a variant for each kernel from variants.py."""
 
-import contextlib
 from functools import cache
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .ops import like
 from .variants import variant
 
 
@@ -107,7 +107,7 @@ def forward(
     call = Pairs(q, k, v, ids, *pairs, **settings)
     B, H, L = call.B, call.H, call.L
     given = {"q": q, "k": k, **_strides("q", q), **_strides("k", k), **_ids(ids)}
-    with _on(q):
+    with torch.cuda.device_of(q):
         call.start(
             "forward", L, B * H, v=v, out=out, stats=stats, **given, **_strides("v", v),
             **_strides("o", out),
@@ -133,7 +133,7 @@ def backward(
     call = Pairs(q, k, v, ids, rows, columns, gain, *pairs, **settings)
     B, H, L, S, G = call.B, call.H, call.L, call.S, k.shape[1]
     W = 1 if ids is None else ids.shape[0] * int(settings["width"])
-    grads = [_empty(x) for x in (q, k, v)]
+    grads = [like(x) for x in (q, k, v)]
     wants_rows, wants_columns = rows is not None and grad_rows, columns is not None and grad_columns
 
     def sums(wanted: bool, length: int) -> Tensor:
@@ -152,7 +152,7 @@ def backward(
         "q": q, "k": k, "v": v, "grad": grad, "stats": stats, "delta": delta, "grad_mass": held,
         **_strides("q", q), **_strides("k", k), **_strides("v", v), **_strides("g", grad),
     }  # fmt: skip
-    with _on(q):
+    with torch.cuda.device_of(q):
         call.start(
             "row_pass", L, B * H, out=out, masses=mass, grad_q=grads[0], grad_rows=to_rows,
             grad_gain=to_gain, GRAD_ROWS=settings["row_use"] if wants_rows else 0,
@@ -194,11 +194,6 @@ def _whole(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _empty(x: Tensor) -> Tensor:
-    B, H, R, D = x.shape
-    return x.new_empty(B, R, H, D).transpose(1, 2)
-
-
 @cache
 def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
@@ -219,7 +214,3 @@ def _ids(ids: Tensor | None) -> dict[str, int]:
 def _precision(x: Tensor) -> str:
     fast = torch.get_float32_matmul_precision() != "highest"
     return "tf32" if x.dtype == torch.float32 and fast else "ieee"
-
-
-def _on(x: Tensor) -> Any:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

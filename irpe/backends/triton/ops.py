@@ -27,7 +27,7 @@ _BACKWARD = (
 )
 
 
-def _like(x: Tensor) -> Tensor:
+def like(x: Tensor) -> Tensor:
     """Empty ``[B, H, R, D]``, laid out as the projection that follows or precedes wants it."""
     B, H, R, D = x.shape
     return x.new_empty(B, R, H, D).transpose(1, 2)
@@ -113,7 +113,7 @@ def _(
     **settings: Any,
 ) -> Any:
     return (
-        *(_like(x) for x in (q, k, v)),
+        *(like(x) for x in (q, k, v)),
         q.new_empty(0) if rows is None or not grad_rows else torch.empty_like(rows),
         q.new_empty(0) if columns is None or not grad_columns else torch.empty_like(columns),
         q.new_empty(0) if gain is None else torch.empty_like(gain),

@@ -81,7 +81,12 @@ def width(buckets: BucketIds) -> int:
 
 
 def places(buckets: BucketIds, device: torch.device) -> Tensor:
-    """Id in a table for each of the numbers of a row, int64 ``[width]``."""
+    """Id in a table for each of the numbers of a row, int64 ``[width]``, made once for a grid."""
+    key = ("places", buckets.function, device)
+    return buckets.geometry.remember(key, lambda: _places(buckets, device))
+
+
+def _places(buckets: BucketIds, device: torch.device) -> Tensor:
     sides = 2 * buckets.function.index.bound + 1
     at = torch.arange(width(buckets), device=device)
     row, column = at // side(buckets), (at % side(buckets)).clamp(max=sides - 1)
@@ -107,7 +112,7 @@ def _strips(buckets: BucketIds, device: torch.device) -> Strips:
     def arange(n: int) -> Tensor:
         return torch.arange(n, device=device)
 
-    # Owned: unit after unit down the columns. A row or column of -1 stands for prefix tokens.
+    # Owned: unit after unit down the columns. A row of -1 stands for prefix tokens.
     unit, lane = arange(columns * _units(height)).unsqueeze(1), arange(UNIT)
     own_column = (unit // _units(height)).expand(-1, UNIT)
     own_row = unit % _units(height) * UNIT + lane
