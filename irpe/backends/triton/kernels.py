@@ -73,7 +73,7 @@ def key_tile(
     keys = load_rows(k, j, k_sl, S, D, D_BLOCK)
     logits, content = pair_logits(
         queries, keys, rows, rows_at, ROWS, columns, columns_at, COLUMNS, gain, GAIN,
-        ids, o, s, ids_sm, ids_so, MAPS, N, PRECISION, onehot, run, SIDE,
+        ids, o, s, ids_sm, ids_so, MAPS, N, PRECISION, onehot, run, SIDE, TURNED=False,
     )  # fmt: skip
     logits = masked(logits, i[:, None], j[None, :], mask, mask_sl, mask_ss, L, S, MASK, CAUSAL)
     return s, j, run, keys, logits, content
@@ -317,7 +317,7 @@ def column_pass(
                 logits, content = pair_logits(
                     keys, queries, columns + own_at, columns_at, COLUMNS, h_rows, rows_at, ROWS,
                     gain + h * gain_sh, GAIN, ids, o, s, ids_sm, ids_so, MAPS, N, PRECISION,
-                    onehot, run, SIDE,
+                    onehot, run, SIDE, TURNED=True,
                 )  # fmt: skip
                 logits = masked(
                     logits, i[None, :], j[:, None], mask + b * mask_sb + h * mask_sh,

@@ -114,20 +114,29 @@ def pair_logits(
     stream_rows, stream_at, STREAM: tl.constexpr, gain, GAIN: tl.constexpr,
     ids, own, stream, ids_sm, ids_so,
     MAPS: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
-    onehot, runs, SIDE: tl.constexpr,
+    onehot, runs, SIDE: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     """Logits ``[R, C]`` without masks, and their content part before the gain.
 
     The gathered numbers enter the product as its accumulator: that keeps them in the layout of
     the matrix unit, where an addition afterwards would make the compiler compute the softmax twice.
+    Those of queries come first, whether owned or streamed (TURNED): with another order of
+    additions a large logit would round to another number than the one that made the sums.
     """
     start = tl.zeros([owned.shape[0], streamed.shape[0]], tl.float32)
-    start = add_own(
-        start, own_rows, own_at, OWN, ids, own, stream, ids_sm, ids_so, MAPS, N, onehot, runs, SIDE
-    )
+    if not TURNED:
+        start = add_own(
+            start, own_rows, own_at, OWN, ids, own, stream, ids_sm, ids_so, MAPS, N,
+            onehot, runs, SIDE,
+        )  # fmt: skip
     start = add_gathered(
         start, stream_rows, stream_at[None, :], STREAM, ids, own, stream, ids_sm, ids_so, MAPS, N
     )
+    if TURNED:
+        start = add_own(
+            start, own_rows, own_at, OWN, ids, own, stream, ids_sm, ids_so, MAPS, N,
+            onehot, runs, SIDE,
+        )  # fmt: skip
     if GAIN < 0:
         logits = tl.dot(owned, tl.trans(streamed), start, input_precision=PRECISION)
         content = logits
