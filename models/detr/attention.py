@@ -1,0 +1,81 @@
+"""Multi-head attention under the parameter names of ``nn.MultiheadAttention``, on irpe."""
+
+import torch
+from torch import Tensor, nn
+
+import irpe
+
+
+class MultiheadAttention(nn.Module):
+    """Queries, keys and values of their own; position terms where a grid is given.
+
+    Args:
+        dim: C, channels. num_heads: H, divides C. dropout: on the probabilities.
+        rpe: spec of an encoding, None for plain attention.
+        backend: see ``irpe.attention``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        rpe: irpe.RPE | str | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise irpe.IrpeError(f"dim={dim} is no multiple of num_heads={num_heads}")
+        self.num_heads, self.dropout, self.backend = num_heads, dropout, backend
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+        self.rpe_q = self.rpe_k = self.rpe_v = None
+        if rpe is not None:
+            self.rpe_q, self.rpe_k, self.rpe_v = irpe.build_rpe(
+                rpe, head_dim=dim // num_heads, num_heads=num_heads, prefix=False
+            )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        seen: Tensor | None = None,
+        geometry: irpe.Geometry | None = None,
+    ) -> Tensor:
+        """
+        Args:
+            query: ``[B, L, C]``. key, value: ``[B, S, C]``.
+            seen: bool ``[B, S]``, False for keys that are padding.
+            geometry: where the tokens are, for an encoding.
+
+        Returns:
+            ``[B, L, C]``. Where a query sees no key, the output projection's bias.
+        """
+        weights = zip(
+            (query, key, value),
+            self.in_proj_weight.chunk(3),
+            self.in_proj_bias.chunk(3),
+            strict=True,
+        )
+        q, k, v = (
+            nn.functional.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for x, w, b in weights
+        )
+        terms: tuple[irpe.Term, ...] = ()
+        for encoding in (self.rpe_q, self.rpe_k, self.rpe_v):
+            if encoding is not None:
+                terms += encoding.terms(geometry)
+        x = irpe.attention(
+            q,
+            k,
+            v,
+            terms,
+            mask=None if seen is None else seen[:, None, None],
+            dropout_p=self.dropout if self.training else 0.0,
+            backend=self.backend if terms else "auto",
+        )
+        return self.out_proj(x.transpose(1, 2).flatten(2))

@@ -1,0 +1,86 @@
+"""The feature extractor: any of timm's, or a small stem of convolutions."""
+
+import timm
+import torch
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+import irpe
+
+FROZEN_STAGES = ("conv1", "layer1")  # as in the released models, whose batches are small
+
+
+class Backbone(nn.Module):
+    """An image to its last feature map.
+
+    Args:
+        name: ``"stem"``, or a model of timm's that gives feature maps, as ``"resnet50"``.
+        dilation: keep twice the resolution in the last stage.
+        pretrained: load published weights (downloads them).
+        width: channels of the stem's map.
+
+    Batch norms of timm's models are frozen: their numbers are buffers and do not change.
+    """
+
+    def __init__(
+        self,
+        name: str = "resnet50",
+        dilation: bool = False,
+        pretrained: bool = False,
+        width: int = 96,
+    ) -> None:
+        super().__init__()
+        if name == "stem":
+            self.body: nn.Module = _stem(width)
+            self.num_channels, self.stride = width, 8
+            return
+        options = {"output_stride": 16} if dilation else {}
+        try:
+            body = timm.create_model(
+                name, pretrained=pretrained, features_only=True, out_indices=(-1,), **options
+            )
+        except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError) as error:
+            raise irpe.IrpeError(f"backbone {name!r} cannot be built by timm: {error}") from error
+        self.num_channels, self.stride = body.feature_info.channels()[-1], 16 if dilation else 32
+        self.body = _frozen(body)
+        for key, parameter in self.body.named_parameters():
+            if name.startswith("resnet") and key.startswith(FROZEN_STAGES):
+                parameter.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` to ``[B, num_channels, H / stride, W / stride]``."""
+        features = self.body(images)
+        return features[-1] if isinstance(features, list) else features
+
+
+def _stem(width: int) -> nn.Module:
+    layers: list[nn.Module] = []
+    channels = (3, width // 2, width, width)
+    for before, after in zip(channels[:-1], channels[1:], strict=True):
+        layers += [
+            nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False),
+            nn.GroupNorm(8 if after % 8 == 0 else 1, after),
+            nn.ReLU(),
+        ]
+    return nn.Sequential(*layers)
+
+
+def _frozen(module: nn.Module) -> nn.Module:
+    """The module with every batch norm frozen, in place."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            frozen = FrozenBatchNorm2d(child.num_features, eps=child.eps)
+            state = {k: v for k, v in child.state_dict().items() if k != "num_batches_tracked"}
+            frozen.load_state_dict(state)
+            # timm's fused norms end in an activation of their own.
+            after = [getattr(child, part, None) for part in ("drop", "act")]
+            kept = [m for m in after if m is not None and not isinstance(m, nn.Identity)]
+            setattr(module, name, nn.Sequential(frozen, *kept) if kept else frozen)
+        else:
+            _frozen(child)
+    return module
+
+
+def resized(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """A padding mask bool ``[B, H, W]`` at the size of a feature map, by the nearest pixel."""
+    return nn.functional.interpolate(mask[None].float(), size=size)[0].to(torch.bool)

@@ -1,0 +1,96 @@
+"""DETR's losses, over matched pairs of queries and targets."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchvision.ops import box_convert, generalized_box_iou_loss
+
+from .matcher import HungarianMatcher
+
+
+class Criterion(nn.Module):
+    """Cross entropy of classes, L1 and generalized IoU of boxes, for every decoder layer.
+
+    Args:
+        num_classes: object classes, "no object" left out. matcher: see ``HungarianMatcher``.
+        eos_coef: weight of "no object" in the cross entropy.
+        bbox_loss_coef, giou_loss_coef: weights of the L1 and of the generalized IoU loss.
+    """
+
+    empty_weight: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        matcher: HungarianMatcher,
+        eos_coef: float = 0.1,
+        bbox_loss_coef: float = 5.0,
+        giou_loss_coef: float = 2.0,
+    ) -> None:
+        super().__init__()
+        self.num_classes, self.matcher = num_classes, matcher
+        self.weights = {"ce": 1.0, "bbox": bbox_loss_coef, "giou": giou_loss_coef}
+        weight = torch.ones(num_classes + 1)
+        weight[-1] = eos_coef
+        self.register_buffer("empty_weight", weight)
+
+    def forward(
+        self, outputs: dict[str, Any], targets: list[dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """
+        Args:
+            outputs: of the model. targets: for each image labels ``[T]`` and boxes ``[T, 4]``,
+                center and size in units of the padded image.
+
+        Returns:
+            loss (the weighted sum, to be differentiated), loss_ce, loss_bbox, loss_giou and, for
+            decoder layer i but the last, the same with ``_i``; the parts are not weighted.
+        """
+        boxes = self._boxes(targets, outputs["pred_boxes"].device)
+        found: dict[str, Tensor] = {}
+        total = outputs["pred_logits"].new_zeros(())
+        layers = [("", outputs)]
+        layers += [(f"_{i}", part) for i, part in enumerate(outputs.get("aux_outputs", ()))]
+        for suffix, part in layers:
+            for name, loss in self._layer(part, targets, boxes).items():
+                found[f"loss_{name}{suffix}"] = loss
+                total = total + self.weights[name] * loss
+        return {"loss": total, **found}
+
+    def _layer(
+        self, outputs: dict[str, Tensor], targets: list[dict[str, Tensor]], boxes: Tensor
+    ) -> dict[str, Tensor]:
+        logits, predicted = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
+        pairs = self.matcher(outputs, targets)
+        image = torch.cat([torch.full_like(query, i) for i, (query, _) in enumerate(pairs)])
+        query = torch.cat([query for query, _ in pairs])
+        labels, truth = (
+            torch.cat(
+                [t[key][i.to(t[key].device)] for t, (_, i) in zip(targets, pairs, strict=True)]
+            ).to(logits.device)
+            for key in ("labels", "boxes")
+        )
+        wanted = torch.full(logits.shape[:2], self.num_classes, device=logits.device)
+        wanted[image, query] = labels
+        matched, truth = predicted[image, query], truth.to(predicted)
+        overlap = generalized_box_iou_loss(
+            box_convert(matched, "cxcywh", "xyxy"), box_convert(truth, "cxcywh", "xyxy")
+        )
+        return {
+            "ce": nn.functional.cross_entropy(
+                logits.transpose(1, 2), wanted, self.empty_weight.to(logits)
+            ),
+            "bbox": (matched - truth).abs().sum() / boxes,
+            "giou": overlap.sum() / boxes,
+        }
+
+    @staticmethod
+    def _boxes(targets: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+        """Targets of a process on average, at least 1."""
+        count = torch.tensor(float(sum(len(t["labels"]) for t in targets)), device=device)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(count)
+            count = count / dist.get_world_size()
+        return count.clamp(min=1.0)

@@ -1,0 +1,239 @@
+"""DETR's transformer; the self-attention of its encoder takes position terms.
+
+Shapes: B images, C channels, H x W the feature map, L = H W its tokens, Q object queries.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+import irpe
+
+from .attention import MultiheadAttention
+
+Spec = irpe.RPE | str | None
+
+
+class Transformer(nn.Module):
+    """Encoder over the feature map, decoder over object queries.
+
+    Args:
+        d_model: C. nhead: heads, divide C. num_encoder_layers, num_decoder_layers: depths.
+        dim_feedforward: width of the feed-forward layers. dropout: everywhere.
+        normalize_before: norms before attention and feed-forward (pre-norm), not after.
+        return_intermediate_dec: return the output of every decoder layer, not of the last alone.
+        enc_rpe2d: spec of the encoder's encoding, as ``"rpe-2.0-product-ctx-1-k"``; a sequence
+            gives one for each layer; None or "" for none.
+        dec_rpe2d, cross_rpe2d: refused, since object queries have no place on the grid.
+        backend: see ``irpe.attention``; for the layers that have an encoding.
+
+    Raises:
+        irpe.IrpeError: for specs that do not parse, do not match the layers, or are refused.
+    """
+
+    def __init__(
+        self,
+        d_model: int = 512,
+        nhead: int = 8,
+        num_encoder_layers: int = 6,
+        num_decoder_layers: int = 6,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        normalize_before: bool = False,
+        return_intermediate_dec: bool = False,
+        enc_rpe2d: Spec | Sequence[Spec] = None,
+        *,
+        dec_rpe2d: Spec = None,
+        cross_rpe2d: Spec = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        for name, spec, part in (
+            ("dec_rpe2d", dec_rpe2d, "the decoder's self-attention"),
+            ("cross_rpe2d", cross_rpe2d, "cross-attention"),
+        ):
+            if spec:
+                raise irpe.IrpeError(
+                    f"{name}={str(spec)!r}: {part} cannot take an image encoding, since object "
+                    "queries have no place on the grid; enc_rpe2d is for the encoder"
+                )
+        specs = _by_layer(enc_rpe2d, num_encoder_layers)
+        self.d_model, self.nhead = d_model, nhead
+        shared = (d_model, nhead, dim_feedforward, dropout, normalize_before)
+        self.encoder = Encoder(
+            [EncoderLayer(*shared, rpe=spec, backend=backend) for spec in specs],
+            nn.LayerNorm(d_model) if normalize_before else None,
+        )
+        self.decoder = Decoder(
+            [DecoderLayer(*shared) for _ in range(num_decoder_layers)],
+            nn.LayerNorm(d_model),
+            return_intermediate_dec,
+        )
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1 and "lookup_table" not in name:
+                nn.init.xavier_uniform_(parameter)
+        self._grids = Grids()
+
+    def forward(
+        self, src: Tensor, mask: Tensor | None, query_embed: Tensor, pos_embed: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            src: features ``[B, C, H, W]``. mask: bool ``[B, H, W]``, True for padding.
+            query_embed: ``[Q, C]``. pos_embed: absolute positions ``[B, C, H, W]``.
+
+        Returns:
+            hs ``[layers, B, Q, C]`` (one layer without return_intermediate_dec) and memory
+            ``[B, C, H, W]``.
+        """
+        B, _, height, width = src.shape
+        x, pos = src.flatten(2).transpose(1, 2), pos_embed.flatten(2).transpose(1, 2)
+        seen = None if mask is None else ~mask.flatten(1)
+        memory = self.encoder(x, pos, seen, self._grids.of(height, width))
+        queries = query_embed.expand(B, -1, -1)
+        hs = self.decoder(torch.zeros_like(queries), memory, pos, queries, seen)
+        return hs, memory.transpose(1, 2).unflatten(2, (height, width))
+
+
+class Grids:
+    """The grids of the last feature maps: sizes that come again keep their bucket ids."""
+
+    KEPT = 8
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[int, int], irpe.Grid] = OrderedDict()
+
+    def of(self, height: int, width: int) -> irpe.Grid:
+        """The grid of a size, made anew where a graph is recorded."""
+        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if recorded or not (isinstance(height, int) and isinstance(width, int)):
+            return irpe.Grid(height, width)
+        grid = self._kept.pop((height, width), None) or irpe.Grid(height, width)
+        self._kept[height, width] = grid
+        if len(self._kept) > self.KEPT:
+            self._kept.popitem(last=False)
+        return grid
+
+    def __deepcopy__(self, memo: object) -> "Grids":
+        return Grids()
+
+    def __reduce__(self) -> tuple[type["Grids"], tuple[()]]:
+        return Grids, ()
+
+
+class FeedForward(nn.Module):
+    """What encoder and decoder layers share: two linear layers, norms and dropouts."""
+
+    def __init__(self, dim: int, hidden: int, dropout: float, norms: int) -> None:
+        super().__init__()
+        self.linear1, self.linear2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.dropout = nn.Dropout(dropout)
+        for number in range(1, norms + 1):
+            self.add_module(f"norm{number}", nn.LayerNorm(dim))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.linear2(self.dropout(nn.functional.relu(self.linear1(x))))
+
+
+class EncoderLayer(FeedForward):
+    """Self-attention over the feature map; values carry no absolute position."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        hidden: int,
+        dropout: float,
+        normalize_before: bool,
+        rpe: Spec,
+        backend: str,
+    ) -> None:
+        super().__init__(dim, hidden, dropout, norms=2)
+        self.self_attn = MultiheadAttention(dim, num_heads, dropout, rpe, backend)
+        self.normalize_before = normalize_before
+
+    def forward(self, x: Tensor, pos: Tensor, seen: Tensor | None, grid: irpe.Grid) -> Tensor:
+        def attend(x: Tensor) -> Tensor:
+            placed = x + pos
+            return self.dropout(self.self_attn(placed, placed, x, seen, grid))
+
+        if self.normalize_before:
+            x = x + attend(self.norm1(x))
+            return x + self.dropout(self.feed_forward(self.norm2(x)))
+        x = self.norm1(x + attend(x))
+        return self.norm2(x + self.dropout(self.feed_forward(x)))
+
+
+class Encoder(nn.Module):
+    """Layers, and a last norm if they are pre-norm."""
+
+    def __init__(self, layers: list[EncoderLayer], norm: nn.Module | None) -> None:
+        super().__init__()
+        self.layers, self.norm = nn.ModuleList(layers), norm
+
+    def forward(self, x: Tensor, pos: Tensor, seen: Tensor | None, grid: irpe.Grid) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, pos, seen, grid)
+        return x if self.norm is None else self.norm(x)
+
+
+class DecoderLayer(FeedForward):
+    """Self-attention among object queries, then attention to the feature map."""
+
+    def __init__(
+        self, dim: int, num_heads: int, hidden: int, dropout: float, normalize_before: bool
+    ) -> None:
+        super().__init__(dim, hidden, dropout, norms=3)
+        self.self_attn = MultiheadAttention(dim, num_heads, dropout)
+        self.multihead_attn = MultiheadAttention(dim, num_heads, dropout)
+        self.normalize_before = normalize_before
+
+    def forward(
+        self, x: Tensor, memory: Tensor, pos: Tensor, queries: Tensor, seen: Tensor | None
+    ) -> Tensor:
+        def among(x: Tensor) -> Tensor:
+            placed = x + queries
+            return self.dropout(self.self_attn(placed, placed, x))
+
+        def across(x: Tensor) -> Tensor:
+            return self.dropout(self.multihead_attn(x + queries, memory + pos, memory, seen))
+
+        if self.normalize_before:
+            x = x + among(self.norm1(x))
+            x = x + across(self.norm2(x))
+            return x + self.dropout(self.feed_forward(self.norm3(x)))
+        x = self.norm1(x + among(x))
+        x = self.norm2(x + across(x))
+        return self.norm3(x + self.dropout(self.feed_forward(x)))
+
+
+class Decoder(nn.Module):
+    """Layers; one norm for the output of each."""
+
+    def __init__(self, layers: list[DecoderLayer], norm: nn.Module, intermediate: bool) -> None:
+        super().__init__()
+        self.layers, self.norm, self.intermediate = nn.ModuleList(layers), norm, intermediate
+
+    def forward(
+        self, x: Tensor, memory: Tensor, pos: Tensor, queries: Tensor, seen: Tensor | None
+    ) -> Tensor:
+        outputs = []
+        for layer in self.layers:
+            x = layer(x, memory, pos, queries, seen)
+            outputs.append(x)
+        kept = outputs if self.intermediate else outputs[-1:]
+        return torch.stack([self.norm(x) for x in kept])
+
+
+def _by_layer(spec: Spec | Sequence[Spec], layers: int) -> list[irpe.RPE | None]:
+    if spec is None or isinstance(spec, str | irpe.RPE):
+        return [irpe.parse(spec) if spec else None] * layers
+    specs = [irpe.parse(s) if s else None for s in spec]
+    if len(specs) != layers:
+        raise irpe.IrpeError(
+            f"enc_rpe2d has {len(specs)} specs, but the encoder {layers} layers: "
+            "give one for each, or one for all"
+        )
+    return specs

@@ -1,0 +1,220 @@
+"""DETR: the official numbers, keys and shapes; padding; specs by layer."""
+
+import copy
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import irpe
+from models.detr import (
+    Backbone,
+    LearnedPositions,
+    SinePositions,
+    Transformer,
+    build_detr,
+    detections,
+)
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+DETR = torch.load(FIXTURES / "detr.pt", weights_only=True)
+KEYS = json.loads((FIXTURES / "detr_keys.json").read_text())
+SIZES = ("d_model", "nhead", "num_encoder_layers", "num_decoder_layers", "dim_feedforward")
+K = "rpe-2.0-product-ctx-1-k"
+
+
+def small(enc_rpe2d=None, **given):
+    torch.manual_seed(0)
+    model = Transformer(24, 3, 2, 2, 32, 0.0, enc_rpe2d=enc_rpe2d, **given).double()
+    for name, parameter in model.named_parameters():
+        if "lookup_table" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def inputs(height=5, width=7, batch=2):
+    torch.manual_seed(1)
+    src, pos = torch.randn(2, batch, 24, height, width, dtype=torch.float64)
+    return (
+        src,
+        torch.zeros(batch, height, width, dtype=torch.bool),
+        torch.randn(4, 24).double(),
+        pos,
+    )
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager", "sdpa", "auto"])
+@pytest.mark.parametrize("name", DETR["cases"])
+def test_official_numbers(name, backend):
+    case = DETR["cases"][name]
+    model = Transformer(
+        *(DETR["arch"][size] for size in SIZES),
+        dropout=DETR["arch"]["dropout"],
+        normalize_before=case["normalize_before"],
+        return_intermediate_dec=case["return_intermediate_dec"],
+        enc_rpe2d=case["enc_rpe2d"],
+        backend=backend,
+    )
+    model.load_state_dict(case["state_dict"])
+    given = [DETR[key] for key in ("src", "mask", "query_embed", "pos_embed")]
+    given = [x if x.dtype == torch.bool else x.double() for x in given]
+    hs, memory = model.double().eval()(*given)
+    torch.testing.assert_close(hs.float(), case["hs"], atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(memory.float(), case["memory"], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("spec", [key for key in KEYS if key != "note"])
+def test_keys_shapes_and_counts(spec):
+    model = build_detr(enc_rpe2d=None if spec == "none" else spec)
+    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
+    known = KEYS[spec]
+    assert len(shapes) == known["n_keys"]
+    assert sum(p.numel() for p in model.parameters()) == known["params"]
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == known["trainable"]
+    assert {n: s for n, s in shapes.items() if "rpe" in n} == known["rpe_keys"]
+    if known["keys"]:
+        assert shapes == known["keys"]
+
+
+def test_absolute_positions():
+    numbers = np.load(FIXTURES / "pos.npz")
+    mask = torch.as_tensor(numbers["pos_mask"]).bool()
+    for normalize in (False, True):
+        wanted = torch.as_tensor(numbers[f"sine_n8_norm{int(normalize)}"])
+        assert torch.equal(SinePositions(8, normalize=normalize)(mask), wanted)
+    learned = LearnedPositions(8)
+    tables = {f"{k}_embed.weight": torch.as_tensor(numbers[f"learned_{k}"]) for k in ("row", "col")}
+    learned.load_state_dict(tables)
+    assert torch.equal(learned(mask), torch.as_tensor(numbers["learned_n8"]))
+    with pytest.raises(irpe.IrpeError, match="51 x 3"):
+        learned(torch.zeros(1, 51, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("pre", [False, True])
+def test_encoder_is_torchs_where_nothing_is_added(pre):
+    ours = small(normalize_before=pre)
+    layer = nn.TransformerEncoderLayer(24, 3, 32, 0.0, batch_first=True, norm_first=pre)
+    norm = nn.LayerNorm(24) if pre else None
+    theirs = nn.TransformerEncoder(layer, 2, norm, enable_nested_tensor=False).double()
+    theirs.load_state_dict(ours.encoder.state_dict())
+    src, mask, queries, pos = inputs()
+    mask[1, :, 4:] = True
+    _, memory = ours(src, mask, queries, torch.zeros_like(pos))
+    wanted = theirs(src.flatten(2).mT, src_key_padding_mask=mask.flatten(1))
+    torch.testing.assert_close(memory.flatten(2).mT, wanted)
+
+
+@pytest.mark.parametrize("pre", [False, True])
+@pytest.mark.parametrize("spec", [K, "rpe-2.0-cross-ctx-1-qkv", "rpe-1.9-product-bias-0-k", None])
+def test_padding_changes_nothing(spec, pre):
+    model = small(spec, normalize_before=pre, return_intermediate_dec=True)
+    src, mask, queries, pos = inputs()
+    mask[0, 3:], mask[1, :, 5:] = True, True
+    hs, memory = model(src, mask, queries, pos)
+    assert hs.shape == (2, 2, 4, 24) and memory.shape == src.shape
+    for image, (height, width) in enumerate([(3, 7), (5, 5)]):
+        part = (slice(image, image + 1), slice(None), slice(height), slice(width))
+        alone = model(src[part], None, queries, pos[part])
+        torch.testing.assert_close(hs[:, image : image + 1], alone[0])
+        torch.testing.assert_close(memory[part], alone[1])
+
+
+@pytest.mark.parametrize("spec", [K, "rpe-2.0-cross-ctx-1-qkv", None])
+def test_an_image_of_nothing_but_padding(spec):
+    model = small(spec)
+    src, mask, queries, pos = inputs()
+    mask[1] = True
+    first = model.encoder.layers[0].self_attn
+    nn.init.zeros_(first.out_proj.bias)
+    tokens = src.flatten(2).mT
+    out = first(tokens, tokens, tokens, ~mask.flatten(1), irpe.Grid(5, 7))
+    assert not out[1].any() and out[0].any()
+    hs, memory = model(src, mask, queries, pos)
+    (hs.square().sum() + memory.square().sum()).backward()
+    assert torch.isfinite(hs).all() and torch.isfinite(memory).all()
+    # The biases of the keys move all logits of a query alike, so some gradients may be 0.
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_a_spec_for_each_layer():
+    model = small([None, "rpe-1.9-product-bias-0-k"])
+    names = [n for n, _ in model.named_parameters() if "lookup" in n]
+    assert names == ["encoder.layers.1.self_attn.rpe_k.lookup_table_bias"]
+    with pytest.raises(irpe.IrpeError, match="3 specs.*2 layers"):
+        small([K, K, K])
+
+
+@pytest.mark.parametrize("name", ["dec_rpe2d", "cross_rpe2d"])
+def test_object_queries_have_no_place(name):
+    with pytest.raises(irpe.IrpeError, match=f"{name}='{K}'.*no place on the grid"):
+        small(**{name: K})
+
+
+def test_sizes_that_come_again_keep_their_ids(monkeypatch):
+    model, made = small(K), []
+    first = irpe.Grid.positions
+    monkeypatch.setattr(
+        irpe.Grid, "positions", lambda self, device: made.append(1) or first(self, device)
+    )
+    for height, width in [(5, 7), (4, 3), (2, 9)]:
+        model(*inputs(height, width))
+    count = len(made)
+    assert count > 0
+    for height, width in [(4, 3), (5, 7), (2, 9), (5, 7)]:
+        model(*inputs(height, width, batch=1))
+    assert len(made) == count
+
+
+def test_copies_and_compiled_graphs():
+    model = small(K).eval()
+    given = inputs()
+    wanted = model(*given)
+    for other in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.compile(model, fullgraph=True, backend="aot_eager"),
+    ):
+        torch.testing.assert_close(other(*given), wanted)
+
+
+def test_whole_model_and_its_detections():
+    torch.manual_seed(0)
+    model = build_detr(
+        num_classes=5, num_queries=6, backbone="stem", hidden_dim=32, nheads=4,
+        enc_layers=1, dec_layers=2, dim_feedforward=32, enc_rpe2d=K,
+    )  # fmt: skip
+    images = torch.rand(2, 3, 40, 56)
+    mask = torch.zeros(2, 40, 56, dtype=torch.bool)
+    mask[1, :, 32:] = True
+    outputs = model.eval()(images, mask)
+    assert outputs["pred_logits"].shape == (2, 6, 6) and outputs["pred_boxes"].shape == (2, 6, 4)
+    assert len(outputs["aux_outputs"]) == 1
+    sizes = torch.tensor([[40, 56], [400, 560]])
+    found = detections(outputs, sizes)
+    for image, part in enumerate(found):
+        for query in range(6):
+            chances = outputs["pred_logits"][image, query].softmax(0)[:5].tolist()
+            assert part["labels"][query] == chances.index(max(chances))
+            assert part["scores"][query].item() == pytest.approx(max(chances))
+            x, y, w, h = outputs["pred_boxes"][image, query].tolist()
+            height, width = sizes[image].tolist()
+            wanted = [(x - w / 2) * width, (y - h / 2) * height]
+            wanted += [(x + w / 2) * width, (y + h / 2) * height]
+            assert part["boxes"][query].tolist() == pytest.approx(wanted, rel=1e-4, abs=1e-3)
+
+
+def test_backbones():
+    frozen = Backbone("resnet18").train()
+    before = {k: v.clone() for k, v in frozen.state_dict().items()}
+    frozen(torch.rand(2, 3, 64, 96)).sum().backward()
+    assert all(torch.equal(v, before[k]) for k, v in frozen.state_dict().items())
+    assert frozen.body.conv1.weight.grad is None
+    assert frozen.body.layer2[0].conv1.weight.grad is not None
+    assert frozen(torch.rand(1, 3, 64, 96)).shape == (1, 512, 2, 3)
+    assert Backbone("resnet50", dilation=True)(torch.rand(1, 3, 64, 96)).shape == (1, 2048, 4, 6)
+    with pytest.raises(irpe.IrpeError, match="resnet5000"):
+        Backbone("resnet5000")
