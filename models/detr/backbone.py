@@ -1,5 +1,7 @@
 """The feature extractor: any of timm's, or a small stem of convolutions."""
 
+import itertools
+
 import timm
 import torch
 from torch import Tensor, nn
@@ -56,7 +58,7 @@ class Backbone(nn.Module):
 def _stem(width: int) -> nn.Module:
     layers: list[nn.Module] = []
     channels = (3, width // 2, width, width)
-    for before, after in zip(channels[:-1], channels[1:], strict=True):
+    for before, after in itertools.pairwise(channels):
         layers += [
             nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False),
             nn.GroupNorm(8 if after % 8 == 0 else 1, after),

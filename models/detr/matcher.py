@@ -45,7 +45,7 @@ class HungarianMatcher:
         return pairs
 
     def cost(self, logits: Tensor, boxes: Tensor, target: dict[str, Tensor]) -> Tensor:
-        """``[Q, T]``. Numbers that are not finite count as very dear, so that the loss shows them."""
+        """``[Q, T]``. What is not finite counts as very dear here, and shows in the loss."""
         truth = target["boxes"].to(boxes)
         overlap = generalized_box_iou(
             box_convert(boxes, "cxcywh", "xyxy"), box_convert(truth, "cxcywh", "xyxy")
