@@ -43,8 +43,10 @@ def variant(
     if kernel == "row_pass":
         if wide or (ampere and several):
             return Variant(32, 32, num_stages=2 if options["MASS"] and not several else 1)
-        return Variant(64, 32)
-    heavy = options["MASS"] or (options["COLUMNS"] and widest > 32)
+        return Variant(64, 32, num_stages=1 if several and widest == 64 else 2)
+    heavy = options["MASS"] or (widest > 32 and (options["ROWS"] or options["COLUMNS"]))
+    if ampere and options["MASS"] and widest <= 32:
+        return Variant(32, 16) if several else Variant(32, 32, num_warps=8, num_stages=1)
     if wide or (ampere and heavy):
         return Variant(32, 32, num_stages=1)
     return Variant(32, 64, num_stages=2 if ampere and widest <= 32 else 1)
@@ -52,13 +54,27 @@ def variant(
 
 def _on_strips(kernel: str, widest: int, options: dict[str, Any], ampere: bool) -> Variant | None:
     """Where the products want registers that gathers leave free."""
-    if kernel == "row_pass" and widest > 64:
-        return Variant(32, 32, num_stages=1)
-    if ampere and widest == 64:
-        if kernel == "forward" and options["COLUMNS"]:
+    both = options["COLUMNS"]
+    if widest > 64:
+        if kernel == "row_pass":
+            return Variant(32, 32, num_warps=8, num_stages=1)
+        if kernel == "forward" and both:
+            return Variant(64, 32, num_warps=8)
+    elif widest > 32:
+        if not ampere:
+            heavy = kernel == "column_pass" and both and options["MASS"]
+            return Variant(32, 32, num_stages=1) if heavy else None
+        if kernel == "forward" and both:
             return Variant(64, 32)
-        if kernel == "row_pass" and options["COLUMNS"]:
+        if kernel == "column_pass" or (kernel == "row_pass" and both):
+            return Variant(32, 32, num_stages=1)
+    elif kernel == "forward" and both:
+        return Variant(64, 32, num_stages=1 if ampere and widest == 32 else 2)
+    elif ampere:
+        if kernel == "mass":
+            return Variant(64, 32)
+        if kernel == "row_pass" and options["SIDE"] > 8:
             return Variant(64, 32, num_stages=1)
         if kernel == "column_pass":
-            return Variant(32, 32, num_stages=1)
+            return Variant(32, 32, num_stages=1) if widest == 32 else Variant(32, 64, num_stages=1)
     return None
