@@ -1,5 +1,6 @@
 """The kernels compile for GPUs on a machine without one, and those a call can get do not spill."""
 
+import json
 import os
 import subprocess
 import sys
@@ -23,3 +24,14 @@ def test_a_sample_compiles_without_spills():
     lines = [line.split() for line in done.stdout.splitlines()]
     for arch in ("80", "90"):
         assert {name for line in lines if arch in line for name in KERNELS & set(line)} == KERNELS
+
+
+def test_the_committed_tables_hold_what_auto_can_pick():
+    tables = sorted((ROOT / "benchmarks" / "results").glob("variants_triton*.json"))
+    assert tables
+    for table in tables:
+        rows = json.loads(table.read_text())["rows"]
+        assert {row["kernel"] for row in rows} >= KERNELS
+        assert {row["arch"] for row in rows} == {80, 90}
+        picked = [row for row in rows if row["dtype"] != "float32" or row["mode"] == "lookup"]
+        assert picked and not [row for row in picked if row["spills"]], table.name

@@ -76,5 +76,7 @@ def _on_strips(kernel: str, widest: int, options: dict[str, Any], ampere: bool) 
         if kernel == "row_pass" and options["SIDE"] > 8:
             return Variant(64, 32, num_stages=1)
         if kernel == "column_pass":
-            return Variant(32, 32, num_stages=1) if widest == 32 else Variant(32, 64, num_stages=1)
+            if widest == 32:
+                return Variant(32, 32, num_stages=1)
+            return Variant(32, 32) if options["MASS"] else Variant(32, 64, num_stages=1)
     return None
