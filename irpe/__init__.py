@@ -10,7 +10,7 @@ from .encodings import build_rpe
 from .errors import IrpeError
 from .functional import attention, explain, lookup
 from .geometry import Geometry, Grid, Sequence
-from .hosts import attach, detach, param_groups
+from .hosts import attach, detach, located, param_groups
 from .layers import RPEAttention
 from .spec import RPE, parse
 from .terms import Term
@@ -31,6 +31,7 @@ __all__ = [
     "build_rpe",
     "detach",
     "explain",
+    "located",
     "lookup",
     "param_groups",
     "parse",

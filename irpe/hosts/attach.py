@@ -10,6 +10,7 @@ from torch import nn
 from ..errors import IrpeError
 from ..functional import check_backend
 from ..spec import RPE, parse
+from . import mha
 from .site import Site
 
 
@@ -41,11 +42,13 @@ def attach(model: nn.Module, spec: str | RPE, where: str = "*", backend: str = "
     """Equip a model with an encoding, in place.
 
     The tables start at zero, so outputs stay the same, to rounding, until they are trained. Keys
-    of the state_dict stay as they are and new ones are added. Positions come from the model's own
-    patch embedding, anew in each forward pass.
+    of the state_dict stay as they are and new ones are added. Positions come from a timm model's
+    own patch embedding, anew in each forward pass; for ``nn.MultiheadAttention`` the caller tells
+    them by ``with irpe.located(grid):``.
 
     Args:
-        model: a timm VisionTransformer, or any module that holds one.
+        model: a timm VisionTransformer or ``nn.MultiheadAttention``, or any module that holds
+            some; where a decoder does too, ``where`` chooses the encoder.
         spec: the encoding, as ``"rpe-2.0-product-ctx-1-k"``.
         where: a shell pattern for the paths of the attention modules, as ``"blocks.[0-5].*"``.
         backend: see ``irpe.attention``.
@@ -65,7 +68,8 @@ def attach(model: nn.Module, spec: str | RPE, where: str = "*", backend: str = "
     if not sites:
         raise IrpeError(
             f"{type(model).__name__} has no attention that can be equipped: "
-            "attach knows timm's VisionTransformer and what is built on it; "
+            "attach knows timm's VisionTransformer and what is built on it, and torch's "
+            "nn.MultiheadAttention; "
             "for a model of your own, use irpe.RPEAttention"
         )
     chosen = [site for site in sites if fnmatchcase(site.name, where)]
@@ -110,3 +114,4 @@ def _find(model: nn.Module) -> Iterator[Site]:
         from . import timm
 
         yield from timm.sites(model)
+    yield from mha.sites(model)

@@ -1,0 +1,180 @@
+"""torch's ``nn.MultiheadAttention``, and what is built on it: DETR-like encoders.
+
+Such a module does not know where its tokens are, so the caller says it, around the model's forward
+pass: ``with irpe.located(grid):``. Queries and keys may carry absolute positions that values do not.
+"""
+
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..encodings import build_rpe
+from ..encodings.base import collect_terms
+from ..errors import IrpeError
+from ..functional import attention
+from ..geometry import Geometry
+from ..spec import RPE
+from .site import Site
+
+
+class _Place(threading.local):
+    geometry: Geometry | None = None
+
+
+_PLACE = _Place()
+
+
+@contextmanager
+def located(geometry: Geometry) -> Iterator[None]:
+    """Say where the tokens are, for attached ``nn.MultiheadAttention`` modules called inside.
+
+    Args:
+        geometry: as ``irpe.Grid(25, 34)``; one for all modules and images of the batch. A backward
+            pass that recomputes (gradient checkpointing) belongs inside too.
+    """
+    if not isinstance(geometry, Geometry):
+        raise IrpeError(f"geometry={geometry!r} is not a geometry: make an irpe.Grid")
+    before, _PLACE.geometry = _PLACE.geometry, geometry
+    try:
+        yield
+    finally:
+        _PLACE.geometry = before
+
+
+def sites(model: nn.Module) -> Iterator[Site]:
+    """The self-attentions of a model, those inside decoders and other hosts left out."""
+    inside: set[int] = set()
+    for module in model.modules():
+        if "decoder" in type(module).__name__.lower():  # torch's, DETR's and their kin
+            inside |= {id(m) for m in module.modules() if isinstance(m, nn.MultiheadAttention)}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            yield _MhaSite(name, module, id(module) in inside)
+
+
+class _MhaSite(Site):
+    def __init__(self, name: str, module: nn.Module, decoder: bool) -> None:
+        super().__init__(name, module)
+        self.module: Any = module
+        self.decoder = decoder
+
+    @property
+    def equipped(self) -> bool:
+        return isinstance(self.module, EquippedMultiheadAttention)
+
+    def obstacle(self, spec: RPE) -> str | None:
+        module = self.module
+        if type(module) is not nn.MultiheadAttention:
+            return f"{type(module).__name__} computes its attention in its own way"
+        if self.decoder:
+            return (
+                "it belongs to a decoder, whose queries have no place on the grid; "
+                "choose the encoder with where="
+            )
+        if not module._qkv_same_embed_dim:
+            return "its keys or values are of another width than its queries: no self-attention"
+        if module.bias_k is not None or module.add_zero_attn:
+            return "it adds a key without a place (add_bias_kv or add_zero_attn)"
+        return None
+
+    def equip(self, spec: RPE, backend: str) -> None:
+        module, weight = self.module, self.module.in_proj_weight
+        module.__class__ = EquippedMultiheadAttention
+        module.rpe_q, module.rpe_k, module.rpe_v = build_rpe(
+            spec,
+            head_dim=module.head_dim,
+            num_heads=module.num_heads,
+            prefix=False,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        module.rpe_backend = backend
+        # torch's encoder layers would go round forward() in evaluation, and so round the terms.
+        module._qkv_same_embed_dim = False
+
+    def strip(self) -> None:
+        module = self.module
+        del module.rpe_q, module.rpe_k, module.rpe_v, module.rpe_backend
+        module._qkv_same_embed_dim = True
+        module.__class__ = nn.MultiheadAttention
+
+
+class EquippedMultiheadAttention(nn.MultiheadAttention):
+    """torch's MultiheadAttention with position terms; arguments and results are its own."""
+
+    rpe_backend: str
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        geometry = _PLACE.geometry
+        if geometry is None:
+            raise IrpeError(
+                "no grid: call the model inside `with irpe.located(irpe.Grid(height, width)):`"
+            )
+        if is_causal and attn_mask is None:
+            raise IrpeError("is_causal=True needs attn_mask, as in torch")
+        batched = query.dim() == 3
+        if not batched:
+            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+            if key_padding_mask is not None:
+                key_padding_mask = key_padding_mask.unsqueeze(0)
+        elif not self.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        weights, bias = self.in_proj_weight.chunk(3), self.in_proj_bias
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        q, k, v = (
+            nn.functional.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for x, w, b in zip((query, key, value), weights, biases, strict=True)
+        )
+        mask = _merged(key_padding_mask, attn_mask, q)
+        terms = collect_terms(self, geometry)
+        dropout = self.dropout if self.training else 0.0
+        x = attention(q, k, v, terms, mask, dropout_p=dropout, backend=self.rpe_backend)
+        x = self.out_proj(x.transpose(1, 2).flatten(2))
+        given = None
+        if need_weights:
+            given = self._weights(q, k, geometry, mask)
+            given = given.mean(1) if average_attn_weights else given
+        if not batched:
+            return x.squeeze(0), None if given is None else given.squeeze(0)
+        return (x if self.batch_first else x.transpose(0, 1)), given
+
+    def _weights(self, q: Tensor, k: Tensor, geometry: Geometry, mask: Tensor | None) -> Tensor:
+        """The probabilities ``[B, H, L, S]``: what attention gives to one-hot values."""
+        eye = torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:2], -1, -1)
+        terms = tuple(t for t in collect_terms(self, geometry) if t.kind != "value")
+        return attention(q, k, eye, terms, mask)
+
+
+def _merged(padding: Tensor | None, mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """torch's two masks, where True means unseen, as one that is added or True where seen."""
+    parts = []
+    if padding is not None:
+        parts.append(padding[:, None, None])
+    if mask is not None:
+        parts.append(mask.unflatten(0, (q.shape[0], -1)) if mask.dim() == 3 else mask)
+    if not parts:
+        return None
+    if all(part.dtype == torch.bool for part in parts):
+        return ~parts[0] if len(parts) == 1 else ~(parts[0] | parts[1])
+    added = [
+        torch.zeros_like(part, dtype=q.dtype).masked_fill(part, -math.inf)
+        if part.dtype == torch.bool
+        else part.to(q.dtype)
+        for part in parts
+    ]
+    return added[0] if len(added) == 1 else added[0] + added[1]
