@@ -1,7 +1,7 @@
 """torch's ``nn.MultiheadAttention``, and what is built on it: DETR-like encoders.
 
 Such a module does not know where its tokens are, so the caller says it, around the model's forward
-pass: ``with irpe.located(grid):``. Queries and keys may carry absolute positions that values do not.
+pass: ``with irpe.located(grid):``. Queries and keys may carry absolute positions, values need not.
 """
 
 import math
