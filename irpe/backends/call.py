@@ -77,15 +77,25 @@ def meet(x: Tensor, table: Tensor) -> Tensor:
     return x @ (table[0] if table.shape[0] == 1 else table)
 
 
+# Asked once, since torch 2.11 cannot compile the question; other types, as meta, have none.
+_AUTOCAST = {d for d in ("cpu", "cuda", "xpu", "mps", "mtia") if torch.amp.is_autocast_available(d)}
+
+
 def autocasting(device: str) -> bool:
-    """Whether autocast is on for this type of device; some types, as meta, have none."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    """Whether autocast is on for this type of device."""
+    return device in _AUTOCAST and torch.is_autocast_enabled(device)
+
+
+def exporting() -> bool:
+    """Whether torch.export is on."""
+    # Not torch.compiler.is_exporting(), which torch 2.11 answers with True while it compiles.
+    return torch.compiler._is_exporting_flag
 
 
 def transformed() -> bool:
     """Whether export, a trace, forward mode or a torch.func transform is on: plain operations."""
     return (
-        torch.compiler.is_exporting()
+        exporting()
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0

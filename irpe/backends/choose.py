@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from . import eager, sdpa, triton
-from .call import Call, transformed
+from .call import Call, exporting, transformed
 
 BACKENDS = ("reference", "eager", "sdpa", "triton")
 
@@ -36,7 +36,7 @@ class Facts:
     @classmethod
     def of(cls, call: Call) -> "Facts":
         q, v = call.q, call.v
-        exported = torch.compiler.is_exporting()
+        exported = exporting()
         gains = {(t.buckets.function, t.buckets.by_key) for t in call.terms if t.kind == "gain"}
         return cls(
             kinds=frozenset(term.kind for term in call.terms),
