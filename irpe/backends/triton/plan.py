@@ -83,7 +83,7 @@ def plan(terms: Sequence[Term]) -> Plan:
         if at == len(maps):
             maps.append(buckets)
         placed.append((term, at, turned))
-    wide = max((-(-m.size // 16) * 16 for m in maps), default=16)
+    wide = max([16, *(-(-m.size // 16) * 16 for m in maps)])
     parts: dict[Kind, list[Tensor | None]] = {}
     for term, at, turned in placed:
         axis = 1 if term.kind == "value" else -1
