@@ -130,6 +130,8 @@ class ClsConfig:
     """evaluate the checkpoint (or the pretrained model) and stop"""
     checkpoint: str | None = None
     """weights to start from, or to evaluate: .pth or .safetensors"""
+    resume: str | None = None
+    """go on with an interrupted run: its folder, or auto for the newest of this name"""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     aug: AugConfig = field(default_factory=AugConfig)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import irpe
-from training import config as configuration
+from training import run
 from training.badimages import BadImages
 from training.classify import Classify
 from training.cls_model import build_model, check_name, input_settings
@@ -22,13 +20,9 @@ from training.data.loaders import make_loader
 from training.data.seeded import SeededDataset, SeededStream
 from training.data.sources import open_source
 from training.data.transforms import make_transform
-from training.engine import from_main_process, make_accelerator, per_process_batch
+from training.engine import make_accelerator, per_process_batch
 from training.errors import UserError
-from training.loop import Loop, Plan
-from training.optim import make_ema, make_optimizer, make_schedule
-from training.pictures import draw_tables
-from training.progress import Progress
-from training.runfolder import RunFolder
+from training.optim import make_optimizer
 from training.seeding import derive
 from training.weights import apply_weights, read_weights
 
@@ -52,7 +46,6 @@ def evaluate(config: ClsConfig) -> dict[str, float]:
 
 def train(config: ClsConfig) -> dict[str, Any]:
     """Train, leave a run folder, and return the last epoch's record."""
-    start = time.perf_counter()
     _check(config)
     accelerator = make_accelerator(config.run)
     sources = tuple(_open(config, accelerator, training=part) for part in (True, False))
@@ -62,62 +55,35 @@ def train(config: ClsConfig) -> dict[str, Any]:
         _loader(config, accelerator, settings, sources[0], training=True),
         _loader(config, accelerator, settings, sources[1], training=False),
     )
-    steps = len(loaders[0]) // config.grad_accum_steps
-    if not steps:
-        raise UserError(
-            f"batch_size: {config.batch_size} is more than the "
-            f"{len(loaders[0].dataset)} training images"  # type: ignore[arg-type]
-        )
     model.to(accelerator.device)
-    optimizer = make_optimizer(model, config.optim, config.batch_size)
-    schedule, epochs = make_schedule(optimizer, config.sched, config.epochs, steps)
-    ema = make_ema(model, config.ema)
-    folder = _folder(config, accelerator)
-    if config.run.compile:
-        model.compile()
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    style = config.run.progress if accelerator.is_main_process else "none"
-    progress = Progress(steps * epochs, epochs, style)
-    bad = BadImages(config.data.on_bad_image, progress.say)
-    task = Classify(accelerator, loaders, config.aug, num_classes, config.seed, bad)
-    plan = Plan(
-        epochs=epochs,
-        steps_per_epoch=steps,
-        accumulate=config.grad_accum_steps,
+    return run.train(
+        config,
+        accelerator,
+        model,
+        make_optimizer(model, config.optim, config.batch_size),
+        lambda bad: Classify(accelerator, loaders, config.aug, num_classes, config.seed, bad),
+        name=f"{config.model.name}-{config.rpe or 'plain'}-seed{config.seed}",
+        spec=config.rpe,
+        steps=run.steps_per_epoch(
+            len(loaders[0]),
+            config.grad_accum_steps,
+            config.batch_size,
+            len(loaders[0].dataset),  # type: ignore[arg-type]
+        ),
+        best="top1",
         clip_grad=config.optim.clip_grad,
-        save_every=config.run.save_every,
-        seed=config.seed,
         about={"model": config.model.name, "rpe": config.rpe or "none"},
-    )
-    loop = Loop(accelerator, model, wrapped, optimizer, schedule, ema, folder, plan, progress)
-    try:
-        record = loop.fit(task.batches, task.loss, task.evaluate, _epoch_line(epochs))
-    finally:
-        progress.close()
-        if folder is not None and folder.records():
-            draw_curves(folder.records(), folder / "curves.png", folder.path.name)
-    skipped = bad.gather()
-    if folder is not None:
-        averaged = model if ema is None else ema.module
-        draw_tables(averaged, folder / "tables.png", config.rpe)
-        if skipped:
-            folder.write_json("skipped.json", skipped)
-            print(f"{len(skipped)} images did not decode; {folder / 'skipped.json'} names them")
-        seconds = time.perf_counter() - start
-        print(f"{_verdict(record)}, after {epochs} epochs in {seconds:.0f} s")
-        print(f"run folder: {folder.path}")
-    return record
+        advice="a lower optim.lr, a longer sched.warmup_epochs, optim.clip_grad: 1.0 or "
+        "run.precision: fp32 may help",
+        line=_line,
+        draw_curves=draw_curves,
+        verdict=_verdict,
+    ).record
 
 
 def _check(config: ClsConfig) -> None:
     """Raise for figures out of range, before anything is built."""
-    for name in ("epochs", "batch_size", "grad_accum_steps"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name}: {getattr(config, name)} is not at least 1")
-    if config.run.save_every < 1:
-        raise UserError(f"run.save_every: {config.run.save_every} is not at least 1")
-    if config.data.workers < 0:
-        raise UserError(f"data.workers: {config.data.workers} is negative")
+    run.check_numbers(config)
     # Before the data set is opened: these two are quick to tell.
     check_name(config.model.name)
     if config.rpe is not None:
@@ -202,25 +168,6 @@ def _loader(
     )
 
 
-def _folder(config: ClsConfig, accelerator: Accelerator) -> RunFolder | None:
-    """Make the run folder on the main process; an error there is an error everywhere."""
-    name = config.run.experiment
-    if name is None:
-        name = f"{config.model.name}-{config.rpe or 'plain'}-seed{config.seed}"
-        name = name.replace("/", "_").replace(":", "_")
-    folder, problem = None, None
-    if accelerator.is_main_process:
-        try:
-            folder = RunFolder(config.run.output, name)
-            folder.write_text("config.yaml", configuration.dump(config))
-        except UserError as error:
-            problem = str(error)
-    problem = from_main_process(accelerator, problem)
-    if problem is not None:
-        raise UserError(problem)
-    return folder
-
-
 def _verdict(figures: dict[str, Any]) -> str:
     prefix = "ema_" if "ema_top1" in figures else ""
     top1, count = figures[f"{prefix}top1"], figures[f"{prefix}count"]
@@ -228,17 +175,12 @@ def _verdict(figures: dict[str, Any]) -> str:
     return f"held-out accuracy {100 * top1:.2f} % ({wrong} of {count} wrong)"
 
 
-def _epoch_line(epochs: int) -> Callable[[dict[str, Any]], str]:
-    width = len(str(epochs))
-
-    def line(record: dict[str, Any]) -> str:
-        parts = [
-            f"epoch {record['epoch']:{width}}/{epochs}",
-            f"train loss {record['train_loss']:.3f}, accuracy {100 * record['train_top1']:5.2f} %",
-            f"held out loss {record['loss']:.3f}, accuracy {100 * record['top1']:5.2f} %",
-        ]
-        if "ema_top1" in record:
-            parts.append(f"averaged weights {100 * record['ema_top1']:5.2f} %")
-        return "  |  ".join(parts)
-
-    return line
+def _line(record: dict[str, Any], epochs: int) -> str:
+    parts = [
+        f"epoch {record['epoch']:{len(str(epochs))}}/{epochs}",
+        f"train loss {record['train_loss']:.3f}, accuracy {100 * record['train_top1']:5.2f} %",
+        f"held out loss {record['loss']:.3f}, accuracy {100 * record['top1']:5.2f} %",
+    ]
+    if "ema_top1" in record:
+        parts.append(f"averaged weights {100 * record['ema_top1']:5.2f} %")
+    return "  |  ".join(parts)

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -27,11 +27,18 @@ from training.seeding import derive
 
 @dataclass
 class Step:
-    """What a task computed for one batch: the mean loss, how many samples, and sums over them."""
+    """What a task computed for one batch.
+
+    Attributes:
+        loss: the mean over the batch. count: its samples. sums: further figures, summed over the
+            samples: shares of them or, named ``loss_...``, parts of the loss.
+        names: the samples, for whoever has to look for a bad one.
+    """
 
     loss: Tensor
     count: int
     sums: dict[str, Tensor] = field(default_factory=dict)
+    names: list[Any] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -40,6 +47,7 @@ class Plan:
 
     Attributes:
         best: name of the evaluation figure that decides which checkpoint is the best.
+        advice: what may help where the loss is not finite.
         about: what the header of a weights file says of them.
     """
 
@@ -50,6 +58,7 @@ class Plan:
     save_every: int = 1
     seed: int = 0
     best: str = "top1"
+    advice: str = ""
     about: dict[str, Any] = field(default_factory=dict)
 
 
@@ -71,8 +80,9 @@ class Loop:
         self.accelerator, self.raw, self.model = accelerator, raw, model
         self.optimizer, self.schedule, self.ema = optimizer, schedule, ema
         self.folder, self.plan, self.progress = folder, plan, progress
-        self.step = 0
+        self.step = self.epoch = 0
         self.best = -math.inf
+        self._recent: list[dict[str, Any]] = []  # the batches since the loss was last looked at
         # Reading a number back stalls a GPU, so there it is not done at every step.
         self._look_every = 1 if accelerator.device.type == "cpu" else 10
 
@@ -92,7 +102,7 @@ class Loop:
             describe: one line for people from an epoch's record.
         """
         record: dict[str, Any] = {}
-        for epoch in range(self.plan.epochs):
+        for epoch in range(self.epoch, self.plan.epochs):
             start = time.perf_counter()
             models = [self.raw] if self.ema is None else [self.raw, self.ema.module]
             trained = self._train_epoch(epoch, batches(epoch), loss)
@@ -114,6 +124,20 @@ class Loop:
             rate, left = record["images_per_second"], self.progress.time_left
             self.progress.say(f"{describe(record)}  |  {rate:,.0f} images/s, {left} left")
         return record
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on after the epoch at whose end ``state`` was written; before :meth:`fit`."""
+        if state["epoch"] >= self.plan.epochs:
+            raise UserError(f"resume: the run has finished its {state['epoch']} epochs")
+        self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
+        self.raw.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.progress.skip(self.step)
 
     def _train_epoch(
         self,
@@ -171,6 +195,7 @@ class Loop:
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0) + value.double()
             count += result.count
+            self._recent.append({"step": self.step, "names": result.names})
         if self.plan.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.plan.clip_grad)
         self.optimizer.step()
@@ -183,17 +208,25 @@ class Loop:
         """Return the running means as text; stop the run if the loss is not finite."""
         means = {name: float(value) / float(totals["count"]) for name, value in totals.items()}
         if not math.isfinite(means["loss"]):
-            rate = max(group["lr"] for group in self.optimizer.param_groups)
-            raise UserError(
-                f"the loss became {means['loss']} in epoch {epoch + 1}, by step {self.step}, at a "
-                f"learning rate of {rate:.3g}; a lower optim.lr, a longer sched.warmup_epochs, "
-                "optim.clip_grad: 1.0 or run.precision: fp32 may help"
-            )
-        shown = {"loss": f"{means['loss']:.3f}"}
-        for name, value in means.items():
-            if name not in ("loss", "count"):
-                shown[name] = f"{100 * value:.1f} %"
-        return shown
+            self._stop(epoch, means["loss"])
+        self._recent.clear()
+        return {
+            name: f"{value:.3f}" if name.startswith("loss") else f"{100 * value:.1f} %"
+            for name, value in means.items()
+            if name != "count"
+        }
+
+    def _stop(self, epoch: int, loss: float) -> NoReturn:
+        """Raise for a loss that is not finite, and leave a note of the batches it came from."""
+        rate = max(group["lr"] for group in self.optimizer.param_groups)
+        where = ""
+        if self.folder is not None and any(batch["names"] for batch in self._recent):
+            self.folder.write_json("nonfinite.json", {"epoch": epoch + 1, "batches": self._recent})
+            where = f" ({self.folder / 'nonfinite.json'} names the images)"
+        raise UserError(
+            f"the loss became {loss} in epoch {epoch + 1}, by step {self.step}, at a "
+            f"learning rate of {rate:.3g}{where}; {self.plan.advice}"
+        )
 
     def _keep(self, epoch: int, record: dict[str, Any]) -> None:
         """Log the record and write the checkpoints that are due, on the main process."""
@@ -220,6 +253,8 @@ class Loop:
                 "epoch": epoch + 1,
                 "step": self.step,
                 "best": self.best,
+                "model": self.raw.state_dict(),
+                "ema": None if self.ema is None else self.ema.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
                 "scaler": scaler.state_dict() if scaler is not None else None,

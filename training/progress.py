@@ -35,6 +35,11 @@ class Progress:
         self._begin = self._last = time.perf_counter()
         self._images, self._seconds, self._done = 0, 0.0, 0
 
+    def skip(self, steps: int) -> None:
+        """Count ``steps`` as done before, by a run that is gone on with."""
+        self.steps -= steps  # the pace is that of this run
+        self._bar.initial = self._bar.n = steps
+
     def resume_clock(self) -> None:
         """Start counting time again, after something that is not training."""
         self._last = time.perf_counter()

@@ -21,6 +21,14 @@ class RunFolder:
         self.path = _make(Path(output), name)
         self.metrics_path = self.path / "metrics.jsonl"
 
+    @classmethod
+    def reopen(cls, path: Path) -> RunFolder:
+        """Return the folder of a run that goes on."""
+        folder = cls.__new__(cls)
+        folder.path = path
+        folder.metrics_path = path / "metrics.jsonl"
+        return folder
+
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
@@ -32,6 +40,12 @@ class RunFolder:
         }
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean, allow_nan=False) + "\n")
+
+    def forget_after(self, epoch: int) -> None:
+        """Leave out the records of epochs after ``epoch``, which will be trained again."""
+        kept = [record for record in self.records() if record["epoch"] <= epoch]
+        lines = [json.dumps(record, allow_nan=False) + "\n" for record in kept]
+        self.write_text(self.metrics_path.name, "".join(lines))
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small text file into the folder."""

@@ -1,0 +1,133 @@
+"""What every training script does around its task: folder, schedule, loop, pictures, verdict."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from training.badimages import BadImages
+from training.errors import UserError
+from training.loop import Loop, Plan, Step
+from training.optim import make_ema, make_schedule
+from training.pictures import draw_tables
+from training.progress import Progress
+from training.resume import open_folder
+from training.runfolder import RunFolder
+
+
+class Task(Protocol):
+    """What a script trains: the batches of an epoch, the loss of one, and the evaluation."""
+
+    bad: BadImages
+
+    def batches(self, epoch: int) -> Iterator[Any]: ...
+
+    def loss(self, model: nn.Module, batch: Any, step: int) -> Step: ...
+
+    def evaluate(self, models: list[nn.Module]) -> list[dict[str, float]]: ...
+
+
+@dataclass
+class Finished:
+    """A run that has come to its end: its last record, its folder, its weights."""
+
+    record: dict[str, Any]
+    folder: RunFolder | None
+    model: nn.Module
+
+
+def train(
+    config: Any,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    task_of: Callable[[BadImages], Task],
+    *,
+    name: str,
+    spec: Any,
+    steps: int,
+    best: str,
+    clip_grad: float | None,
+    about: dict[str, Any],
+    advice: str,
+    line: Callable[[dict[str, Any], int], str],
+    draw_curves: Callable[..., None],
+    verdict: Callable[[dict[str, Any]], str],
+) -> Finished:
+    """Train ``model`` on what ``config`` says and leave a run folder.
+
+    Args:
+        config: of a script: has epochs, seed, resume, grad_accum_steps, sched, ema, run,
+            data.on_bad_image.
+        model: on the accelerator's device. name: of the folder. spec: of the model's encoding,
+            None without one. steps: of an epoch. best: the figure that decides which
+            checkpoint is the best. line: of an epoch, from its record and the number of epochs.
+    """
+    start = time.perf_counter()
+    schedule, epochs = make_schedule(optimizer, config.sched, config.epochs, steps)
+    ema = make_ema(model, config.ema)
+    folder, state = open_folder(accelerator, config, name)
+    if config.run.compile:
+        model.compile()
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    style = config.run.progress if accelerator.is_main_process else "none"
+    progress = Progress(steps * epochs, epochs, style)
+    task = task_of(BadImages(config.data.on_bad_image, progress.say))
+    plan = Plan(
+        epochs=epochs,
+        steps_per_epoch=steps,
+        accumulate=config.grad_accum_steps,
+        clip_grad=clip_grad,
+        save_every=config.run.save_every,
+        seed=config.seed,
+        best=best,
+        advice=advice,
+        about=about,
+    )
+    loop = Loop(accelerator, model, wrapped, optimizer, schedule, ema, folder, plan, progress)
+    if state is not None:
+        loop.restore(state)
+        progress.say(f"going on after epoch {loop.epoch}")
+    try:
+        record = loop.fit(
+            task.batches, task.loss, task.evaluate, lambda record: line(record, epochs)
+        )
+    finally:
+        progress.close()
+        if folder is not None and folder.records():
+            draw_curves(folder.records(), folder / "curves.png", folder.path.name)
+    skipped = task.bad.gather()
+    averaged = model if ema is None else ema.module
+    if folder is not None:
+        draw_tables(averaged, folder / "tables.png", spec)
+        if skipped:
+            folder.write_json("skipped.json", skipped)
+            print(f"{len(skipped)} images did not decode; {folder / 'skipped.json'} names them")
+        seconds = time.perf_counter() - start
+        print(f"{verdict(record)}, after {epochs} epochs in {seconds:.0f} s")
+        print(f"run folder: {folder.path}")
+    return Finished(record, folder, averaged)
+
+
+def steps_per_epoch(batches: int, accumulate: int, batch_size: int, samples: int) -> int:
+    """Optimiser steps of an epoch of ``batches`` batches; at least one."""
+    if not batches // accumulate:
+        raise UserError(f"batch_size: {batch_size} is more than the {samples} training images")
+    return batches // accumulate
+
+
+def check_numbers(config: Any) -> None:
+    """Raise for figures of any script that are out of range."""
+    for name in ("epochs", "batch_size", "grad_accum_steps"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name}: {getattr(config, name)} is not at least 1")
+    if config.run.save_every < 1:
+        raise UserError(f"run.save_every: {config.run.save_every} is not at least 1")
+    if config.data.workers < 0:
+        raise UserError(f"data.workers: {config.data.workers} is negative")
