@@ -1,0 +1,148 @@
+"""The options of train_det.py; those that DETR has carry DETR's names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from training.options import EmaConfig, RunConfig, SchedConfig
+
+
+@dataclass(kw_only=True)
+class DetDataConfig:
+    """The images: COCO's files, or the embedded scenes of handwritten digits."""
+
+    name: Literal["digits", "coco"] = "digits"
+    """digits (embedded; made on first use) or coco"""
+    root: str | None = None
+    """folder that the digits are made in; null: data/digits-detection"""
+    train_images: str | None = None
+    """folder or .zip of training images; null: train2017 or train2017.zip under coco_path"""
+    train_annotations: str | None = None
+    """instances JSON of the training images; null: annotations/instances_train2017.json"""
+    val_images: str | None = None
+    """folder or .zip of held-out images; null: val2017 or val2017.zip under coco_path"""
+    val_annotations: str | None = None
+    """instances JSON of the held-out images; null: annotations/instances_val2017.json"""
+    num_classes: int | None = None
+    """class numbers of the model; null: the largest category id and one more (COCO: 91)"""
+    on_bad_image: Literal["skip", "fail"] = "skip"
+    """an image that is absent or does not decode: skip it, counted and named, or stop"""
+    on_bad_annotation: Literal["skip", "fail"] = "skip"
+    """an annotation that cannot be right: skip it, counted and named, or stop"""
+    workers: int = 2
+    """processes that load images; 0: load in the main process"""
+
+
+@dataclass(kw_only=True)
+class DetAugConfig:
+    """Sizes of the images, and augmentation of the training images."""
+
+    enabled: bool = True
+    """augment at all; false: training images are treated like held-out ones"""
+    hflip: float = 0.5
+    """probability of a horizontal flip"""
+    scales: list[int] = field(default_factory=lambda: list(range(480, 801, 32)))
+    """sizes of the shorter side, in pixels, one drawn for each image"""
+    max_size: int = 1333
+    """largest length of the longer side, in pixels"""
+    crop_prob: float = 0.5
+    """probability of a random crop before the resize"""
+    crop_scales: list[int] = field(default_factory=lambda: [400, 500, 600])
+    """sizes of the shorter side ahead of a crop"""
+    crop_size: tuple[int, int] = (384, 600)
+    """least and largest side of a crop, in pixels"""
+    eval_size: int = 800
+    """size of the shorter side of held-out images"""
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    """mean of each channel in [0, 1]"""
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    """standard deviation of each channel"""
+
+
+@dataclass(kw_only=True)
+class DetConfig:
+    """Train or evaluate DETR, with or without relative position encoding in its encoder."""
+
+    enc_rpe2d: str | list[str | None] | None = None
+    """encoding of the encoder's self-attention, such as rpe-2.0-product-ctx-1-k; a list gives one
+    for each layer; null: none"""
+    rpe_backend: str = "auto"
+    """backend of the attention with an encoding: auto, reference, eager, sdpa or triton"""
+    coco_path: str | None = None
+    """folder that holds train2017, val2017 (folders or .zip) and annotations"""
+    lr: float = 1e-4
+    """learning rate of the transformer"""
+    lr_backbone: float = 1e-5
+    """learning rate of the backbone; 0: frozen"""
+    batch_size: int = 16
+    """images per optimiser step, over all processes and accumulated batches together"""
+    weight_decay: float = 1e-4
+    """weight decay, of all parameters"""
+    epochs: int = 300
+    """passes over the training images"""
+    lr_drop: int = 200
+    """epoch after which the learning rate falls to a tenth"""
+    clip_max_norm: float = 0.1
+    """largest norm of the gradient; 0: no clipping"""
+    backbone: str = "resnet50"
+    """a feature extractor of timm's, or stem: three convolutions, stride 8"""
+    pretrained_backbone: bool = True
+    """start the backbone from published weights (downloads them)"""
+    dilation: bool = False
+    """twice the resolution in the backbone's last stage (DC5)"""
+    position_embedding: Literal["sine", "learned"] = "sine"
+    """absolute positions of the feature map"""
+    enc_layers: int = 6
+    """layers of the encoder"""
+    dec_layers: int = 6
+    """layers of the decoder"""
+    dim_feedforward: int = 2048
+    """width of the feed-forward layers"""
+    hidden_dim: int = 256
+    """width of the transformer"""
+    dropout: float = 0.1
+    """dropout in the transformer"""
+    nheads: int = 8
+    """attention heads"""
+    num_queries: int = 100
+    """objects at most in an image"""
+    pre_norm: bool = False
+    """norms before attention and feed-forward"""
+    aux_loss: bool = True
+    """a loss for the output of every decoder layer"""
+    set_cost_class: float = 1.0
+    """weight of the class in matching"""
+    set_cost_bbox: float = 5.0
+    """weight of the boxes' L1 distance in matching"""
+    set_cost_giou: float = 2.0
+    """weight of the boxes' generalized IoU in matching"""
+    bbox_loss_coef: float = 5.0
+    """weight of the L1 loss of boxes"""
+    giou_loss_coef: float = 2.0
+    """weight of the generalized IoU loss"""
+    eos_coef: float = 0.1
+    """weight of "no object" in the class loss"""
+    grad_accum_steps: int = 1
+    """forward passes that one step is split into"""
+    eval_batch_size: int | None = None
+    """images per forward pass of each process in evaluation; null: as in training"""
+    eval_every: int = 1
+    """epochs between two evaluations; the last epoch is always evaluated"""
+    seed: int = 0
+    """seed of everything random"""
+    eval_only: bool = False
+    """evaluate the checkpoint and stop"""
+    checkpoint: str | None = None
+    """weights to start from, or to evaluate: .pth or .safetensors"""
+    resume: str | None = None
+    """go on with an interrupted run: its folder, or auto for the newest of this name"""
+    pictures: int = 8
+    """held-out images to draw with their predictions when a run ends"""
+    data: DetDataConfig = field(default_factory=DetDataConfig)
+    aug: DetAugConfig = field(default_factory=DetAugConfig)
+    sched: SchedConfig = field(
+        default_factory=lambda: SchedConfig(sched="multistep", warmup_epochs=0)
+    )
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    run: RunConfig = field(default_factory=RunConfig)
