@@ -37,6 +37,7 @@ class Digits:
             stratify=targets,
             random_state=_SPLIT_SEED,
         )
+        self.split = split
         self.indices = np.sort(parts[0] if split == "train" else parts[1])
         pixels = images[self.indices].reshape(-1, 8, 8)
         # Ink is counted from 0 to 16 in the original; PIL wants bytes.

@@ -6,8 +6,9 @@ Processes share an epoch by taking every W-th sample of one common order. Loader
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,8 +88,9 @@ def make_loader(
     rank: int = 0,
     world: int = 1,
     pin_memory: bool = False,
+    collate: Callable[[list[Sample]], Any] = collate,
 ) -> DataLoader:
-    """Return a loader of :class:`Batch` for one process; see :func:`set_epoch`.
+    """Return a loader of what ``collate`` makes, for one process; see :func:`set_epoch`.
 
     Training shuffles and leaves out the last incomplete batch; evaluation does neither.
     """

@@ -42,10 +42,10 @@ class BadImage:
 
 @dataclass
 class Sample:
-    """One sample on its way to a batch: the image [C, H, W], its class, and what was skipped."""
+    """One sample on its way to a batch: the image [C, H, W], its target, and what was skipped."""
 
     image: Tensor | None
-    target: int
+    target: Any
     bad: tuple[BadImage, ...] = ()
 
 
@@ -62,7 +62,7 @@ class SeededDataset(Dataset):
     """
 
     def __init__(
-        self, source: Source, transform: Callable[[Any], Tensor], seed: int, replace: bool
+        self, source: Source, transform: Callable[..., Any], seed: int, replace: bool
     ) -> None:
         self.source, self.transform, self.seed, self.replace = source, transform, seed, replace
 
@@ -82,8 +82,12 @@ class SeededDataset(Dataset):
                 continue
             # Seeded by the sample that was asked for, whichever took its place.
             with forked(derive(self.seed, "augment", epoch, first)):
-                return Sample(self.transform(image), target, tuple(bad))
+                return Sample(*self.apply(image, target), tuple(bad))
         return Sample(None, -1, tuple(bad))
+
+    def apply(self, image: Image.Image, target: Any) -> tuple[Tensor, Any]:
+        """Transform an image; a class stays what it is."""
+        return self.transform(image), target
 
 
 class SeededStream(IterableDataset):

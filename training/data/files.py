@@ -1,0 +1,130 @@
+"""Files by name, from a folder or from inside a zip archive that nobody has extracted.
+
+A path may lead through an archive: ``annotations.zip/annotations/instances_val2017.json``.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
+
+from training.errors import UserError
+
+
+class Folder:
+    """Files below a folder."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self._listed: dict[str, frozenset[str]] = {}
+
+    def __contains__(self, name: str) -> bool:
+        # One listing for each folder: COCO's hold more files than one wants to ask for singly.
+        folder, file = os.path.split(self.path(name))
+        if folder not in self._listed:
+            try:
+                self._listed[folder] = frozenset(os.listdir(folder))
+            except OSError:
+                self._listed[folder] = frozenset()
+        return file in self._listed[folder]
+
+    def read(self, name: str) -> bytes:
+        return Path(self.path(name)).read_bytes()
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.root, name)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"root": self.root, "_listed": {}}
+
+
+class Archive:
+    """Files inside a zip archive, below its folder ``inner``.
+
+    Where ``inner`` is not given and all files are in one folder, as in COCO's archives, it is that.
+    Each process opens the archive for itself, when it first reads: an inherited handle would share
+    its place in the file with the parent's.
+    """
+
+    def __init__(self, archive: str, inner: str = "") -> None:
+        self.archive, self.inner = archive, inner
+        self._open: tuple[int, zipfile.ZipFile] | None = None
+        if not inner:
+            # __MACOSX is what macOS adds to each archive.
+            names = [name for name in self._zip().namelist() if not name.startswith("__MACOSX/")]
+            first = {name.partition("/")[0] if "/" in name else "" for name in names}
+            self.inner = first.pop() if len(first) == 1 else ""
+
+    def __contains__(self, name: str) -> bool:
+        return self._member(name) is not None
+
+    def read(self, name: str) -> bytes:
+        """Return a file's bytes. Raises OSError where it is absent or damaged."""
+        member = self._member(name)
+        if member is None:
+            raise FileNotFoundError(f"not in the archive {self.archive}")
+        try:
+            return self._zip().read(member)
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+            raise OSError(f"damaged or locked in its archive: {error}") from error
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.archive, self.inner, name)
+
+    def _member(self, name: str) -> str | None:
+        held = self._zip().NameToInfo
+        names = (str(PurePosixPath(self.inner, name)), name)
+        return next((member for member in names if member in held), None)
+
+    def _zip(self) -> zipfile.ZipFile:
+        if self._open is None or self._open[0] != os.getpid():
+            self._open = (os.getpid(), zipfile.ZipFile(self.archive))
+        return self._open[1]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"archive": self.archive, "inner": self.inner, "_open": None}
+
+
+def open_files(path: str, option: str) -> Folder | Archive:
+    """Open a folder, a zip archive or a folder in one. ``option`` is named in errors."""
+    archive, inner = _through_archive(path)
+    if archive is None:
+        if not os.path.isdir(path):
+            state = "is no folder or zip archive" if os.path.exists(path) else "does not exist"
+            raise UserError(f"{option}: {path!r} {state}")
+        return Folder(path)
+    try:
+        files = Archive(archive, inner)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{option}: {archive!r} is no readable zip archive: {error}") from error
+    return files
+
+
+def read_file(path: str, option: str) -> bytes:
+    """Return a file's bytes. Raises :class:`UserError`, naming ``option``, if it cannot be read."""
+    archive, inner = _through_archive(path)
+    if archive is None and not os.path.exists(path):
+        raise UserError(f"{option}: {path!r} does not exist")
+    try:
+        if archive is None:
+            return Path(path).read_bytes()
+        if not inner:
+            raise UserError(
+                f"{option}: {path!r} is an archive; go on to a file in it, as in "
+                f"{os.path.join(path, 'annotations/instances_val2017.json')}"
+            )
+        folder, _, name = inner.rpartition("/")
+        return Archive(archive, folder or ".").read(name)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{option}: {path!r} cannot be read: {error}") from error
+
+
+def _through_archive(path: str) -> tuple[str | None, str]:
+    """Split a path that leads into a zip archive into the archive and the rest."""
+    for part in (Path(path), *Path(path).parents):
+        if part.suffix.lower() == ".zip" and part.is_file():
+            inner = Path(path).relative_to(part).as_posix()
+            return str(part), "" if inner == "." else inner
+    return None, ""

@@ -1,0 +1,180 @@
+"""COCO's instances files: what is in them, checked entry by entry."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from training.data.files import read_file
+from training.errors import UserError
+
+_OF_IMAGES = ("image_ids", "names", "sizes")
+_OF_ANNOTATIONS = ("image", "category_ids", "iscrowd", "area", "boxes")
+_LISTS = ("images", "annotations", "categories")
+
+
+@dataclass
+class Instances:
+    """An instances file as arrays, which loader processes share; annotations image by image.
+
+    Attributes:
+        image_ids: [I], ascending. names: [I], of files. sizes: [I, 2], height and width.
+        image: [A], the number in image_ids that an annotation belongs to, ascending.
+        category_ids, iscrowd, area: [A]. boxes: [A, 4], x, y, width, height as in the file.
+        categories: names by id.
+        problems: what was left out, one line each.
+    """
+
+    image_ids: np.ndarray
+    names: np.ndarray
+    sizes: np.ndarray
+    image: np.ndarray
+    category_ids: np.ndarray
+    iscrowd: np.ndarray
+    area: np.ndarray
+    boxes: np.ndarray
+    categories: dict[int, str]
+    problems: list[str] = field(default_factory=list)
+
+    def only(self, keep: np.ndarray) -> Instances:
+        """Those images for which the bool array ``keep`` [I] is true, and their annotations."""
+        mine = keep[self.image]
+        parts = {name: getattr(self, name)[mine] for name in _OF_ANNOTATIONS}
+        parts["image"] = (np.cumsum(keep) - 1)[parts["image"]]
+        images = {name: getattr(self, name)[keep] for name in _OF_IMAGES}
+        return replace(self, **images, **parts)
+
+
+def read_instances(path: str) -> Instances:
+    """Read an instances file, leaving out what cannot be used.
+
+    Raises:
+        UserError: if the file cannot be read, is not JSON or not an instances file.
+    """
+    data = _load(path)
+    categories = _categories(path, data["categories"])
+    problems: list[str] = []
+    images = _images(data["images"], problems)
+    place = {number: index for index, number in enumerate(sorted(images))}
+    rows: list[tuple[Any, ...]] = []
+    for number, entry in enumerate(data["annotations"]):
+        reason = _check_annotation(entry, images, categories)
+        if reason is None:
+            x, y, width, height = entry["bbox"]
+            area = entry.get("area", width * height)
+            crowd = bool(entry.get("iscrowd", 0))
+            rows.append(
+                (place[entry["image_id"]], entry["category_id"], crowd, area, x, y, width, height)
+            )
+        else:
+            label = entry.get("id") if isinstance(entry, dict) else None
+            problems.append(f"annotation {label!r} (number {number} of the list): {reason}")
+    # Image by image, each one's annotations in the order of the file.
+    table = np.array(rows, dtype=np.float64).reshape(-1, 8)
+    table = table[np.argsort(table[:, 0], kind="stable")]
+    return Instances(
+        image_ids=np.array(list(place), dtype=np.int64),
+        names=np.array([images[number][0] for number in place], dtype=object).astype(str),
+        sizes=np.array([images[number][1:] for number in place], dtype=np.int64).reshape(-1, 2),
+        image=table[:, 0].astype(np.int64),
+        category_ids=table[:, 1].astype(np.int64),
+        iscrowd=table[:, 2].astype(bool),
+        area=table[:, 3],
+        boxes=table[:, 4:],
+        categories=categories,
+        problems=problems,
+    )
+
+
+def _load(path: str) -> dict[str, Any]:
+    content = read_file(path, "annotations")
+    try:
+        data = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"annotations: {path!r} is not JSON: {error}") from error
+    wanted = "an instances file has the lists images, annotations and categories"
+    if not isinstance(data, dict):
+        raise UserError(f"annotations: {path!r} holds a {type(data).__name__}; {wanted}")
+    for name in _LISTS:
+        if not isinstance(data.get(name), list):
+            held = ", ".join(sorted(map(str, data))[:8]) or "nothing"
+            raise UserError(f"annotations: {path!r} has no list {name!r} but {held}; {wanted}")
+    for name in ("images", "categories"):
+        if not data[name]:
+            raise UserError(f"annotations: {path!r} has no {name}")
+    entries = data["annotations"]
+    if entries and not any(isinstance(entry, dict) and "bbox" in entry for entry in entries):
+        raise UserError(f"annotations: {path!r} is not an instances file: no annotation has a bbox")
+    return data
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _categories(path: str, entries: list[Any]) -> dict[int, str]:
+    """Names by id. One that is wrong makes all others doubtful, so none is left out."""
+    names: dict[int, str] = {}
+    for entry in entries:
+        number = entry.get("id") if isinstance(entry, dict) else None
+        if not _whole(number) or number < 0:
+            raise UserError(
+                f"annotations: {path!r} has the category {entry!r}; "
+                "its id must be a whole number, 0 or more: it is the class number"
+            )
+        if number in names:
+            raise UserError(f"annotations: {path!r} has two categories with id {number}")
+        names[number] = str(entry.get("name", number))
+    return names
+
+
+def _images(entries: list[Any], problems: list[str]) -> dict[int, tuple[str, int, int]]:
+    """(file name, height, width) by image id."""
+    images: dict[int, tuple[str, int, int]] = {}
+    for place, entry in enumerate(entries):
+        entry = entry if isinstance(entry, dict) else {}
+        number, name = entry.get("id"), entry.get("file_name")
+        size = entry.get("height"), entry.get("width")
+        label = f"image {number!r} ({name!r}, number {place} of the list)"
+        if not _whole(number):
+            problems.append(f"{label}: its id is not a whole number")
+        elif not isinstance(name, str) or not name:
+            problems.append(f"{label}: it has no file_name")
+        elif not all(_whole(side) and side > 0 for side in size):
+            problems.append(f"{label}: its height and width are {size[0]!r} and {size[1]!r}")
+        elif number in images:
+            problems.append(f"{label}: {images[number][0]!r} has the same id")
+        else:
+            images[number] = (name, *size)
+    return images
+
+
+def _check_annotation(entry: Any, images: dict[int, Any], categories: dict[int, str]) -> str | None:
+    """What is wrong with an annotation, if anything."""
+    if not isinstance(entry, dict):
+        return f"{entry!r} is no annotation"
+    number, category, box = (entry.get(name) for name in ("image_id", "category_id", "bbox"))
+    if not _whole(number) or number not in images:
+        return f"there is no image {number!r}"
+    if not _whole(category) or category not in categories:
+        return f"there is no category {category!r}"
+    where = f"its box {box!r} in image {number} ({images[number][0]!r})"
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_number, box)):
+        return f"{where} is not four numbers"
+    x, y, width, height = box
+    if width <= 0 or height <= 0:
+        return f"{where} has no area"
+    _, rows, columns = images[number]
+    if x >= columns or y >= rows or x + width <= 0 or y + height <= 0:
+        return f"{where} is outside of its {columns} x {rows} pixels"
+    if not _number(entry.get("area", 0)):
+        return f"its area {entry['area']!r} is not a number"
+    return None

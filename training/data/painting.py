@@ -1,0 +1,154 @@
+"""Paints scenes: digits over smooth noise, fragments of digits and strokes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+# A pixel belongs to a digit from this opacity on; boxes are the hulls of such pixels.
+INK = 0.25
+# Least difference in brightness, of 255, between a digit and what it is painted on.
+_CONTRAST = 80
+# At most this share of the smaller one's box is under or over another digit's box.
+_OVERLAP = 0.2
+_TRIES = 60
+_BRIGHTNESS = np.array((0.299, 0.587, 0.114))
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A digit in a scene: which scan, its class, its opacity [h, w] and its upper left corner."""
+
+    scan: int
+    digit: int
+    alpha: np.ndarray
+    left: int
+    top: int
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """x, y, width, height in pixels."""
+        height, width = self.alpha.shape
+        return self.left, self.top, width, height
+
+
+def glyph(scan: Image.Image, height: int) -> np.ndarray:
+    """Opacity, float [h, w], of a digit about ``height`` pixels high, cut out along its ink."""
+    ink = _cut(np.asarray(scan) / 255.0)
+    width = max(1, round(height * ink.shape[1] / ink.shape[0]))
+    grown = Image.fromarray(np.uint8(ink * 255)).resize((width, height), Image.Resampling.BICUBIC)
+    # Steeper edges than interpolation leaves, so that strokes are solid and holes are open.
+    return _cut(np.clip((np.asarray(grown) / 255.0 - 0.35) / 0.4, 0, 1))
+
+
+def place_digits(
+    rng: np.random.Generator,
+    digits: list[tuple[int, int, Image.Image]],
+    size: int,
+    heights: tuple[int, int],
+) -> list[Placed]:
+    """Find places for digits (scan, class, image); one for which there is no room is left out."""
+    placed: list[Placed] = []
+    for scan, digit, image in digits:
+        for _ in range(_TRIES):
+            alpha = glyph(image, int(rng.integers(heights[0], heights[1] + 1)))
+            rows, columns = (size - side for side in alpha.shape)
+            if rows < 0 or columns < 0:
+                continue
+            left, top = int(rng.integers(columns + 1)), int(rng.integers(rows + 1))
+            candidate = Placed(scan, digit, alpha, left, top)
+            if all(_overlap(candidate.box, other.box) <= _OVERLAP for other in placed):
+                placed.append(candidate)
+                break
+    return placed
+
+
+def background(
+    rng: np.random.Generator, size: int, clutter: int, fragments: list[Image.Image]
+) -> np.ndarray:
+    """Smooth noise with strokes and with parts of ``fragments`` on it: float [size, size, 3]."""
+    cells = int(rng.integers(2, 7))
+    noise = rng.normal(rng.uniform(50, 205), rng.uniform(8, 35), (cells, cells, 3))
+    noise = Image.fromarray(np.uint8(np.clip(noise, 0, 255)))
+    canvas = np.asarray(noise.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float64)
+    for number in range(int(rng.integers(clutter + 1))):
+        colour, opacity = rng.uniform(0, 255, 3), rng.uniform(0.3, 0.8)
+        if number % 2 and fragments:
+            whole = glyph(fragments[number % len(fragments)], int(rng.integers(10, 29)))
+            alpha = _part(rng, whole)
+            left, top = (int(rng.integers(-4, size - 3)) for _ in range(2))
+        else:
+            alpha, left, top = _stroke(rng, size), 0, 0
+        canvas = _over(canvas, alpha * opacity, left, top, colour)
+    return canvas + rng.normal(0, rng.uniform(0, 8), canvas.shape)
+
+
+def paint(rng: np.random.Generator, canvas: np.ndarray, placed: list[Placed]) -> Image.Image:
+    """Paint digits on a canvas, each in one colour, grey or not, that stands out where it is."""
+    for item in placed:
+        left, top, width, height = item.box
+        under = canvas[top : top + height, left : left + width]
+        brightness = float((under @ _BRIGHTNESS).mean())
+        colour = rng.uniform(0, 255, 3)
+        for _ in range(_TRIES):
+            if abs(colour @ _BRIGHTNESS - brightness) >= _CONTRAST:
+                break
+            colour = rng.uniform(0, 255, 3) if rng.random() < 0.7 else rng.uniform(0, 255)
+            colour = np.broadcast_to(colour, 3)
+        canvas = _over(canvas, item.alpha, left, top, colour)
+    return Image.fromarray(np.uint8(np.clip(np.rint(canvas), 0, 255)))
+
+
+def _cut(alpha: np.ndarray) -> np.ndarray:
+    """The part of an opacity that its ink fills."""
+    ink = alpha >= INK
+    rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
+    return alpha[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def _part(rng: np.random.Generator, alpha: np.ndarray) -> np.ndarray:
+    """Less than half of a digit: from one side, up to a slanted edge."""
+    height, width = alpha.shape
+    y, x = np.mgrid[0.5:height, 0.5:width]
+    angle = rng.uniform(0, 2 * np.pi)
+    across = (y / height - 0.5) * np.sin(angle) + (x / width - 0.5) * np.cos(angle)
+    return alpha * (across > rng.uniform(0.05, 0.2))
+
+
+def _stroke(rng: np.random.Generator, size: int) -> np.ndarray:
+    """A thin line or arc across a scene, drawn large and made smaller for smooth edges."""
+    finer = 3
+    sheet = Image.new("L", (size * finer,) * 2)
+    draw = ImageDraw.Draw(sheet)
+    ends = rng.uniform(-0.2, 1.2, 4) * size * finer
+    thick = int(rng.integers(2, 6))
+    if rng.random() < 0.5:
+        draw.line(ends.tolist(), fill=255, width=thick)
+    else:
+        x, y = np.sort(ends[:2]), np.sort(ends[2:])
+        start = rng.uniform(0, 360)
+        corners = [x[0], y[0], x[1] + 1, y[1] + 1]
+        draw.arc(corners, start, start + rng.uniform(60, 240), fill=255, width=thick)
+    return np.asarray(sheet.resize((size, size), Image.Resampling.BOX)) / 255.0
+
+
+def _over(
+    canvas: np.ndarray, alpha: np.ndarray, left: int, top: int, colour: np.ndarray
+) -> np.ndarray:
+    """The canvas with a colour laid over it; what reaches beyond its edges is cut off."""
+    x, y = max(left, 0), max(top, 0)
+    alpha = alpha[y - top :, x - left :]
+    alpha = alpha[: canvas.shape[0] - y, : canvas.shape[1] - x, None]
+    canvas = canvas.copy()
+    under = canvas[y : y + alpha.shape[0], x : x + alpha.shape[1]]
+    under += alpha * (colour - under)
+    return canvas
+
+
+def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> float:
+    """Intersection of two boxes over the area of the smaller: never less than their IoU."""
+    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    return max(width, 0) * max(height, 0) / min(a[2] * a[3], b[2] * b[3])
