@@ -15,9 +15,8 @@ SIZES = {"": (0, 1e10), "s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, 1e10)
 def overlap(found, truth, crowd):
     """Intersection over union; over the detection's own area where the object is a crowd."""
     (ax, ay, aw, ah), (bx, by, bw, bh) = found, truth
-    inner = max(min(ax + aw, bx + bw) - max(ax, bx), 0) * max(
-        min(ay + ah, by + bh) - max(ay, by), 0
-    )
+    inner = max(min(ax + aw, bx + bw) - max(ax, bx), 0)
+    inner *= max(min(ay + ah, by + bh) - max(ay, by), 0)
     whole = aw * ah if crowd else aw * ah + bw * bh - inner
     return inner / whole if inner else 0.0
 

@@ -94,6 +94,7 @@ def main(seed: str, path: str) -> None:
     evaluation.write(Path(path) / f"of{world}.json")
     shown = {"numbers": evaluation.summarize(), "precision": curves.precision}
     (Path(path) / f"{rank}of{world}.json").write_text(json.dumps(shown))
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

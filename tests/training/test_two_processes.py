@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from cls_command import ROOT, TINY
 from processes import launch
+
+from training.errors import script
 
 
 @pytest.mark.slow
@@ -29,3 +32,12 @@ def test_two_processes_are_one_run(tmp_path: Path):
         for a, b in zip(one, two, strict=True):
             assert b[key] == pytest.approx(a[key], rel=1e-4), key
     assert sorted(path.name for path in tmp_path.iterdir()) == ["of1", "of2"]
+
+
+def test_a_script_leaves_its_group(tmp_path: Path):
+    @script
+    def main(argv):
+        dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+
+    assert main() == 0
+    assert not dist.is_initialized()
