@@ -6,6 +6,8 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 
+import torch.distributed as dist
+
 import irpe
 
 
@@ -30,6 +32,9 @@ def script(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
     def run(argv: Sequence[str] | None = None) -> int:
         try:
             main(argv)
+            if dist.is_available() and dist.is_initialized():
+                # Else the threads of the others' connections may abort this process as it exits.
+                dist.destroy_process_group()
         except (UserError, irpe.IrpeError) as error:
             print(f"error: {one_line(error)}", file=sys.stderr)
             return 2

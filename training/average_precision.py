@@ -1,0 +1,225 @@
+"""COCO's twelve numbers for boxes, from all processes, as pycocotools computes them."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+from training.engine import from_main_process
+from training.errors import UserError
+
+# In the order in which pycocotools prints them: average precision over IoU 0.5 to 0.95, at 0.5 and
+# at 0.75, of small, medium and large objects; average recall of the best 1, 10 and 100 detections
+# of an image and category, and by size.
+NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+_SHOWN = 6
+
+
+@dataclass(frozen=True)
+class PrecisionRecall:
+    """Precision at each of the 101 recalls, all sizes, mean over the categories that have objects.
+
+    Attributes:
+        recall: 0 to 1. precision: by name, ``AP50`` and ``AP75`` at one IoU, ``AP`` the mean over
+            0.5 to 0.95; the mean of a curve is the number of that name. nan where undefined.
+    """
+
+    recall: list[float]
+    precision: dict[str, list[float]]
+
+
+class BoxEvaluation:
+    """Collects detections image by image in each process, and evaluates them all on the main one.
+
+    All images of the ground truth count, as with pycocotools: where an image has no detections,
+    its objects were missed. Only those named to :meth:`skip` do not. An image that was given more
+    than once (a sampler evens out its parts) counts once: the first of the lowest process.
+
+    :meth:`results`, :meth:`summarize`, :meth:`curves`, :meth:`write` and :meth:`unseen` need all
+    processes: each must call them, in the same order. After that nothing can be added.
+
+    Args:
+        ground_truth: images, categories and annotations; it is not changed. An annotation without
+            ``area`` has its box's, one without ``iscrowd`` is none.
+        accelerator: joins the processes; None for one alone.
+    """
+
+    def __init__(self, ground_truth: COCO, accelerator: Accelerator | None = None) -> None:
+        self.accelerator = accelerator
+        self._images = set(ground_truth.getImgIds())
+        self._truth = _truth(ground_truth)
+        self._rows: dict[int, np.ndarray] = {}
+        self._skipped: set[int] = set()
+        self._gathered = False
+        self._numbers: tuple[dict[str, float], PrecisionRecall] | None = None
+
+    def update(self, image_ids: Iterable[int], detections: Iterable[dict[str, Tensor]]) -> None:
+        """Add the detections of some images.
+
+        Args:
+            image_ids: of the ground truth.
+            detections: for each image scores ``[Q]``, labels ``[Q]`` (category ids) and boxes
+                ``[Q, 4]`` (x0, y0, x1, y1 in pixels of the image as annotated), on any device.
+                Q is free: pycocotools takes the best 100 of each image and category. Labels that
+                are no category are kept in the results, and do not count.
+
+        Raises:
+            UserError: for an image the ground truth does not list, and for numbers that are not
+                finite.
+        """
+        for image_id, found in zip(image_ids, detections, strict=True):
+            image = self._known(image_id)
+            scores, labels, boxes = (
+                found[key].detach().cpu().double() for key in ("scores", "labels", "boxes")
+            )
+            low, high = boxes.reshape(-1, 4).split(2, dim=1)
+            rows = torch.cat((low, high - low, scores[:, None], labels[:, None]), dim=1)
+            if not rows.isfinite().all():
+                raise UserError(
+                    f"image {image}: detections are not finite; the model's weights, or its "
+                    "numbers in this precision, are broken (run.precision: fp32 may help)"
+                )
+            self._rows.setdefault(image, rows.numpy())
+
+    def skip(self, image_ids: Iterable[int]) -> None:
+        """Leave images out of the evaluation, objects and all, unless they are given after all."""
+        self._skipped.update(self._known(image) for image in image_ids)
+
+    def results(self) -> list[dict[str, Any]]:
+        """Return the detections of all processes in COCO's result format, by ascending image."""
+        self._gather()
+        return [
+            {"image_id": image, "category_id": int(label), "bbox": box, "score": score}
+            for image in sorted(self._rows)
+            for *box, score, label in self._rows[image].tolist()
+        ]
+
+    def summarize(self) -> dict[str, float]:
+        """Return the numbers of :data:`NAMES`, from 0 to 1, the same in every process.
+
+        nan (pycocotools prints -1) stands for a number without objects to compute it from: of
+        sizes that do not occur, or all of them where the ground truth holds no boxes. Where there
+        are objects but no detections it is 0.
+        """
+        return self._evaluate()[0]
+
+    def curves(self) -> PrecisionRecall:
+        """Return precision against recall, the same in every process."""
+        return self._evaluate()[1]
+
+    def write(self, path: str | Path) -> None:
+        """Write the results as JSON that pycocotools' ``loadRes`` reads, on the main process."""
+        results = self.results()
+        if self._main:
+            Path(path).write_text(json.dumps(results, allow_nan=False), encoding="utf-8")
+
+    def unseen(self) -> list[int]:
+        """Return the images that were neither given nor skipped, and count as images of misses."""
+        self._gather()
+        return sorted(self._images - self._rows.keys() - self._skipped)
+
+    @property
+    def _main(self) -> bool:
+        return self.accelerator is None or self.accelerator.is_main_process
+
+    def _known(self, image_id: int) -> int:
+        if self._gathered:
+            raise RuntimeError("this evaluation is finished; make a new BoxEvaluation")
+        image = int(image_id)
+        if image not in self._images:
+            some = ", ".join(map(str, sorted(self._images)[:_SHOWN])) or "none"
+            raise UserError(f"image id {image} is not in the ground truth, which has {some} ...")
+        return image
+
+    def _gather(self) -> None:
+        if not self._gathered and self.accelerator and self.accelerator.num_processes > 1:
+            rows: dict[int, np.ndarray] = {}
+            for found, skipped in gather_object([(self._rows, self._skipped)]):
+                rows = found | rows  # lower processes come first, and stay
+                self._skipped = self._skipped | skipped
+            self._rows = rows
+        self._gathered = True
+
+    def _evaluate(self) -> tuple[dict[str, float], PrecisionRecall]:
+        if self._numbers is None:
+            results = self.results()
+            numbers = None
+            if self._main:
+                left_out = self._skipped - self._rows.keys()
+                numbers = _numbers(self._truth, results, sorted(self._images - left_out))
+            if self.accelerator is not None:
+                numbers = from_main_process(self.accelerator, numbers)
+            assert numbers is not None
+            self._numbers = numbers
+        return self._numbers
+
+
+def _truth(given: COCO) -> dict[str, Any]:
+    """What the evaluation reads of the ground truth, in copies: pycocotools writes into them."""
+    annotations = []
+    for number, annotation in enumerate(given.dataset.get("annotations", ()), start=1):
+        box = annotation["bbox"]
+        annotations.append(
+            {
+                # Numbered anew: pycocotools takes an object of id 0 for one that was not found.
+                "id": number,
+                "image_id": annotation["image_id"],
+                "category_id": annotation["category_id"],
+                "bbox": box,
+                "area": annotation.get("area", box[2] * box[3]),
+                "iscrowd": annotation.get("iscrowd", 0),
+            }
+        )
+    return {"categories": given.dataset.get("categories", []), "annotations": annotations}
+
+
+def _numbers(
+    truth: dict[str, Any], results: list[dict[str, Any]], images: list[int]
+) -> tuple[dict[str, float], PrecisionRecall]:
+    annotations = [
+        {**entry, "id": number, "area": entry["bbox"][2] * entry["bbox"][3], "iscrowd": 0}
+        for number, entry in enumerate(results, start=1)
+    ]
+    with redirect_stdout(io.StringIO()):
+        # Not loadRes, which takes no empty list.
+        found = _indexed({**truth, "annotations": annotations})
+        evaluation = COCOeval(_indexed(truth), found, iouType="bbox")
+        evaluation.params.imgIds = images
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    stats = [float("nan") if value == -1 else float(value) for value in evaluation.stats]
+    thresholds, recalls = evaluation.params.iouThrs, evaluation.params.recThrs
+    # IoU, recall, category, and of areas and numbers of detections: all, and 100.
+    precision = evaluation.eval["precision"][..., 0, -1]
+    precision = precision[:, :, (precision > -1).all((0, 1))]
+    curves = {"AP50": np.isclose(thresholds, 0.5), "AP75": np.isclose(thresholds, 0.75)}
+    curves["AP"] = np.ones(len(thresholds), dtype=bool)
+    empty = [float("nan")] * len(recalls)
+    return dict(zip(NAMES, stats, strict=True)), PrecisionRecall(
+        recalls.tolist(),
+        {
+            name: precision[chosen].mean((0, 2)).tolist() if precision.size else empty
+            for name, chosen in curves.items()
+        },
+    )
+
+
+def _indexed(dataset: dict[str, Any]) -> COCO:
+    coco = COCO()
+    coco.dataset = dataset
+    coco.createIndex()
+    return coco
