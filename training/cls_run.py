@@ -78,7 +78,7 @@ def train(config: ClsConfig) -> dict[str, Any]:
         line=_line,
         draw_curves=draw_curves,
         verdict=_verdict,
-    ).record
+    )
 
 
 def _check(config: ClsConfig) -> None:

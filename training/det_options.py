@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from training.options import EmaConfig, RunConfig, SchedConfig
 
@@ -127,8 +127,6 @@ class DetConfig:
     """forward passes that one step is split into"""
     eval_batch_size: int | None = None
     """images per forward pass of each process in evaluation; null: as in training"""
-    eval_every: int = 1
-    """epochs between two evaluations; the last epoch is always evaluated"""
     seed: int = 0
     """seed of everything random"""
     eval_only: bool = False
@@ -142,7 +140,7 @@ class DetConfig:
     data: DetDataConfig = field(default_factory=DetDataConfig)
     aug: DetAugConfig = field(default_factory=DetAugConfig)
     sched: SchedConfig = field(
-        default_factory=lambda: SchedConfig(sched="multistep", warmup_epochs=0)
+        default_factory=lambda: SchedConfig(sched="step", warmup_epochs=0, min_lr=0.0)
     )
     ema: EmaConfig = field(default_factory=EmaConfig)
     run: RunConfig = field(default_factory=RunConfig)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +17,6 @@ from training.optim import make_ema, make_schedule
 from training.pictures import draw_tables
 from training.progress import Progress
 from training.resume import open_folder
-from training.runfolder import RunFolder
 
 
 class Task(Protocol):
@@ -31,15 +29,6 @@ class Task(Protocol):
     def loss(self, model: nn.Module, batch: Any, step: int) -> Step: ...
 
     def evaluate(self, models: list[nn.Module]) -> list[dict[str, float]]: ...
-
-
-@dataclass
-class Finished:
-    """A run that has come to its end: its last record, its folder, its weights."""
-
-    record: dict[str, Any]
-    folder: RunFolder | None
-    model: nn.Module
 
 
 def train(
@@ -59,7 +48,7 @@ def train(
     line: Callable[[dict[str, Any], int], str],
     draw_curves: Callable[..., None],
     verdict: Callable[[dict[str, Any]], str],
-) -> Finished:
+) -> dict[str, Any]:
     """Train ``model`` on what ``config`` says and leave a run folder.
 
     Args:
@@ -112,7 +101,7 @@ def train(
         seconds = time.perf_counter() - start
         print(f"{verdict(record)}, after {epochs} epochs in {seconds:.0f} s")
         print(f"run folder: {folder.path}")
-    return Finished(record, folder, averaged)
+    return record
 
 
 def steps_per_epoch(batches: int, accumulate: int, batch_size: int, samples: int) -> int:

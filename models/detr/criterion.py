@@ -37,18 +37,19 @@ class Criterion(nn.Module):
         self.register_buffer("empty_weight", weight)
 
     def forward(
-        self, outputs: dict[str, Any], targets: list[dict[str, Tensor]]
+        self, outputs: dict[str, Any], targets: list[dict[str, Tensor]], together: bool = True
     ) -> dict[str, Tensor]:
         """
         Args:
             outputs: of the model. targets: for each image labels ``[T]`` and boxes ``[T, 4]``,
-                center and size in units of the padded image.
+                center and size in units of the image, its padding left out.
+            together: count boxes over all processes, which must then all be here.
 
         Returns:
             loss (the weighted sum, to be differentiated), loss_ce, loss_bbox, loss_giou and, for
             decoder layer i but the last, the same with ``_i``; the parts are not weighted.
         """
-        boxes = self._boxes(targets, outputs["pred_boxes"].device)
+        boxes = self._boxes(targets, outputs["pred_boxes"].device, together)
         found: dict[str, Tensor] = {}
         total = outputs["pred_logits"].new_zeros(())
         layers = [("", outputs)]
@@ -87,10 +88,10 @@ class Criterion(nn.Module):
         }
 
     @staticmethod
-    def _boxes(targets: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+    def _boxes(targets: list[dict[str, Tensor]], device: torch.device, together: bool) -> Tensor:
         """Targets of a process on average, at least 1."""
         count = torch.tensor(float(sum(len(t["labels"]) for t in targets)), device=device)
-        if dist.is_available() and dist.is_initialized():
+        if together and dist.is_available() and dist.is_initialized():
             dist.all_reduce(count)
             count = count / dist.get_world_size()
         return count.clamp(min=1.0)
