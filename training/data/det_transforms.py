@@ -27,7 +27,7 @@ SCALES = tuple(range(480, 801, 32))
 def resized_size(height: int, width: int, size: int, max_size: int | None) -> tuple[int, int]:
     """Height and width of an image whose shorter side becomes ``size`` pixels.
 
-    Fewer where the longer side would exceed ``max_size``.
+    Fewer where the longer side would exceed ``max_size`` (rounding may then leave it a pixel more).
     """
     short, long = min(height, width), max(height, width)
     if max_size is not None and long / short * size > max_size:

@@ -43,19 +43,20 @@ class Folder:
 class Archive:
     """Files inside a zip archive, below its folder ``inner``.
 
-    Where ``inner`` is not given and all files are in one folder, as in COCO's archives, it is that.
+    Where ``inner`` is not given, names may leave out the one folder that all files are in, as in
+    COCO's archives.
     Each process opens the archive for itself, when it first reads: an inherited handle would share
     its place in the file with the parent's.
     """
 
     def __init__(self, archive: str, inner: str = "") -> None:
-        self.archive, self.inner = archive, inner
+        self.archive, self.folders = archive, [inner]
         self._open: tuple[int, zipfile.ZipFile] | None = None
         if not inner:
             # __MACOSX is what macOS adds to each archive.
             names = [name for name in self._zip().namelist() if not name.startswith("__MACOSX/")]
             first = {name.partition("/")[0] if "/" in name else "" for name in names}
-            self.inner = first.pop() if len(first) == 1 else ""
+            self.folders = [*first, ""] if len(first) == 1 else [""]
 
     def __contains__(self, name: str) -> bool:
         return self._member(name) is not None
@@ -71,11 +72,11 @@ class Archive:
             raise OSError(f"damaged or locked in its archive: {error}") from error
 
     def path(self, name: str) -> str:
-        return os.path.join(self.archive, self.inner, name)
+        return os.path.join(self.archive, self.folders[0], name)
 
     def _member(self, name: str) -> str | None:
         held = self._zip().NameToInfo
-        names = (str(PurePosixPath(self.inner, name)), name)
+        names = (str(PurePosixPath(folder, name)) for folder in self.folders)
         return next((member for member in names if member in held), None)
 
     def _zip(self) -> zipfile.ZipFile:
@@ -84,7 +85,7 @@ class Archive:
         return self._open[1]
 
     def __getstate__(self) -> dict[str, object]:
-        return {"archive": self.archive, "inner": self.inner, "_open": None}
+        return {"archive": self.archive, "folders": self.folders, "_open": None}
 
 
 def open_files(path: str, option: str) -> Folder | Archive:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -112,12 +111,13 @@ def _load(path: str) -> dict[str, Any]:
     return data
 
 
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number, and a double holds it; not NaN and not infinite."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**53
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and _number(value)
 
 
 def _categories(path: str, entries: list[Any]) -> dict[int, str]:

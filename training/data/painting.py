@@ -9,6 +9,8 @@ from PIL import Image, ImageDraw
 
 # A pixel belongs to a digit from this opacity on; boxes are the hulls of such pixels.
 INK = 0.25
+# Ink paler than the first vanishes; it is opaque where it is darker by the second.
+_PALE, _SLOPE = 0.35, 0.4
 # Least difference in brightness, of 255, between a digit and what it is painted on.
 _CONTRAST = 80
 # At most this share of the smaller one's box is under or over another digit's box.
@@ -36,11 +38,12 @@ class Placed:
 
 def glyph(scan: Image.Image, height: int) -> np.ndarray:
     """Opacity, float [h, w], of a digit about ``height`` pixels high, cut out along its ink."""
-    ink = _cut(np.asarray(scan) / 255.0)
+    # Cut where ink will count as such after the next steps, or the height would shrink.
+    ink = _cut(np.asarray(scan), 255 * (_PALE + INK * _SLOPE))
     width = max(1, round(height * ink.shape[1] / ink.shape[0]))
-    grown = Image.fromarray(np.uint8(ink * 255)).resize((width, height), Image.Resampling.BICUBIC)
+    grown = Image.fromarray(ink).resize((width, height), Image.Resampling.BICUBIC)
     # Steeper edges than interpolation leaves, so that strokes are solid and holes are open.
-    return _cut(np.clip((np.asarray(grown) / 255.0 - 0.35) / 0.4, 0, 1))
+    return _cut(np.clip((np.asarray(grown) / 255.0 - _PALE) / _SLOPE, 0, 1), INK)
 
 
 def place_digits(
@@ -101,9 +104,9 @@ def paint(rng: np.random.Generator, canvas: np.ndarray, placed: list[Placed]) ->
     return Image.fromarray(np.uint8(np.clip(np.rint(canvas), 0, 255)))
 
 
-def _cut(alpha: np.ndarray) -> np.ndarray:
-    """The part of an opacity that its ink fills."""
-    ink = alpha >= INK
+def _cut(alpha: np.ndarray, least: float) -> np.ndarray:
+    """The part of a digit that its ink, all that is ``least`` or more, fills."""
+    ink = alpha >= least
     rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
     return alpha[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 

@@ -35,7 +35,8 @@ class Scenes:
 
     Attributes:
         train, held_out: how many scenes. size: their sides in pixels.
-        digits: least and most digits in a scene. heights: least and greatest height of a digit.
+        digits: least and most digits in a scene; fewer where there is no room for them.
+        heights: least and greatest height of a digit in pixels.
         clutter: strokes and fragments of digits in a scene, at most.
     """
 
@@ -122,7 +123,7 @@ def paint_scene(digits: Digits, scenes: Scenes, number: int) -> tuple[Image.Imag
 
 
 def _is_made(folder: Path, scenes: Scenes) -> bool:
-    """Whether the set is there. Raises for a folder of something else: it is not ours to replace."""
+    """Whether the set is there. Raises for a folder of something else, which must not go."""
     try:
         return json.loads((folder / _STAMP).read_text()) == _stamp(scenes)
     except FileNotFoundError:
