@@ -15,7 +15,7 @@ from training.badimages import BadImages
 from training.classify import Classify
 from training.cls_model import build_model, check_name, input_settings
 from training.cls_options import ClsConfig
-from training.curves import draw_curves
+from training.curves import CLASSIFIER
 from training.data.loaders import make_loader
 from training.data.seeded import SeededDataset, SeededStream
 from training.data.sources import open_source
@@ -76,7 +76,7 @@ def train(config: ClsConfig) -> dict[str, Any]:
         advice="a lower optim.lr, a longer sched.warmup_epochs, optim.clip_grad: 1.0 or "
         "run.precision: fp32 may help",
         line=_line,
-        draw_curves=draw_curves,
+        panels=CLASSIFIER,
         verdict=_verdict,
     )
 

@@ -44,7 +44,7 @@ DETECTOR = (
 
 
 def draw_curves(
-    records: list[dict[str, Any]], path: Path, title: str, panels: Sequence[Panel] = CLASSIFIER
+    records: list[dict[str, Any]], path: Path, title: str, panels: Sequence[Panel]
 ) -> None:
     """Draw figures against epochs from records of :class:`training.loop.Loop`.
 

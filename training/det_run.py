@@ -6,26 +6,25 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
-from models.detr import DETR, Criterion, HungarianMatcher, build_detr
 from training import run
 from training.badimages import BadImages
-from training.curves import draw_curves
+from training.curves import DETECTOR
 from training.data.coco import CocoSource, open_coco
 from training.data.det_transforms import evaluation_transform, training_transform
 from training.data.detection import DetectionDataset, collate_detection
 from training.data.loaders import make_loader
 from training.data.scenes import make_scenes, scene_paths
+from training.det_model import build_model, make_criterion, make_optimizer
 from training.det_options import DetConfig
+from training.det_pictures import draw_detections, draw_precision_recall
 from training.detect import Detect
 from training.engine import make_accelerator, per_process_batch
 from training.errors import UserError
-from training.seeding import derive
-from training.weights import apply_weights, read_weights
+from training.runfolder import RunFolder
 
 SCENES = "data/digits-detection"
 
@@ -37,15 +36,15 @@ def evaluate(config: DetConfig) -> dict[str, float]:
     run.check_numbers(config)
     accelerator = make_accelerator(config.run)
     held_out = _open(config, accelerator, "validation")
-    model = _build(config, held_out.num_classes).to(accelerator.device)
+    model = build_model(config, held_out.num_classes).to(accelerator.device)
     task = Detect(
         accelerator,
         (None, _loader(config, accelerator, held_out, training=False)),
-        _criterion(config, model),
+        make_criterion(config, model),
         held_out,
         BadImages(config.data.on_bad_image, print),
     )
-    ((figures, _),) = task.measure([model])
+    (figures,) = task.evaluate([model])
     if accelerator.is_main_process:
         print(table(figures))
         print(_verdict(figures))
@@ -66,14 +65,26 @@ def train(config: DetConfig) -> dict[str, Any]:
         _loader(config, accelerator, sources[0], training=True),
         _loader(config, accelerator, sources[1], training=False),
     )
-    model = _build(config, sources[0].num_classes).to(accelerator.device)
-    criterion = _criterion(config, model)
+    model = build_model(config, sources[0].num_classes).to(accelerator.device)
+    criterion = make_criterion(config, model)
+
+    def finish(task: Detect, folder: RunFolder | None, model: nn.Module) -> None:
+        left_out = [line for source in sources for line in source.report.skipped]
+        curves, results = task.last.curves(), task.last.results()
+        if folder is None:
+            return
+        folder.write_json("left_out.json", left_out)
+        folder.write_json("detections.json", results)
+        draw_precision_recall(curves, folder / "precision_recall.png", folder.path.name)
+        shown = task.examples(model, config.pictures) if config.pictures else []
+        draw_detections(shown, folder / "detections.png", sources[1].categories)
+
     spec = config.enc_rpe2d
     return run.train(
         config,
         accelerator,
         model,
-        _optimizer(config, model),
+        make_optimizer(config, model),
         lambda bad: Detect(accelerator, loaders, criterion, sources[1], bad),
         name=f"detr-{config.backbone}-{spec or 'plain'}-seed{config.seed}",
         spec=spec,
@@ -85,8 +96,9 @@ def train(config: DetConfig) -> dict[str, Any]:
         about={"model": "detr", "backbone": config.backbone, "enc_rpe2d": spec or "none"},
         advice="a lower lr, clip_max_norm: 0.1 or run.precision: fp32 may help",
         line=_line,
-        draw_curves=draw_curves,
+        panels=DETECTOR,
         verdict=_verdict,
+        finish=finish,
     )
 
 
@@ -119,13 +131,13 @@ ROWS = {
 
 
 def _open(config: DetConfig, accelerator: Accelerator, split: str) -> CocoSource:
-    data, training = config.data, split == "train"
+    data = config.data
     if data.name == "digits":
         root = data.root or SCENES
         make_scenes(root, say=print)
         images, annotations = scene_paths(root, split)
     else:
-        part = "train" if training else "val"
+        part = "train" if split == "train" else "val"
         images = getattr(data, f"{part}_images") or _coco_images(config, f"{part}2017")
         annotations = getattr(data, f"{part}_annotations") or _coco_annotations(config, part)
     source = open_coco(
@@ -195,60 +207,6 @@ def _loader(
         world=accelerator.num_processes,
         pin_memory=accelerator.device.type == "cuda",
         collate=collate_detection,
-    )
-
-
-def _build(config: DetConfig, num_classes: int) -> DETR:
-    """Build the model, and load ``config.checkpoint`` into it."""
-    torch.manual_seed(derive(config.seed, "model"))
-    model = build_detr(
-        num_classes=config.data.num_classes or num_classes,
-        num_queries=config.num_queries,
-        backbone=config.backbone,
-        dilation=config.dilation,
-        pretrained_backbone=config.pretrained_backbone and config.checkpoint is None,
-        position_embedding=config.position_embedding,
-        hidden_dim=config.hidden_dim,
-        nheads=config.nheads,
-        enc_layers=config.enc_layers,
-        dec_layers=config.dec_layers,
-        dim_feedforward=config.dim_feedforward,
-        dropout=config.dropout,
-        pre_norm=config.pre_norm,
-        aux_loss=config.aux_loss,
-        enc_rpe2d=config.enc_rpe2d,
-        backend=config.rpe_backend,
-    )
-    if config.checkpoint is not None:
-        apply_weights(model, read_weights(config.checkpoint), config.checkpoint)
-    return model
-
-
-def _criterion(config: DetConfig, model: DETR) -> Criterion:
-    matcher = HungarianMatcher(config.set_cost_class, config.set_cost_bbox, config.set_cost_giou)
-    return Criterion(
-        model.class_embed.out_features - 1,
-        matcher,
-        config.eos_coef,
-        config.bbox_loss_coef,
-        config.giou_loss_coef,
-    )
-
-
-def _optimizer(config: DetConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW with the backbone's own learning rate; everything decays, as in the original."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    body = [p for name, p in named if name.startswith("backbone.")]
-    rest = [p for name, p in named if not name.startswith("backbone.")]
-    if config.lr_backbone == 0:
-        for parameter in body:
-            parameter.requires_grad_(False)
-        body = []
-    groups = [{"params": rest}, {"params": body, "lr": config.lr_backbone}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        weight_decay=config.weight_decay,
     )
 
 

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchvision.ops import box_convert
+from torchvision.transforms.functional import pil_to_tensor
 
 from models.detr import Criterion, detections
 from training.average_precision import BoxEvaluation
 from training.badimages import BadImages
 from training.data.coco import CocoSource
-from training.data.detection import DetectionBatch
+from training.data.detection import DetectionBatch, collate_detection
 from training.data.loaders import set_epoch
+from training.det_pictures import Example
 from training.errors import UserError
 from training.loop import Step
+
+PARTS = ("loss_ce", "loss_bbox", "loss_giou")
 
 
 class Detect:
@@ -39,6 +45,7 @@ class Detect:
         self.accelerator, self.loaders, self.bad = accelerator, loaders, bad
         self.criterion, self.held_out = criterion.to(accelerator.device), held_out
         self.truth = held_out.coco_ground_truth()
+        self.last: BoxEvaluation | None = None
         self._ids = {held_out.name(n): held_out.image_id(n) for n in range(len(held_out))}
 
     def batches(self, epoch: int) -> Iterator[DetectionBatch]:
@@ -60,16 +67,13 @@ class Detect:
         names = [target["image_id"] for target in batch.targets]
         return Step(found["loss"], count, parts, names)
 
-    def evaluate(self, models: list[nn.Module]) -> list[dict[str, float]]:
-        """Return ``loss``, its parts and COCO's twelve numbers of each model, held out."""
-        return [figures for figures, _ in self.measure(models)]
-
     @torch.no_grad()
-    def measure(self, models: list[nn.Module]) -> list[tuple[dict[str, float], BoxEvaluation]]:
-        """The same with the evaluation itself, for its curves and detections.
+    def evaluate(self, models: list[nn.Module]) -> list[dict[str, float]]:
+        """Return ``loss``, its parts and COCO's twelve numbers of each model, held out.
 
-        The images are read once for all models. Each process evaluates its own part, and parts may
-        be unequal; the figures are the same in every process.
+        The last model's evaluation is kept in ``last``, for its curves and detections. The images
+        are read once for all models. Each process evaluates its own part, and parts may be
+        unequal; the figures are the same in every process.
         """
         training = [model.training for model in models]
         for model in models:
@@ -91,17 +95,44 @@ class Detect:
                 row += self._add(model, batch, evaluation)
         for model, mode in zip(models, training, strict=True):
             model.train(mode)
-        found = []
-        for row, evaluation in zip(
-            self.accelerator.reduce(sums, "sum").tolist(), evaluations, strict=True
-        ):
-            *losses, count = row
+        self.last = evaluations[-1]
+        figures: list[dict[str, float]] = []
+        rows = self.accelerator.reduce(sums, "sum").tolist()
+        for (*losses, count), evaluation in zip(rows, evaluations, strict=True):
             if not count:
                 raise UserError("no held-out image could be decoded: there is nothing to evaluate")
-            means = {
-                name: value / count for name, value in zip(("loss", *PARTS), losses, strict=True)
-            }
-            found.append(({**means, **evaluation.summarize(), "count": int(count)}, evaluation))
+            means = [value / count for value in losses]
+            figures.append(
+                {
+                    **dict(zip(("loss", *PARTS), means, strict=True)),
+                    **evaluation.summarize(),
+                    "count": int(count),
+                }
+            )
+        return figures
+
+    @torch.no_grad()
+    def examples(self, model: nn.Module, count: int) -> list[Example]:
+        """Return ``count`` held-out images, spread over all, with what the model finds in them."""
+        dataset, model = self.loaders[1].dataset, model.eval()
+        found = []
+        for index in range(0, len(dataset), max(1, len(dataset) // count))[:count]:  # type: ignore[arg-type]
+            batch = collate_detection([dataset[0, index]])
+            if not batch.targets:
+                continue
+            batch = batch.to(self.accelerator.device)
+            with self.accelerator.autocast():
+                outputs = model(batch.images, batch.mask)
+            image, annotations = self.held_out.read(index)
+            boxes = box_convert(annotations.boxes, "xywh", "xyxy")
+            found.append(
+                Example(
+                    Path(self.held_out.name(index)).name,
+                    pil_to_tensor(image),
+                    {"labels": annotations.category_ids, "boxes": boxes},
+                    detections(outputs, torch.tensor([batch.targets[0]["size"]]))[0],
+                )
+            )
         return found
 
     def _add(self, model: nn.Module, batch: DetectionBatch, evaluation: BoxEvaluation) -> Tensor:
@@ -116,6 +147,3 @@ class Detect:
         count = len(images)
         values = [losses[name].double() * count for name in ("loss", *PARTS)]
         return torch.stack([*values, values[0].new_tensor(float(count))])
-
-
-PARTS = ("loss_ce", "loss_bbox", "loss_giou")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,12 +11,14 @@ from accelerate import Accelerator
 from torch import nn
 
 from training.badimages import BadImages
+from training.curves import Panel, draw_curves
 from training.errors import UserError
 from training.loop import Loop, Plan, Step
 from training.optim import make_ema, make_schedule
 from training.pictures import draw_tables
 from training.progress import Progress
 from training.resume import open_folder
+from training.runfolder import RunFolder
 
 
 class Task(Protocol):
@@ -46,8 +48,9 @@ def train(
     about: dict[str, Any],
     advice: str,
     line: Callable[[dict[str, Any], int], str],
-    draw_curves: Callable[..., None],
+    panels: Sequence[Panel],
     verdict: Callable[[dict[str, Any]], str],
+    finish: Callable[[Any, RunFolder | None, nn.Module], None] = lambda *given: None,
 ) -> dict[str, Any]:
     """Train ``model`` on what ``config`` says and leave a run folder.
 
@@ -90,9 +93,10 @@ def train(
     finally:
         progress.close()
         if folder is not None and folder.records():
-            draw_curves(folder.records(), folder / "curves.png", folder.path.name)
-    skipped = task.bad.gather()
+            draw_curves(folder.records(), folder / "curves.png", folder.path.name, panels)
     averaged = model if ema is None else ema.module
+    finish(task, folder, averaged)
+    skipped = task.bad.gather()
     if folder is not None:
         draw_tables(averaged, folder / "tables.png", spec)
         if skipped:

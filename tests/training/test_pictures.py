@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import irpe
-from training.curves import draw_curves
+from training.curves import CLASSIFIER, draw_curves
 from training.pictures import draw_tables, table_norms
 
 
@@ -77,5 +77,5 @@ def test_untrained_tables_are_drawn_and_no_tables_are_not(tmp_path: Path):
 
 def test_curves_of_one_epoch_and_of_nothing_finite(tmp_path: Path):
     record = {"epoch": 1, "train_loss": 2.0, "loss": None, "train_top1": 0.1, "top1": 0.2}
-    draw_curves([record], tmp_path / "curves.png", "one epoch")
+    draw_curves([record], tmp_path / "curves.png", "one epoch", CLASSIFIER)
     assert colours(tmp_path / "curves.png") > 10
