@@ -259,14 +259,14 @@ def test_shorter_side_draws_all_sizes():
 # --- options -------------------------------------------------------------------------------------
 
 BAD_OPTIONS = [
-    ({"scales": ()}, ["scales", "()"]),
+    ({"scales": ()}, ["aug.scales", "()"]),
     ({"scales": (480, 0)}, ["scales", "(480, 0)"]),
     ({"max_size": 0}, ["max_size", "0"]),
     ({"crop_scales": [-1]}, ["crop_scales", "[-1]"]),
     ({"crop_size": (600, 384)}, ["crop_size", "600, 384"]),
     ({"crop_size": (384, 500, 600)}, ["crop_size", "384, 500, 600"]),
-    ({"hflip": 1.5}, ["hflip", "1.5"]),
-    ({"crop": -0.1}, ["crop", "-0.1"]),
+    ({"hflip": 1.5}, ["aug.hflip", "1.5"]),
+    ({"crop": -0.1}, ["aug.crop_prob", "-0.1"]),
 ]
 
 
@@ -278,5 +278,5 @@ def test_bad_options(options: dict, parts: list[str]):
 
 
 def test_bad_evaluation_size():
-    with pytest.raises(UserError, match="size: 0"):
+    with pytest.raises(UserError, match="aug.eval_size: 0"):
         evaluation_transform(size=0)

@@ -171,7 +171,7 @@ def open_coco(
     """
     files = open_files(images, "images")
     instances = read_instances(annotations)
-    _apply(on_bad_annotation, instances.problems, annotations, "on_bad_annotation")
+    _apply(on_bad_annotation, instances.problems, annotations, "data.on_bad_annotation")
     if not len(instances.image_ids):
         raise UserError(
             f"annotations: no image in {annotations!r} can be used: {instances.problems[0]}"
@@ -189,7 +189,7 @@ def open_coco(
         f"{counts[index]} annotations go with it"
         for index in np.flatnonzero(~there)
     ]
-    _apply(on_bad_image, absent, annotations, "on_bad_image")
+    _apply(on_bad_image, absent, annotations, "data.on_bad_image")
     instances = instances.only(there)
     to_learn = np.bincount(instances.image[~instances.iscrowd], minlength=there.sum()) > 0
     clipped = _clipped(instances.boxes, instances.sizes[instances.image]) != instances.boxes

@@ -138,10 +138,10 @@ def training_transform(
     """
     _check_sizes(scales=scales, max_size=max_size, crop_scales=crop_scales, crop_size=crop_size)
     if len(crop_size) != 2 or crop_size[0] > crop_size[1]:
-        raise UserError(f"crop_size: {list(crop_size)} is not a least and a greatest size")
-    for name, value in (("hflip", hflip), ("crop", crop)):
+        raise UserError(f"aug.crop_size: {list(crop_size)} is not a least and a greatest size")
+    for name, value in (("hflip", hflip), ("crop_prob", crop)):
         if not 0 <= value <= 1:
-            raise UserError(f"{name}: {value} is not a probability")
+            raise UserError(f"aug.{name}: {value} is not a probability")
     cropped = [ShorterSide(crop_scales), RandomSizeCrop(*crop_size)]
     steps = [
         v2.RandomHorizontalFlip(hflip),
@@ -159,7 +159,7 @@ def evaluation_transform(
     std: Sequence[float] = STD,
 ) -> DetectionTransform:
     """Resize only."""
-    _check_sizes(size=size, max_size=max_size)
+    _check_sizes(eval_size=size, max_size=max_size)
     return DetectionTransform([ShorterSide([size], max_size)], mean, std)
 
 
@@ -167,4 +167,4 @@ def _check_sizes(**options: Sequence[int] | int | None) -> None:
     for name, value in options.items():
         sizes = [value] if isinstance(value, int) else value
         if sizes is not None and (not len(sizes) or min(sizes) < 1):
-            raise UserError(f"{name}: {value} is no number of pixels, or holds what is none")
+            raise UserError(f"aug.{name}: {value} is no number of pixels, or holds what is none")
