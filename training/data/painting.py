@@ -73,11 +73,11 @@ def background(
 ) -> np.ndarray:
     """Smooth noise with strokes and with parts of ``fragments`` on it: float [size, size, 3]."""
     cells = int(rng.integers(2, 7))
-    noise = rng.normal(rng.uniform(50, 205), rng.uniform(8, 35), (cells, cells, 3))
+    noise = rng.normal(rng.uniform(20, 90), rng.uniform(8, 35), (cells, cells, 3))
     noise = Image.fromarray(np.uint8(np.clip(noise, 0, 255)))
     canvas = np.asarray(noise.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float64)
     for number in range(int(rng.integers(clutter + 1))):
-        colour, opacity = rng.uniform(0, 255, 3), rng.uniform(0.3, 0.8)
+        colour, opacity = rng.uniform(0, 200, 3), rng.uniform(0.3, 0.8)
         if number % 2 and fragments:
             whole = glyph(fragments[number % len(fragments)], int(rng.integers(10, 29)))
             alpha = _part(rng, whole)
@@ -89,17 +89,16 @@ def background(
 
 
 def paint(rng: np.random.Generator, canvas: np.ndarray, placed: list[Placed]) -> Image.Image:
-    """Paint digits on a canvas, each in one colour, grey or not, that stands out where it is."""
+    """Paint digits on a canvas, each in one light colour that stands out where it is."""
     for item in placed:
         left, top, width, height = item.box
         under = canvas[top : top + height, left : left + width]
         brightness = float((under @ _BRIGHTNESS).mean())
-        colour = rng.uniform(0, 255, 3)
-        for _ in range(_TRIES):
-            if abs(colour @ _BRIGHTNESS - brightness) >= _CONTRAST:
-                break
-            colour = rng.uniform(0, 255, 3) if rng.random() < 0.7 else rng.uniform(0, 255)
-            colour = np.broadcast_to(colour, 3)
+        colour = rng.uniform(130, 255, 3)
+        lighter = min(255.0, brightness + _CONTRAST)
+        lack = lighter - float(colour @ _BRIGHTNESS)
+        if lack > 0:  # towards white, as far as it takes
+            colour += (255 - colour) * lack / (255 - float(colour @ _BRIGHTNESS))
         canvas = _over(canvas, item.alpha, left, top, colour)
     return Image.fromarray(np.uint8(np.clip(np.rint(canvas), 0, 255)))
 
