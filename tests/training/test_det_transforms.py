@@ -146,7 +146,7 @@ def test_crop_clips_boxes_and_drops_what_vanishes():
     rng = np.random.default_rng(0)
     boxes = [(*rng.uniform(0, 20, 2).tolist(), *rng.uniform(0.5, 9, 2).tolist()) for _ in range(12)]
     transform = DetectionTransform([RandomSizeCrop(smallest, largest)], **PLAIN)
-    shapes, kept_counts, touching = set(), set(), 0
+    shapes, kept_counts, places = set(), set(), []
     for seed in range(200):
         with forked(seed):
             found, target = transform(image, annotations(boxes, range(12)))
@@ -160,18 +160,19 @@ def test_crop_clips_boxes_and_drops_what_vanishes():
             if x1 > x0 and y1 > y0:
                 expected.append([x0, y0, x1, y1])
                 labels.append(number)
-                touching += (x0, x1) == (0, columns) or (y0, y1) == (0, rows)
         assert target["labels"].tolist() == labels
         assert np.array(corners(target, rows, columns)).ravel() == pytest.approx(
             np.array(expected).ravel(), abs=1e-4
         )
         shapes.add((rows, columns))
+        places.append((top, left, height - rows - top, width - columns - left))
         kept_counts.add(len(labels))
     sides = {side for shape in shapes for side in shape}
     assert sides == set(range(smallest, largest + 1))
     assert any(rows != columns for rows, columns in shapes)
     assert len(kept_counts) > 5
-    assert touching
+    # All four edges of the image are reached, and not passed.
+    assert [min(distances) for distances in zip(*places, strict=True)] == [0, 0, 0, 0]
 
 
 def test_crop_of_a_small_image_is_the_image():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -59,21 +60,20 @@ def read_instances(path: str) -> Instances:
     problems: list[str] = []
     images = _images(data["images"], problems)
     place = {number: index for index, number in enumerate(sorted(images))}
-    rows: list[tuple[Any, ...]] = []
+    # Plain numbers: COCO has 860,000 annotations.
+    rows = array("d")
     for number, entry in enumerate(data["annotations"]):
         reason = _check_annotation(entry, images, categories)
         if reason is None:
-            x, y, width, height = entry["bbox"]
+            _, _, width, height = box = entry["bbox"]
             area = entry.get("area", width * height)
             crowd = bool(entry.get("iscrowd", 0))
-            rows.append(
-                (place[entry["image_id"]], entry["category_id"], crowd, area, x, y, width, height)
-            )
+            rows.extend((place[entry["image_id"]], entry["category_id"], crowd, area, *box))
         else:
             label = entry.get("id") if isinstance(entry, dict) else None
             problems.append(f"annotation {label!r} (number {number} of the list): {reason}")
     # Image by image, each one's annotations in the order of the file.
-    table = np.array(rows, dtype=np.float64).reshape(-1, 8)
+    table = np.array(rows).reshape(-1, 8)
     table = table[np.argsort(table[:, 0], kind="stable")]
     return Instances(
         image_ids=np.array(list(place), dtype=np.int64),
@@ -113,11 +113,11 @@ def _load(path: str) -> dict[str, Any]:
 
 def _number(value: object) -> bool:
     """Whether it is a number, and a double holds it; not NaN and not infinite."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**53
+    return type(value) in (int, float) and -(2**53) < value < 2**53  # type: ignore[operator]
 
 
 def _whole(value: object) -> bool:
-    return isinstance(value, int) and _number(value)
+    return type(value) is int and _number(value)
 
 
 def _categories(path: str, entries: list[Any]) -> dict[int, str]:
@@ -161,20 +161,26 @@ def _check_annotation(entry: Any, images: dict[int, Any], categories: dict[int, 
     """What is wrong with an annotation, if anything."""
     if not isinstance(entry, dict):
         return f"{entry!r} is no annotation"
-    number, category, box = (entry.get(name) for name in ("image_id", "category_id", "bbox"))
+    number, category, box = entry.get("image_id"), entry.get("category_id"), entry.get("bbox")
     if not _whole(number) or number not in images:
         return f"there is no image {number!r}"
     if not _whole(category) or category not in categories:
         return f"there is no category {category!r}"
-    where = f"its box {box!r} in image {number} ({images[number][0]!r})"
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_number, box)):
-        return f"{where} is not four numbers"
-    x, y, width, height = box
-    if width <= 0 or height <= 0:
-        return f"{where} has no area"
-    _, rows, columns = images[number]
-    if x >= columns or y >= rows or x + width <= 0 or y + height <= 0:
-        return f"{where} is outside of its {columns} x {rows} pixels"
+    name, rows, columns = images[number]
+    reason = _check_box(box, rows, columns)
+    if reason is not None:
+        return f"its box {box!r} in image {number} ({name!r}) {reason}"
     if not _number(entry.get("area", 0)):
         return f"its area {entry['area']!r} is not a number"
+    return None
+
+
+def _check_box(box: Any, rows: int, columns: int) -> str | None:
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_number, box)):
+        return "is not four numbers"
+    x, y, width, height = box
+    if width <= 0 or height <= 0:
+        return "has no area"
+    if x >= columns or y >= rows or x + width <= 0 or y + height <= 0:
+        return f"is outside of its {columns} x {rows} pixels"
     return None
