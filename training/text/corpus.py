@@ -151,10 +151,10 @@ def _not_library(name: Path) -> bool:
 
 
 def _read(path: Path) -> str:
-    """Read UTF-8 text; every kind of line break becomes a newline."""
+    """Read UTF-8 text without its byte order mark; every kind of line break becomes a newline."""
     advice = "UTF-8 text is expected; data.extensions can leave files of a folder out"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{str(path)!r} is not text (byte {error.start}); {advice}") from error
     except OSError as error:

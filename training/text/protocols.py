@@ -10,6 +10,7 @@ once under each of them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -130,13 +131,11 @@ class ScoringPlan:
         total = len(self.stream) - 1  # targets
         number = 1 + math.ceil((total - self.length) / self.stride)
         starts = np.arange(number) * self.stride
-        # Only the last can be cut short, and then it goes alone: all rows of a block are as long.
-        whole = number if starts[-1] + self.length <= total else number - 1
-        blocks = [range(at, min(at + self.batch_size, whole))
-                  for at in range(0, whole, self.batch_size)]  # fmt: skip
-        blocks += [range(whole, number)] if whole < number else []
-        for block in blocks[self.shard :: self.shards]:
-            begins = starts[block.start : block.stop]
+        # All rows of a block are as long. Only the last window can be cut short: it goes alone.
+        edges = [*range(0, number - 1, self.batch_size), number - 1, number]
+        blocks = list(itertools.pairwise(edges))
+        for first, end in blocks[self.shard :: self.shards]:
+            begins = starts[first:end]
             size = min(self.length, total - begins[0])
             places = np.arange(size)
             # The window before has scored all but the stride; the first has none before it.

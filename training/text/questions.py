@@ -179,9 +179,7 @@ def _own(node: ast.AST) -> Iterator[ast.AST]:
     """Yield what is inside a function, but not inside the functions and classes in it."""
     for child in ast.iter_child_nodes(node):
         yield child
-        if not isinstance(
-            child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
-        ):
+        if not isinstance(child, (*_FUNCTIONS, ast.ClassDef, ast.Lambda)):
             yield from _own(child)
 
 

@@ -50,8 +50,9 @@ class TextPlan:
     """The windows of every step of a run.
 
     Each stage goes through the text in turns. A turn reads the same tokens whatever the length:
-    the first ``steps_per_turn x budget`` of the stream, each once. What remains, always less than
-    one step's tokens, is ``left_out``; a turn that a stage's end interrupts is not taken up again.
+    the first ``steps_per_turn x budget`` of the stream, each once. What remains, at most one
+    step's tokens less one, is ``left_out``. A stage begins a turn of its own: one that the end of
+    the stage before has interrupted is not taken up again.
 
     Args:
         tokens: tokens of the stream.
@@ -91,8 +92,7 @@ class TextPlan:
         self._picked = tuple(stage.length for stage in stages)
         self.lengths = tuple(window_length(self.segments, length) for length in self._picked)
         self.spans = tuple(long_length(self.segments, length) for length in self._picked)
-        for length, span in zip(self.lengths, self.spans, strict=True):
-            _check_size(tokens, budget, length, span)
+        _check_sizes(tokens, budget, self.lengths, self.spans)
 
     def batch_size(self, stage: int) -> int:
         """Return the rows of a step of the stage, over all processes."""
@@ -179,17 +179,20 @@ def _ends(stages: Sequence[StageConfig], steps: int) -> tuple[int, ...]:
     return tuple(ends)
 
 
-def _check_size(tokens: int, budget: int, length: int, span: int) -> None:
-    if length < 1 or budget < length or budget % length:
+def _check_sizes(
+    tokens: int, budget: int, lengths: tuple[int, ...], spans: tuple[int, ...]
+) -> None:
+    for length in lengths:
+        if length < 1 or budget < length or budget % length:
+            raise UserError(
+                f"stages: a length of {length} does not divide the budget of {budget} tokens a step"
+            )
+    if tokens <= max(spans):
         raise UserError(
-            f"stages: a length of {length} does not divide the budget of {budget} tokens a step"
+            f"the text has {tokens} tokens, too few for a window of {max(spans)} and the token "
+            "after it; give more text or a shorter window"
         )
-    if tokens <= span:
-        raise UserError(
-            f"the text has {tokens} tokens, too few for a window of {span} and the token after it; "
-            "give more text or a shorter window"
-        )
-    need = budget // length * span
+    need = max(budget // length * span for length, span in zip(lengths, spans, strict=True))
     if tokens <= need:
         raise UserError(
             f"the text has {tokens} tokens, too few for a step of {need} and the token after it; "

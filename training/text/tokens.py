@@ -52,10 +52,11 @@ class PairTokens:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.vocab_size = tokenizer.get_vocab_size()
+        vocabulary = tokenizer.get_vocab()
+        self.vocab_size = max(vocabulary.values()) + 1
         whole = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
         counts = np.zeros(self.vocab_size, dtype=np.int64)
-        for token, number in tokenizer.get_vocab().items():
+        for token, number in vocabulary.items():
             # Elsewhere than in added tokens, a character stands for one byte.
             counts[number] = len(token.encode("utf-8")) if token in whole else len(token)
         self.byte_counts = counts
