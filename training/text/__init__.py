@@ -1,0 +1,1 @@
+"""Text for the scripts: corpora, tokens, windows, segments, stages and evaluation protocols."""

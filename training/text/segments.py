@@ -1,0 +1,148 @@
+"""Windows made of segments of a longer text whose tokens keep their positions.
+
+So a model that attends to a window of Lt tokens meets distances up to Le - 1, at the cost of Lt.
+Sources: Karypis, McAuley, Karypis, Extending Input Contexts of Language Models through Training on
+Segmented Sequences, NAACL Findings 2024, arXiv 2310.14633 (chunk, prefix); Ruoss et al., Randomized
+Positional Encodings, ACL 2023 (randompos); Zhu et al., PoSE, ICLR 2024 (content: skip).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from training.errors import UserError
+from training.text.options import SegmentConfig
+from training.text.windows import IGNORE, TextBatch, make_batch
+
+
+@dataclass(frozen=True)
+class Picks:
+    """The tokens of one row, each array [L] int64.
+
+    Attributes:
+        places: which tokens of the long text, counted from its start.
+        positions: what the model is told of where they stand.
+        segments: number of the segment that each token belongs to.
+        scored: [L] bool, which of them have a loss.
+    """
+
+    places: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    scored: np.ndarray
+
+
+def long_length(config: SegmentConfig, length: int) -> int:
+    """Return the tokens of text that a window of ``length`` is drawn from.
+
+    Raises :class:`UserError` for options that do not fit one another or the length.
+    """
+    if config.method == "none":
+        return length
+    long = config.long_length
+    if long is None:
+        raise UserError(f"segments.long_length is not set, and method {config.method} needs it")
+    if long < length:
+        raise UserError(f"segments.long_length: {long} is below the window's {length} tokens")
+    if config.content == "skip" and config.method != "chunk":
+        raise UserError(f"segments.content: skip goes with method chunk, not {config.method}")
+    if config.method in ("chunk", "prefix"):
+        size = _segment(config, length)
+        grid = config.method == "chunk" and config.placement == "grid"
+        if grid and long % size:
+            raise UserError(
+                f"segments.placement: grid needs a long_length that is a multiple of the chunk's "
+                f"{size} tokens, not {long}"
+            )
+    return long
+
+
+def window_length(config: SegmentConfig, length: int) -> int:
+    """Return the tokens of a batch's rows: ``length``, but the long text's for method full."""
+    return long_length(config, length) if config.method == "full" else length
+
+
+def pick(config: SegmentConfig, length: int, generator: np.random.Generator) -> Picks:
+    """Draw the tokens of one window of ``length`` from a long text."""
+    long, full = long_length(config, length), np.arange(window_length(config, length))
+    same, all_scored = np.zeros_like(full), np.ones(len(full), dtype=bool)
+    if config.method in ("none", "full"):
+        return Picks(full, full, same, all_scored)
+    if config.method == "prefix":
+        return _prefix(config, length, generator)
+    contiguous = full + generator.integers(long - length, endpoint=True)
+    if config.method == "randompos":
+        positions = np.sort(generator.choice(long, length, replace=False))
+        return Picks(contiguous, positions, same, all_scored)
+    size = _segment(config, length)
+    place = _on_grid if config.placement == "grid" else _anywhere
+    starts = place(long, length // size, size, generator)
+    positions = _spread(starts, size)
+    places = contiguous if config.content == "skip" else positions
+    return Picks(places, positions, full // size, all_scored)
+
+
+def segment_batch(
+    stream: np.ndarray,
+    starts: np.ndarray,
+    length: int,
+    config: SegmentConfig,
+    seeds: Sequence[int],
+) -> TextBatch:
+    """Return a batch of one window from each of the long texts that begin at ``starts`` [B].
+
+    A row depends on its own seed and on nothing else. Positions count from the start of the long
+    text. Each label is the token that follows in the text, so none lies across a join; it is
+    ``IGNORE`` in a prefix and where the stream ends.
+    """
+    rows = [pick(config, length, np.random.default_rng(seed)) for seed in seeds]
+    places = np.stack([row.places for row in rows]) + starts[:, None]
+    positions = np.stack([row.positions for row in rows])
+    batch = make_batch(stream, places, positions, np.stack([row.segments for row in rows]))
+    for labels, row in zip(batch.labels, rows, strict=True):
+        labels[~row.scored] = IGNORE
+    return batch
+
+
+def _segment(config: SegmentConfig, length: int) -> int:
+    """Return the tokens of a chunk, or of a suffix."""
+    number = round(1 / config.alpha) if config.alpha > 0 else 0
+    if number < 1 or abs(number * config.alpha - 1) > 1e-6:
+        raise UserError(f"segments.alpha: {config.alpha} is not one over a whole number")
+    if length % number:
+        raise UserError(
+            f"segments.alpha: {config.alpha} of a window of {length} tokens is not a whole number"
+        )
+    return length // number
+
+
+def _prefix(config: SegmentConfig, length: int, generator: np.random.Generator) -> Picks:
+    long, size = long_length(config, length), _segment(config, length)
+    before = length - size
+    start = generator.integers(before, long - size, endpoint=True)
+    if config.prefix == "tokens":
+        prefix, segments = np.sort(generator.choice(start, before, replace=False)), np.zeros(before)
+    else:
+        prefix = _spread(_anywhere(start, before // size, size, generator), size)
+        segments = np.arange(before) // size
+    places = np.concatenate([prefix, start + np.arange(size)])
+    last = segments[-1] + 1 if before else 0
+    segments = np.concatenate([segments, np.full(size, last)]).astype(np.int64)
+    return Picks(places, places, segments, np.arange(length) >= before)
+
+
+def _anywhere(long: int, number: int, size: int, generator: np.random.Generator) -> np.ndarray:
+    """Return where ``number`` disjoint segments begin: every pattern of gaps can occur."""
+    gaps = generator.integers(long - number * size, size=number, endpoint=True)
+    return np.sort(gaps) + size * np.arange(number)
+
+
+def _on_grid(long: int, number: int, size: int, generator: np.random.Generator) -> np.ndarray:
+    return np.sort(generator.choice(long // size, number, replace=False)) * size
+
+
+def _spread(starts: np.ndarray, size: int) -> np.ndarray:
+    return (starts[:, None] + np.arange(size)).reshape(-1)

@@ -1,0 +1,207 @@
+"""Which windows of the text each step trains on, as a pure function of the step.
+
+Staged training (Press, Smith, Lewis, Shortformer, ACL 2021, arXiv 2012.15832) begins with short
+windows and goes on with long ones, at a constant number of tokens a step; ordinary training is a
+plan of one stage. Since a step's windows depend on nothing that came before, a run that is resumed
+in the middle of a stage sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from training.errors import UserError
+from training.seeding import derive
+from training.text.options import SegmentConfig, StageConfig
+from training.text.segments import long_length, segment_batch, window_length
+from training.text.windows import TextBatch, windows
+
+Order = Literal["shuffled", "stripes"]
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """What one step reads.
+
+    Attributes:
+        stage: number of the stage; it never falls from step to step.
+        turn: how often the stage has gone through the text before.
+        length: tokens of a window.
+        span: tokens of the text that a window is drawn from, or the length itself.
+        starts: [B] int64, where in the stream each row's text begins.
+        reset: whether a memory kept from the step before must be dropped.
+    """
+
+    stage: int
+    turn: int
+    length: int
+    span: int
+    starts: np.ndarray
+    reset: bool
+
+
+class TextPlan:
+    """The windows of every step of a run.
+
+    Each stage goes through the text in turns. A turn reads the same tokens whatever the length:
+    the first ``steps_per_turn x budget`` of the stream, each once. What remains, at most one
+    step's tokens less one, is ``left_out``. A stage begins a turn of its own: one that the end of
+    the stage before has interrupted is not taken up again.
+
+    Args:
+        tokens: tokens of the stream.
+        budget: tokens of a step over all processes and accumulated batches. Each stage's length
+            must divide it.
+        steps: steps of the run.
+        stages: lengths and where they end.
+        order: "shuffled" draws disjoint windows in an order made from (seed, stage, turn).
+            "stripes" cuts the text into as many stripes as the batch has rows, and row b of a step
+            continues row b of the step before, for models that keep a memory.
+        segments: draw each window from a longer text; not with stripes. There a turn has
+            fewer steps, as each takes ``span`` tokens a row.
+
+    Raises :class:`UserError` for lengths that do not divide the budget, stages out of order and a
+    text that is shorter than a window or a step.
+    """
+
+    def __init__(
+        self,
+        tokens: int,
+        *,
+        budget: int,
+        steps: int,
+        stages: Sequence[StageConfig],
+        seed: int = 0,
+        order: Order = "shuffled",
+        segments: SegmentConfig | None = None,
+    ) -> None:
+        self.tokens, self.budget, self.steps, self.seed = tokens, budget, steps, seed
+        self.order, self.segments = order, segments or SegmentConfig()
+        if order == "stripes" and self.segments.method != "none":
+            raise UserError(
+                f"segments.method: {self.segments.method} does not go with stripes, which are "
+                "read in order; use method none or a shuffled order"
+            )
+        self.ends = _ends(stages, steps)
+        self._picked = tuple(stage.length for stage in stages)
+        self.lengths = tuple(window_length(self.segments, length) for length in self._picked)
+        self.spans = tuple(long_length(self.segments, length) for length in self._picked)
+        _check_sizes(tokens, budget, self.lengths, self.spans)
+
+    def batch_size(self, stage: int) -> int:
+        """Return the rows of a step of the stage, over all processes."""
+        return self.budget // self.lengths[stage]
+
+    def steps_per_turn(self, stage: int) -> int:
+        """Return the steps in which the stage goes once through the text."""
+        # The last token of all has no next one and can only be a label.
+        return (self.tokens - 1) // (self.batch_size(stage) * self.spans[stage])
+
+    def left_out(self, stage: int) -> int:
+        """Return how many tokens at the end of the stream the stage never trains on."""
+        span = self.batch_size(stage) * self.spans[stage]
+        return self.tokens - 1 - self.steps_per_turn(stage) * span
+
+    def at(self, step: int) -> StepRows:
+        """Return what ``step`` reads, in all processes together."""
+        if not 0 <= step < self.steps:
+            raise ValueError(f"step {step} is not one of {self.steps}")
+        stage = next(number for number, end in enumerate(self.ends) if step < end)
+        begin = self.ends[stage - 1] if stage else 0
+        per_turn, rows = self.steps_per_turn(stage), self.batch_size(stage)
+        turn, within = divmod(step - begin, per_turn)
+        if self.order == "stripes":
+            numbers = np.arange(rows) * per_turn + within
+        else:
+            seed = derive(self.seed, "order", stage, turn)
+            numbers = _order(seed, per_turn * rows)[within * rows : (within + 1) * rows]
+        span = self.spans[stage]
+        reset = self.order == "shuffled" or within == 0
+        return StepRows(stage, turn, self.lengths[stage], span, numbers * span, reset)
+
+    def batch(self, stream: np.ndarray, step: int, shard: int = 0, shards: int = 1) -> TextBatch:
+        """Return one of ``shards`` equal parts of the step's batch.
+
+        A part is one process's, or one of the batches that it accumulates. All parts together
+        are what a single process would read; with stripes, each keeps to its own.
+        """
+        rows = self.at(step)
+        self.check_shards(shards)
+        size = len(rows.starts) // shards
+        starts = rows.starts[shard * size : (shard + 1) * size]
+        if self.segments.method == "none":
+            return windows(stream, starts, rows.length, reset=rows.reset)
+        seeds = [
+            derive(self.seed, "segments", rows.stage, rows.turn, int(start)) for start in starts
+        ]
+        return segment_batch(stream, starts, self._picked[rows.stage], self.segments, seeds)
+
+    def batches(
+        self, stream: np.ndarray, first: int, last: int, shard: int = 0, shards: int = 1
+    ) -> Iterator[TextBatch]:
+        """Yield the batches of the steps from ``first`` to before ``last``."""
+        return (self.batch(stream, step, shard, shards) for step in range(first, last))
+
+    def check_shards(self, shards: int) -> None:
+        """Raise :class:`UserError` unless every stage's batch divides into ``shards`` parts."""
+        for stage, length in enumerate(self.lengths):
+            if self.batch_size(stage) % shards:
+                raise UserError(
+                    f"budget: {self.budget} tokens a step are {self.batch_size(stage)} windows of "
+                    f"{length}, which do not divide into {shards} processes x accumulated batches"
+                )
+
+
+def _ends(stages: Sequence[StageConfig], steps: int) -> tuple[int, ...]:
+    """Return the step before which each stage ends."""
+    if steps < 1:
+        raise UserError(f"steps: {steps} is not at least 1")
+    if not stages:
+        raise UserError("stages: at least one is needed, such as {length: 512}")
+    ends = []
+    for stage in stages:
+        until = steps if stage.until is None else stage.until
+        if until >= 1 and until != int(until):
+            raise UserError(f"stages: until: {until} is neither below 1 nor a whole step")
+        ends.append(round(until * steps) if until < 1 else int(until))
+    rising = all(before < after for before, after in itertools.pairwise([0, *ends]))
+    if not rising or ends[-1] != steps:
+        raise UserError(
+            f"stages: they end at steps {', '.join(map(str, ends))} of {steps}; each must end "
+            "after the one before it, and the last, with until: null, at the last step"
+        )
+    return tuple(ends)
+
+
+def _check_sizes(
+    tokens: int, budget: int, lengths: tuple[int, ...], spans: tuple[int, ...]
+) -> None:
+    for length in lengths:
+        if length < 1 or budget < length or budget % length:
+            raise UserError(
+                f"stages: a length of {length} does not divide the budget of {budget} tokens a step"
+            )
+    if tokens <= max(spans):
+        raise UserError(
+            f"the text has {tokens} tokens, too few for a window of {max(spans)} and the token "
+            "after it; give more text or a shorter window"
+        )
+    need = max(budget // length * span for length, span in zip(lengths, spans, strict=True))
+    if tokens <= need:
+        raise UserError(
+            f"the text has {tokens} tokens, too few for a step of {need} and the token after it; "
+            "give more text or a smaller budget"
+        )
+
+
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, number: int) -> np.ndarray:
+    order = np.random.default_rng(seed).permutation(number)
+    order.flags.writeable = False
+    return order
