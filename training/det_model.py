@@ -7,15 +7,26 @@ from torch import nn
 
 from models.detr import DETR, Criterion, HungarianMatcher, build_detr
 from training.det_options import DetConfig
+from training.errors import UserError
 from training.seeding import derive
 from training.weights import apply_weights, read_weights
 
 
 def build_model(config: DetConfig, num_classes: int) -> DETR:
-    """Build the model, and load ``config.checkpoint`` into it."""
+    """Build the model, and load ``config.checkpoint`` into it.
+
+    Args:
+        num_classes: class numbers that the data needs.
+    """
+    given = config.data.num_classes
+    if given is not None and given < num_classes:
+        raise UserError(
+            f"the data holds class {num_classes - 1}, but the model has {given} classes "
+            f"(0 to {given - 1}); set data.num_classes"
+        )
     torch.manual_seed(derive(config.seed, "model"))
     model = build_detr(
-        num_classes=config.data.num_classes or num_classes,
+        num_classes=given or num_classes,
         num_queries=config.num_queries,
         backbone=config.backbone,
         dilation=config.dilation,
@@ -33,7 +44,8 @@ def build_model(config: DetConfig, num_classes: int) -> DETR:
         backend=config.rpe_backend,
     )
     if config.checkpoint is not None:
-        apply_weights(model, read_weights(config.checkpoint), config.checkpoint)
+        weights = read_weights(config.checkpoint)
+        apply_weights(model, weights, config.checkpoint, "backbone, hidden_dim and enc_rpe2d")
     return model
 
 

@@ -54,6 +54,8 @@ def evaluate(config: DetConfig) -> dict[str, float]:
 def train(config: DetConfig) -> dict[str, Any]:
     """Train, leave a run folder, and return the last epoch's record."""
     run.check_numbers(config)
+    if config.lr_drop < 1:
+        raise UserError(f"lr_drop: {config.lr_drop} is not at least 1")
     config = dataclasses.replace(
         config, sched=dataclasses.replace(config.sched, decay_epochs=config.lr_drop)
     )

@@ -78,10 +78,16 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
     return {key.removeprefix("module."): value for key, value in content.items()}
 
 
-def apply_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
+def apply_weights(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    path: str | Path,
+    options: str = "model.name, model.kwargs and rpe",
+) -> None:
     """Load ``weights`` into ``model``, all of them or none.
 
-    Raises :class:`UserError` that lists the keys which are missing, unexpected or of another shape.
+    ``options`` are what decides about the architecture, for the error message. Raises
+    :class:`UserError` that lists the keys which are missing, unexpected or of another shape.
     """
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     given = {key: tuple(value.shape) for key, value in weights.items()}
@@ -105,6 +111,6 @@ def apply_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path
     if parts:
         raise UserError(
             f"checkpoint {str(path)!r} is of another architecture than this model "
-            f"({'; '.join(parts)}); model.name, model.kwargs and rpe must be those it was made with"
+            f"({'; '.join(parts)}); {options} must be those it was made with"
         )
     model.load_state_dict(weights)
