@@ -179,8 +179,9 @@ def _line(record: dict[str, Any], epochs: int) -> str:
     parts = [
         f"epoch {record['epoch']:{len(str(epochs))}}/{epochs}",
         f"train loss {record['train_loss']:.3f}, accuracy {100 * record['train_top1']:5.2f} %",
-        f"held out loss {record['loss']:.3f}, accuracy {100 * record['top1']:5.2f} %",
     ]
+    if "top1" in record:
+        parts.append(f"held out loss {record['loss']:.3f}, accuracy {100 * record['top1']:5.2f} %")
     if "ema_top1" in record:
         parts.append(f"averaged weights {100 * record['ema_top1']:5.2f} %")
     return "  |  ".join(parts)

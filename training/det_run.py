@@ -222,9 +222,12 @@ def _line(record: dict[str, Any], epochs: int) -> str:
     parts = [
         f"epoch {record['epoch']:{len(str(epochs))}}/{epochs}",
         f"train loss {record['train_loss']:.3f}",
-        f"held out loss {record['loss']:.3f}, AP {100 * record['AP']:5.1f}, "
-        f"AP50 {100 * record['AP50']:5.1f}",
     ]
+    if "AP" in record:
+        parts.append(
+            f"held out loss {record['loss']:.3f}, AP {100 * record['AP']:5.1f}, "
+            f"AP50 {100 * record['AP50']:5.1f}"
+        )
     if "ema_AP" in record:
         parts.append(
             f"averaged weights {100 * record['ema_AP']:5.1f}, {100 * record['ema_AP50']:5.1f}"

@@ -46,6 +46,7 @@ class Plan:
     """The figures of a run.
 
     Attributes:
+        eval_every: epochs between two evaluations; the last epoch always has one.
         best: name of the evaluation figure that decides which checkpoint is the best.
         advice: what may help where the loss is not finite.
         about: what the header of a weights file says of them.
@@ -57,6 +58,7 @@ class Plan:
     clip_grad: float | None = None
     save_every: int = 1
     seed: int = 0
+    eval_every: int = 1
     best: str = "top1"
     advice: str = ""
     about: dict[str, Any] = field(default_factory=dict)
@@ -106,14 +108,16 @@ class Loop:
             start = time.perf_counter()
             models = [self.raw] if self.ema is None else [self.raw, self.ema.module]
             trained = self._train_epoch(epoch, batches(epoch), loss)
-            figures = evaluate(models)
+            due = (epoch + 1) % self.plan.eval_every == 0 or epoch + 1 == self.plan.epochs
+            figures = evaluate(models) if due else []
             record = {
                 "epoch": epoch + 1,
                 "step": self.step,
                 "lr": max(group["lr"] for group in self.optimizer.param_groups),
                 **{f"train_{name}": value for name, value in trained.items()},
-                **figures[0],
             }
+            if figures:
+                record.update(figures[0])
             for averaged in figures[1:]:
                 record.update({f"ema_{name}": value for name, value in averaged.items()})
             record["images_per_second"] = round(
@@ -230,9 +234,9 @@ class Loop:
 
     def _keep(self, epoch: int, record: dict[str, Any]) -> None:
         """Log the record and write the checkpoints that are due, on the main process."""
-        score = record.get(f"ema_{self.plan.best}", record[self.plan.best])
+        score = record.get(f"ema_{self.plan.best}", record.get(self.plan.best, math.nan))
         improved = score > self.best
-        self.best = max(self.best, score)
+        self.best = score if improved else self.best
         if self.folder is None:
             return
         self.folder.log(record)

@@ -80,6 +80,8 @@ class RunConfig:
     """name of the run folder; null: made from the model, the encoding and the seed"""
     save_every: int = 1
     """epochs between two checkpoints; the last epoch is always saved"""
+    eval_every: int = 1
+    """epochs between two evaluations; the last epoch is always evaluated"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """number format of the forward pass (autocast); fp16 needs a GPU"""
     device: Literal["auto", "cpu"] = "auto"

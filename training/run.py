@@ -78,6 +78,7 @@ def train(
         clip_grad=clip_grad,
         save_every=config.run.save_every,
         seed=config.seed,
+        eval_every=config.run.eval_every,
         best=best,
         advice=advice,
         about=about,
@@ -120,7 +121,8 @@ def check_numbers(config: Any) -> None:
     for name in ("epochs", "batch_size", "grad_accum_steps"):
         if getattr(config, name) < 1:
             raise UserError(f"{name}: {getattr(config, name)} is not at least 1")
-    if config.run.save_every < 1:
-        raise UserError(f"run.save_every: {config.run.save_every} is not at least 1")
+    for name in ("save_every", "eval_every"):
+        if getattr(config.run, name) < 1:
+            raise UserError(f"run.{name}: {getattr(config.run, name)} is not at least 1")
     if config.data.workers < 0:
         raise UserError(f"data.workers: {config.data.workers} is negative")
