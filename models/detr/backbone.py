@@ -22,7 +22,9 @@ class Backbone(nn.Module):
         pretrained: load published weights (downloads them).
         width: channels of the stem's map.
 
-    Batch norms of timm's models are frozen: their numbers are buffers and do not change.
+    Batch norms of timm's models are frozen: their numbers are buffers and do not change. The
+    stem, three convolutions of stride 2, has group norms over the whole map, padding included: it
+    is for images of one size.
     """
 
     def __init__(

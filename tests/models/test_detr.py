@@ -243,6 +243,9 @@ def test_backbones():
     assert frozen.body.conv1.weight.grad is None
     assert frozen.body.layer2[0].conv1.weight.grad is not None
     assert frozen(torch.rand(1, 3, 64, 96)).shape == (1, 512, 2, 3)
+    stem = Backbone("stem", width=48)
+    assert sum(isinstance(layer, nn.Conv2d) for layer in stem.body) == 3 and stem.stride == 8
+    assert stem(torch.rand(1, 3, 37, 64)).shape == (1, 48, 5, 8)
     with pytest.raises(irpe.IrpeError, match="resnet5000"):
         Backbone("resnet5000")
 
