@@ -75,9 +75,10 @@ class Detect:
         are read once for all models. Each process evaluates its own part, and parts may be
         unequal; the figures are the same in every process.
         """
-        training = [model.training for model in models]
-        for model in models:
-            model.eval()
+        parts = [*models, self.criterion]
+        training = [part.training for part in parts]
+        for part in parts:
+            part.eval()
         evaluations = [BoxEvaluation(self.truth, self.accelerator) for _ in models]
         sums = torch.zeros(
             len(models), 2 + len(PARTS), dtype=torch.float64, device=self.accelerator.device
@@ -93,8 +94,8 @@ class Detect:
             batch = batch.to(self.accelerator.device)
             for model, evaluation, row in zip(models, evaluations, sums, strict=True):
                 row += self._add(model, batch, evaluation)
-        for model, mode in zip(models, training, strict=True):
-            model.train(mode)
+        for part, mode in zip(parts, training, strict=True):
+            part.train(mode)
         self.last = evaluations[-1]
         figures: list[dict[str, float]] = []
         rows = self.accelerator.reduce(sums, "sum").tolist()
@@ -139,8 +140,7 @@ class Detect:
         """Add a batch's detections to an evaluation; return the sums of its losses and images."""
         with self.accelerator.autocast():
             outputs: dict[str, Any] = model(batch.images, batch.mask)
-        # Processes may have unequal parts, so the loss is over this one's boxes.
-        losses = self.criterion(outputs, batch.targets, together=False)
+        losses = self.criterion(outputs, batch.targets)
         sizes = torch.tensor([target["size"] for target in batch.targets])
         images = [target["image_id"] for target in batch.targets]
         evaluation.update(images, detections(outputs, sizes))

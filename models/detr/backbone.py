@@ -16,12 +16,15 @@ class Backbone(nn.Module):
     """An image to its last feature map.
 
     Args:
-        name: ``"stem"``, or a model of timm's that gives feature maps, as ``"resnet50"``.
+        name: ``"stem"``, or a model of timm's that gives feature maps, as ``"resnet50"``
+            (``"resnet50.tv_in1k"`` has the published weights that the original starts from).
         dilation: keep twice the resolution in the last stage.
         pretrained: load published weights (downloads them).
         width: channels of the stem's map.
 
-    Batch norms of timm's models are frozen: their numbers are buffers and do not change.
+    Batch norms of timm's models are frozen: their numbers are buffers and do not change. The
+    stem, three convolutions of stride 2, has group norms over the whole map, padding included: it
+    is for images of one size.
     """
 
     def __init__(
@@ -41,7 +44,14 @@ class Backbone(nn.Module):
             body = timm.create_model(
                 name, pretrained=pretrained, features_only=True, out_indices=(-1,), **options
             )
-        except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError) as error:
+        except (
+            OSError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            AssertionError,
+        ) as error:
             raise irpe.IrpeError(f"backbone {name!r} cannot be built by timm: {error}") from error
         self.num_channels, self.stride = body.feature_info.channels()[-1], 16 if dilation else 32
         self.body = _frozen(body)
@@ -50,7 +60,7 @@ class Backbone(nn.Module):
                 parameter.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` to ``[B, num_channels, H / stride, W / stride]``."""
+        """``[B, 3, H, W]`` to ``[B, num_channels, H / stride, W / stride]``, rounded up."""
         features = self.body(images)
         return features[-1] if isinstance(features, list) else features
 

@@ -13,6 +13,9 @@ from .matcher import HungarianMatcher
 class Criterion(nn.Module):
     """Cross entropy of classes, L1 and generalized IoU of boxes, for every decoder layer.
 
+    Losses of boxes are per target. In training mode the targets of all processes are averaged, so
+    each must call it equally often; in evaluation mode processes do not wait for one another.
+
     Args:
         num_classes: object classes, "no object" left out. matcher: see ``HungarianMatcher``.
         eos_coef: weight of "no object" in the cross entropy.
@@ -37,19 +40,18 @@ class Criterion(nn.Module):
         self.register_buffer("empty_weight", weight)
 
     def forward(
-        self, outputs: dict[str, Any], targets: list[dict[str, Tensor]], together: bool = True
+        self, outputs: dict[str, Any], targets: list[dict[str, Tensor]]
     ) -> dict[str, Tensor]:
         """
         Args:
             outputs: of the model. targets: for each image labels ``[T]`` and boxes ``[T, 4]``,
-                center and size in units of the image, its padding left out.
-            together: count boxes over all processes, which must then all be here.
+                center and size in units of the image without its padding.
 
         Returns:
             loss (the weighted sum, to be differentiated), loss_ce, loss_bbox, loss_giou and, for
             decoder layer i but the last, the same with ``_i``; the parts are not weighted.
         """
-        boxes = self._boxes(targets, outputs["pred_boxes"].device, together)
+        boxes = self._boxes(targets, outputs["pred_boxes"].device)
         found: dict[str, Tensor] = {}
         total = outputs["pred_logits"].new_zeros(())
         layers = [("", outputs)]
@@ -74,7 +76,7 @@ class Criterion(nn.Module):
             for key in ("labels", "boxes")
         )
         wanted = torch.full(logits.shape[:2], self.num_classes, device=logits.device)
-        wanted[image, query] = labels
+        wanted[image, query] = labels.to(wanted)
         matched, truth = predicted[image, query], truth.to(predicted)
         overlap = generalized_box_iou_loss(
             box_convert(matched, "cxcywh", "xyxy"), box_convert(truth, "cxcywh", "xyxy")
@@ -87,11 +89,10 @@ class Criterion(nn.Module):
             "giou": overlap.sum() / boxes,
         }
 
-    @staticmethod
-    def _boxes(targets: list[dict[str, Tensor]], device: torch.device, together: bool) -> Tensor:
+    def _boxes(self, targets: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """Targets of a process on average, at least 1."""
         count = torch.tensor(float(sum(len(t["labels"]) for t in targets)), device=device)
-        if together and dist.is_available() and dist.is_initialized():
+        if self.training and dist.is_available() and dist.is_initialized():
             dist.all_reduce(count)
             count = count / dist.get_world_size()
         return count.clamp(min=1.0)

@@ -29,7 +29,8 @@ class HungarianMatcher:
         """
         Args:
             outputs: pred_logits ``[B, Q, classes + 1]``, pred_boxes ``[B, Q, 4]``.
-            targets: for each image labels ``[T]`` and boxes ``[T, 4]``, both center and size.
+            targets: for each image labels ``[T]`` and boxes ``[T, 4]``, on any device. Boxes of
+                both are center and size.
 
         Returns:
             For each image the matched queries, ascending, and their targets: int64
@@ -46,12 +47,12 @@ class HungarianMatcher:
 
     def cost(self, logits: Tensor, boxes: Tensor, target: dict[str, Tensor]) -> Tensor:
         """``[Q, T]``. What is not finite counts as very dear here, and shows in the loss."""
-        truth = target["boxes"].to(boxes)
+        truth, labels = target["boxes"].to(boxes), target["labels"].to(boxes.device)
         overlap = generalized_box_iou(
             box_convert(boxes, "cxcywh", "xyxy"), box_convert(truth, "cxcywh", "xyxy")
         )
         cost = (
-            -self.cost_class * logits.softmax(-1)[:, target["labels"]]
+            -self.cost_class * logits.softmax(-1)[:, labels]
             + self.cost_bbox * torch.cdist(boxes, truth, p=1)
             # Two boxes without area have no overlap to speak of.
             - self.cost_giou * overlap.nan_to_num(0.0)

@@ -1,6 +1,7 @@
 """DETR: feature map, transformer, classes and boxes of each object query."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -62,8 +63,8 @@ class DETR(nn.Module):
 
         Returns:
             pred_logits ``[B, Q, classes + 1]``, "no object" last; pred_boxes ``[B, Q, 4]``,
-            center x, center y, width, height in units of the padded image; and aux_outputs,
-            such a dict for each decoder layer but the last.
+            center x, center y, width, height in units of the image without its padding; and
+            aux_outputs, such a dict for each decoder layer but the last.
         """
         if mask is None:
             mask = images.new_zeros((images.shape[0], *images.shape[-2:]), dtype=torch.bool)
@@ -72,7 +73,11 @@ class DETR(nn.Module):
         mask = resized(mask, features.shape[-2:])
         pos = positions(mask).to(features.dtype)
         hs, _ = self.transformer(self.input_proj(features), mask, self.query_embed.weight, pos)
-        logits, boxes = self.class_embed(hs), self.bbox_embed(hs).sigmoid()
+        logits = self.class_embed(hs)
+        # Rounded to bfloat16, a box of a large image would be off by pixels.
+        exact = nullcontext() if hs.is_meta else torch.autocast(hs.device.type, enabled=False)
+        with exact:
+            boxes = self.bbox_embed(hs.to(self.class_embed.weight.dtype)).sigmoid()
         outputs = [{"pred_logits": a, "pred_boxes": b} for a, b in zip(logits, boxes, strict=True)]
         last: dict[str, Any] = dict(outputs[-1])
         if self.aux_loss:
@@ -135,10 +140,14 @@ def detections(outputs: dict[str, Any], sizes: Tensor) -> list[dict[str, Tensor]
 
     Returns:
         For each image scores ``[Q]``, labels ``[Q]`` and boxes ``[Q, 4]`` (x0, y0, x1, y1 in
-        pixels).
+        pixels), float32 at least.
     """
-    scores, labels = outputs["pred_logits"].softmax(-1)[..., :-1].max(-1)
-    boxes = box_convert(outputs["pred_boxes"], "cxcywh", "xyxy")
+    logits, boxes = (
+        outputs[key].to(torch.promote_types(outputs[key].dtype, torch.float32))
+        for key in ("pred_logits", "pred_boxes")
+    )
+    scores, labels = logits.softmax(-1)[..., :-1].max(-1)
+    boxes = box_convert(boxes, "cxcywh", "xyxy")
     height, width = sizes.to(boxes).unbind(1)
     boxes = boxes * torch.stack((width, height, width, height), dim=1)[:, None]
     return [

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 import irpe
@@ -19,6 +20,7 @@ from models.detr import (
     build_detr,
     detections,
 )
+from models.detr.backbone import resized
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 DETR = torch.load(FIXTURES / "detr.pt", weights_only=True)
@@ -205,6 +207,32 @@ def test_whole_model_and_its_detections():
             wanted = [(x - w / 2) * width, (y - h / 2) * height]
             wanted += [(x + w / 2) * width, (y + h / 2) * height]
             assert part["boxes"][query].tolist() == pytest.approx(wanted, rel=1e-4, abs=1e-3)
+    nothing = model(images, torch.ones_like(mask))
+    assert torch.isfinite(nothing["pred_logits"]).all() and nothing["pred_boxes"].isfinite().all()
+    meta = model.to("meta")(images.to("meta"), mask.to("meta"))
+    assert meta["pred_boxes"].shape == (2, 6, 4)
+
+
+def test_boxes_are_not_rounded_in_low_precision():
+    torch.manual_seed(0)
+    model = build_detr(
+        num_classes=5, num_queries=6, backbone="stem", hidden_dim=32, nheads=4,
+        enc_layers=1, dec_layers=2, dim_feedforward=32,
+    ).eval()  # fmt: skip
+    seen = []
+    model.bbox_embed.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(torch.rand(1, 3, 40, 56))
+    assert outputs["pred_boxes"].dtype == torch.float32
+    wanted = model.bbox_embed(seen[0].float()).sigmoid()[-1]
+    torch.testing.assert_close(outputs["pred_boxes"], wanted)
+    # Sizes are no numbers for bfloat16 either: it knows no 1333.
+    sizes = torch.tensor([[801, 1333]])
+    low = {key: outputs[key].bfloat16() for key in ("pred_logits", "pred_boxes")}
+    wanted = detections({key: value.double() for key, value in low.items()}, sizes)[0]
+    for key, value in detections(low, sizes)[0].items():
+        torch.testing.assert_close(value, wanted[key].to(value))
+        assert key == "labels" or value.dtype == torch.float32
 
 
 def test_backbones():
@@ -215,6 +243,50 @@ def test_backbones():
     assert frozen.body.conv1.weight.grad is None
     assert frozen.body.layer2[0].conv1.weight.grad is not None
     assert frozen(torch.rand(1, 3, 64, 96)).shape == (1, 512, 2, 3)
-    assert Backbone("resnet50", dilation=True)(torch.rand(1, 3, 64, 96)).shape == (1, 2048, 4, 6)
+    stem = Backbone("stem", width=48)
+    assert sum(isinstance(layer, nn.Conv2d) for layer in stem.body) == 3 and stem.stride == 8
+    assert stem(torch.rand(1, 3, 37, 64)).shape == (1, 48, 5, 8)
     with pytest.raises(irpe.IrpeError, match="resnet5000"):
         Backbone("resnet5000")
+
+
+@pytest.mark.parametrize("dilation", [False, True])
+def test_resnet_is_torchvisions(dilation):
+    """Of which the released weights are."""
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet50(
+        norm_layer=torchvision.ops.FrozenBatchNorm2d,
+        replace_stride_with_dilation=[False, False, dilation],
+    )
+    for name, numbers in theirs.named_buffers():
+        nn.init.uniform_(numbers, 0.5, 1.5 if name.endswith("var") else 1.0)
+    ours = Backbone("resnet50", dilation=dilation)
+    state = {k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")}
+    ours.body.load_state_dict(state)
+    images = torch.randn(1, 3, 65, 97)
+    wanted = images
+    for name, module in theirs.named_children():
+        if name not in ("avgpool", "fc"):
+            wanted = module(wanted)
+    assert wanted.shape[2:] == ((5, 7) if dilation else (3, 4)) and wanted.std() > 0.1
+    torch.testing.assert_close(ours(images), wanted)
+
+
+def test_without_a_network_there_are_no_weights(monkeypatch):
+    def refused(*given, **options):
+        raise FileNotFoundError("no connection, nothing in the cache")
+
+    monkeypatch.setattr("timm.create_model", refused)
+    with pytest.raises(irpe.IrpeError, match="'resnet50' cannot be built.*no connection"):
+        Backbone("resnet50", pretrained=True)
+
+
+@pytest.mark.parametrize("size", [(3, 4), (7, 5), (1, 1), (13, 20)])
+def test_a_mask_is_resized_to_the_nearest_pixel_before(size):
+    torch.manual_seed(0)
+    mask = torch.rand(2, 13, 20) < 0.5
+    found = resized(mask, size)
+    assert found.shape == (2, *size) and found.dtype == torch.bool
+    for y in range(size[0]):
+        for x in range(size[1]):
+            assert torch.equal(found[:, y, x], mask[:, y * 13 // size[0], x * 20 // size[1]])

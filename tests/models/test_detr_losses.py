@@ -96,3 +96,27 @@ def test_what_is_not_finite_shows_in_the_loss():
 def test_a_matcher_needs_a_cost():
     with pytest.raises(irpe.IrpeError, match="all costs"):
         HungarianMatcher(0, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_is_no_more_than_rounded_inputs(dtype):
+    outputs, targets = made([2, 0, 6])
+    low = {key: value.to(dtype) for key, value in outputs.items()}
+    full = {key: value.float() for key, value in low.items()}
+    small = [{"labels": t["labels"].int(), "boxes": t["boxes"].half().float()} for t in targets]
+    criterion = Criterion(CLASSES, HungarianMatcher())
+    found, wanted = criterion(low, small), criterion(full, small)
+    assert found == wanted and found["loss"].dtype == torch.float32
+
+
+def test_processes_share_their_targets_in_training_alone(monkeypatch):
+    """An evaluation deals out unequal parts; to wait for one another there would never end."""
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda count: count.add_(7))
+    outputs, targets = made([2, 3])
+    criterion = Criterion(CLASSES, HungarianMatcher())
+    both, alone = (criterion.train(mode)(outputs, targets) for mode in (True, False))
+    for name in ("loss_bbox", "loss_giou"):
+        torch.testing.assert_close(both[name] * (5 + 7) / 2, alone[name] * 5)
+    assert both["loss_ce"] == alone["loss_ce"]

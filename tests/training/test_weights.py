@@ -1,6 +1,7 @@
 """Checkpoints of others: read safely, loaded whole, or refused with the reason."""
 
 import argparse
+import json
 import os
 import pickle
 from pathlib import Path
@@ -8,8 +9,10 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from cls_command import ROOT
 from torch import nn
 
+from models.detr import build_detr
 from training.checkpoints import save_state, save_weights
 from training.errors import UserError
 from training.weights import apply_weights, read_weights
@@ -40,6 +43,25 @@ def test_torch_files(wrap, state, tmp_path: Path):
     model = network()
     apply_weights(model, read_weights(tmp_path / "a.pth"), "a.pth")
     assert all(torch.equal(model.state_dict()[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("spec", [None, "rpe-2.0-product-ctx-1-k"])
+def test_a_released_detr(spec, tmp_path: Path):
+    """A file like those of DETR and of DETR with iRPE, by their names and shapes alone."""
+    known = json.loads((ROOT / "tests" / "fixtures" / "detr_keys.json").read_text())
+    shapes = known["rpe-2.0-product-ctx-1-k"]["keys"]
+    if spec is None:
+        shapes = {name: shape for name, shape in shapes.items() if "rpe" not in name}
+        assert len(shapes) == known["none"]["n_keys"]
+    assert any(name.startswith("backbone.0.body.layer4.2.bn3.") for name in shapes)
+    state = {name: torch.full(shape, i / 8) for i, (name, shape) in enumerate(shapes.items())}
+    args = argparse.Namespace(enc_rpe2d=spec, lr=1e-4, masks=False)
+    torch.save({"model": state, "args": args, "epoch": 150}, tmp_path / "detr.pth")
+    model = build_detr(enc_rpe2d=spec)
+    apply_weights(model, read_weights(tmp_path / "detr.pth"), "detr.pth")
+    (tmp_path / "detr.pth").unlink()  # 166 MB that nobody needs
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
 
 
 def test_old_torch_format(state, tmp_path: Path):
