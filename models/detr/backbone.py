@@ -23,8 +23,7 @@ class Backbone(nn.Module):
         width: channels of the stem's map.
 
     Batch norms of timm's models are frozen: their numbers are buffers and do not change. The
-    stem, three convolutions of stride 2, has group norms over the whole map, padding included: it
-    is for images of one size.
+    stem, three convolutions of stride 2, is trained from nothing, and so are its batch norms.
     """
 
     def __init__(
@@ -70,8 +69,9 @@ def _stem(width: int) -> nn.Module:
     channels = (3, width // 2, width, width)
     for before, after in itertools.pairwise(channels):
         layers += [
-            nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False),
-            nn.GroupNorm(8 if after % 8 == 0 else 1, after),
+            # Wide enough that a feature sees 29 pixels: a small object whole.
+            nn.Conv2d(before, after, 5, stride=2, padding=2, bias=False),
+            nn.BatchNorm2d(after),
             nn.ReLU(),
         ]
     return nn.Sequential(*layers)

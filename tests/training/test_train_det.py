@@ -11,6 +11,7 @@ import pytest
 import torch
 from cls_command import ROOT
 from PIL import Image
+from processes import launch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -198,6 +199,28 @@ def test_accumulation(det, tmp_path: Path):
         assert det(*options, *more)[0] == 0
     one, two = (records(tmp_path / "runs" / name)[0] for name in ("one", "two"))
     assert one["step"] == two["step"] == 3
+
+
+def test_two_processes_give_the_numbers_of_one(scenes: Path, tmp_path: Path):
+    """Trained and evaluated: nine held-out images do not part evenly."""
+    file = scenes / "annotations" / "instances_val.json"
+    content = json.loads(file.read_text())
+    content["images"] = content["images"][:9]
+    kept = {image["id"] for image in content["images"]}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
+    (tmp_path / "nine.json").write_text(json.dumps(content))
+    results = []
+    for processes in (1, 2):
+        name = f"of{processes}"
+        arguments = [*TINY, *coco(scenes), f"--data.val_annotations={tmp_path / 'nine.json'}"]
+        arguments += ["--epochs=1", "--aug.enabled=false", "--eval_batch_size=2", "--dropout=0"]
+        arguments += ["--run.device=cpu", f"--run.output={tmp_path}", f"--run.experiment={name}"]
+        launch(processes, ROOT / "train_det.py", *arguments)
+        results.append(records(tmp_path / name)[0])
+    one, two = results
+    assert (one["count"], two["count"]) == (9, 9)
+    for key in ("train_loss", *NAMES):  # the held-out loss is a mean over batches, which differ
+        assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-6), key
 
 
 # --- bad input -----------------------------------------------------------------------------------
