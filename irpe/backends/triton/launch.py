@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .ops import like
+from .plan import like
 from .variants import variant
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import IrpeError
+from .plan import like
 
 _SETTINGS = (
     "int width, int row_use, int column_use, int mass_use, int gain_use, bool is_causal, "
@@ -25,12 +26,6 @@ _BACKWARD = (
     f"Tensor mass, {_PAIRS}, *, {_SETTINGS}, bool grad_rows, bool grad_columns) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-
-
-def like(x: Tensor) -> Tensor:
-    """Empty ``[B, H, R, D]``, laid out as the projection that follows or precedes wants it."""
-    B, H, R, D = x.shape
-    return x.new_empty(B, R, H, D).transpose(1, 2)
 
 
 def _outputs(q: Tensor, v: Tensor, ids: Tensor | None, width: int, mass_use: int) -> Any:

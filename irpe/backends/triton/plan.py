@@ -115,6 +115,12 @@ def mixed(mass: Tensor, table: Tensor) -> Tensor:
     return out.view(H, B, L, table.shape[-1]).transpose(0, 1)
 
 
+def like(x: Tensor) -> Tensor:
+    """Empty ``[B, H, R, D]``, laid out as the projection that follows or precedes wants it."""
+    B, H, R, D = x.shape
+    return x.new_empty(B, R, H, D).transpose(1, 2)
+
+
 def _same(a: BucketIds, b: BucketIds) -> bool:
     return a.geometry is b.geometry and a.function == b.function and a.by_key == b.by_key
 
