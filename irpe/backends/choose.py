@@ -69,7 +69,9 @@ def obstacle(backend: str, facts: Facts) -> str | None:
             return "an exported or transformed graph has plain operations only"
         if facts.mask_grad:
             return "it gives no gradient to the mask"
-        return triton.unsupported(facts.dtype, facts.head_dim, facts.pairs, facts.gain_maps)
+        return triton.unsupported(
+            facts.kinds, facts.dtype, facts.head_dim, facts.pairs, facts.gain_maps
+        )
     return None
 
 

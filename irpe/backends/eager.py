@@ -15,12 +15,13 @@ from torch import Tensor
 from ..buckets import BucketIds
 from ..terms import Kind, Term
 from . import reference
-from .call import Call, autocasting, expanded
+from .call import Call, added, autocasting
 
 
 def unsupported(kinds: frozenset[str]) -> str | None:
     """Why these kinds of terms cannot be computed, None if they can."""
-    return "gain terms have no backward here" if "gain" in kinds else None
+    refused = kinds & {"gain", "channels"}
+    return f"{' and '.join(sorted(refused))} terms have no backward here" if refused else None
 
 
 def attention(call: Call) -> Tensor:
@@ -44,8 +45,8 @@ class _Attention(torch.autograd.Function):
         logits = scaled.view(B * H, L, D) @ keys.view(B * H, S, D).transpose(1, 2)
         logits = logits.view(B, H, L, S)
         for (kind, buckets), table in zip(plan, tables, strict=True):
-            if kind == "bias":
-                logits += expanded(table, buckets.dense(q.device))
+            if kind in ("bias", "slope"):
+                logits += added(Term(kind, table, buckets), q)
             elif kind == "query":
                 _add_rows(logits, _times(scaled, table), buckets)
             elif kind == "key":
@@ -118,6 +119,9 @@ class _Attention(torch.autograd.Function):
         for i, (kind, buckets) in enumerate(plan):
             if kind == "bias":
                 table_grads[i] = _bias_grad(flow, buckets.dense(q.device), tables[i])
+            elif kind == "slope":
+                if ctx.needs_input_grad[5 + i]:  # ALiBi's never does
+                    table_grads[i] = _slope_grad(flow, buckets, tables[i])
             elif kind in ("query", "key"):
                 own, content, length = (
                     (grad_q, queries, L) if kind == "query" else (grad_k, keys, S)
@@ -197,6 +201,14 @@ def _bias_grad(flow: Tensor, ids: Tensor, table: Tensor) -> Tensor:
     sums = torch.zeros(*flow.shape[:2], table.shape[-1], dtype=wide, device=flow.device)
     index = ids.flatten(1).unsqueeze(1).expand_as(flow)
     return sums.scatter_add_(-1, index, flow.to(wide)).sum(0).to(table.dtype)
+
+
+def _slope_grad(flow: Tensor, buckets: BucketIds, table: Tensor) -> Tensor:
+    wide = torch.promote_types(flow.dtype, torch.float32)
+    far = buckets.distances(flow.device, wide)
+    far = far.unsqueeze(1) if far.dim() == 3 else far
+    sums = (flow.to(wide) * far).sum((0, 2, 3)).unsqueeze(-1)
+    return (sums.sum(0, keepdim=True) if table.shape[0] == 1 else sums).to(table.dtype)
 
 
 def _drop(x: Tensor, keep: Tensor, p: float, out: Tensor | None = None) -> Tensor:
