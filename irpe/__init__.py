@@ -12,6 +12,7 @@ from .functional import attention, explain, lookup
 from .geometry import Geometry, Grid, Sequence
 from .hosts import attach, detach, located, param_groups
 from .layers import RPEAttention
+from .linear import LinearState, linear_attention, linear_step
 from .spec import RPE, Spec, parse
 from .terms import Term
 
@@ -22,6 +23,7 @@ __all__ = [
     "Geometry",
     "Grid",
     "IrpeError",
+    "LinearState",
     "RPE",
     "RPEAttention",
     "Sequence",
@@ -35,6 +37,8 @@ __all__ = [
     "detach",
     "explain",
     "hooks",
+    "linear_attention",
+    "linear_step",
     "located",
     "lookup",
     "param_groups",

@@ -59,7 +59,7 @@ def attention(
     call = _validated(q, k, v, terms, mask, is_causal, dropout_p, scale)
     facts = Facts.of(call)
     name = _resolve(backend, facts)
-    with _without_autocast(q.device.type):
+    with without_autocast(q.device.type):
         return _RUN[name](call)
 
 
@@ -249,8 +249,8 @@ def _named(value: object) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
-def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
-    # The call is cast by now; what follows chooses its own precision.
+def without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
+    """Autocast off, for what chooses its own precision."""
     if autocasting(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()

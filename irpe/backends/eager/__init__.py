@@ -16,7 +16,7 @@ from ...buckets import BucketIds
 from ...terms import Kind, Term
 from .. import reference
 from ..call import Call, added, autocasting, expanded
-from .content import Multipliers, content, content_grads, gain_grads
+from .content import Multipliers, content_grads, content_logits, gain_grads
 from .rows import add_rows, add_times, bias_grad, outer, slope_grad, sum_rows, times
 
 
@@ -44,7 +44,7 @@ class _Attention(torch.autograd.Function):
         channels, gains = _of(plan, tables, "channels"), _of(plan, tables, "gain")
         scaled = torch.mul(q, call.scale, out=q.new_empty(q.shape))  # contiguous, in one pass
         keys, values = k.contiguous(), v.contiguous()
-        logits = content(scaled, keys, channels)
+        logits = content_logits(scaled, keys, channels)
         for buckets, table in gains:
             logits *= expanded(table, buckets.dense(q.device))
         for (kind, buckets), table in zip(plan, tables, strict=True):

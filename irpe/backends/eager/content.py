@@ -16,7 +16,7 @@ CHUNK = 2**20  # numbers [B, H, rows, S, D] at a time
 Multipliers = Sequence[tuple[BucketIds, Tensor]]
 
 
-def content(q: Tensor, k: Tensor, channels: Multipliers) -> Tensor:
+def content_logits(q: Tensor, k: Tensor, channels: Multipliers) -> Tensor:
     """Logits ``[B, H, L, S]`` of contiguous q and k."""
     (B, H, L, D), S = q.shape, k.shape[-2]
     if not channels:
@@ -65,7 +65,7 @@ def gain_grads(
 
     q is scaled, as in the forward pass: the content is computed again, and not kept.
     """
-    inner = content(q, k, channels)
+    inner = content_logits(q, k, channels)
     factors = [expanded(table, buckets.dense(q.device)) for buckets, table in gains]
     tables = []
     for n, (buckets, table) in enumerate(gains):
