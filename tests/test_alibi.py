@@ -114,7 +114,7 @@ def test_two_channels_hold_a_position(dtype, last, H, D):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("H", [8, 12])
 def test_low_precision(H, dtype, start):
-    """As good as a bias added in float32, also where a position alone does not fit into the dtype."""
+    """As good as a bias in float32, also where a position alone does not fit into the dtype."""
     L, D = 200, 60
     low = [torch.randn(1, H, L, D).to(dtype).requires_grad_() for _ in range(3)]
     high = [x.detach().double().requires_grad_() for x in low]
