@@ -29,11 +29,10 @@ def attention(call: Call) -> Tensor:
             flat = term.buckets.flat(q.device).expand(*rows.shape[:2], -1)
             value = rows.gather(-1, flat).view(*rows.shape[:2], q.shape[-2], k.shape[-2])
         bias = value if bias is None else bias + value
-    causal = False
-    if call.is_causal and call.mask is None and bias is None and not torch.jit.is_tracing():
-        # torch's own causal mask costs no memory; where L = S it hides the same keys.
-        if q.shape[-2] == k.shape[-2]:  # sizes may be symbols
-            causal = True
+    causal, alone = False, call.is_causal and call.mask is None and bias is None
+    # torch's own causal mask costs no memory; where L = S it hides the same keys.
+    if alone and not torch.jit.is_tracing() and q.shape[-2] == k.shape[-2]:
+        causal = True  # and no symbol, as the comparison of sizes may be
     mask, dead = (None, None) if causal else call.merged_mask()
     if bias is None:
         bias = mask
