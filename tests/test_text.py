@@ -120,3 +120,47 @@ def test_every_encoding_is_tried():
 
     tried = {case[0].partition(",")[0] for case in CASES}
     assert tried == set(NAMES) - {"sinusoidal", "learned", "pia"}  # which are in test_absolute.py
+
+
+@pytest.mark.parametrize("block", [1, 2, 3])
+def test_causal_attention_in_blocks_of_queries(block, monkeypatch):
+    """What eager does with long causal calls, on short ones: all of the loops' causal cases."""
+    import test_attention as images
+
+    from irpe.backends import eager
+
+    monkeypatch.setattr(eager, "BLOCK", block)
+    parts = []
+    whole = eager._whole
+    monkeypatch.setattr(eager, "_whole", lambda *given: parts.append(given) or whole(*given))
+    for number, (_, _, options) in enumerate(CASES):
+        if options.get("causal"):
+            test_against_loops(number, "eager")
+    for name, (_, _, options) in images.CASES.items():
+        if options.get("causal"):
+            images.test_against_loops(name, "eager")
+    shapes = [(call.q.shape[2], k.shape[2]) for call, k, _ in parts]
+    assert len(parts) > 50 and min(keys for _, keys in shapes) <= 2 + block
+
+
+def test_causal_blocks_drop_out_and_differentiate_twice(monkeypatch):
+    from irpe.backends import eager
+
+    monkeypatch.setattr(eager, "BLOCK", 2)
+    (module,) = modules("shaw,clip=2,on=kv", 2, 4, False).values()
+    terms = module.terms(irpe.Sequence(6))
+    q, k, v = (torch.randn(1, 2, 6, 4, dtype=F64, requires_grad=True) for _ in range(3))
+
+    def call(*inputs):
+        torch.manual_seed(4)
+        given = {"is_causal": True, "dropout_p": 0.3, "backend": "eager"}
+        return irpe.attention(*inputs[:3], terms, **given)
+
+    inputs = (q, k, v, *module.parameters())
+    assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
+    many = [x.detach().expand(3000, -1, -1, -1) for x in (q, k, v)]
+    out = irpe.attention(*many, terms, is_causal=True, dropout_p=0.3, backend="eager")
+    wanted = irpe.attention(q, k, v, terms, is_causal=True, backend="reference")[0]
+    spread = out.std(0) / 3000**0.5
+    assert ((out.mean(0) - wanted).abs() < 5 * spread + 1e-9).all()

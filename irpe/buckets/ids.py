@@ -33,11 +33,13 @@ class BucketIds:
         geometry: where the tokens are.
         by_key: offsets are key - query instead of query - key, and a row of numbers per bucket
             belongs to the key: the form that the query table's counterpart, ``rpe_q``, needs.
+        block: (start, stop, keys): only the queries from start to stop, and the first keys.
     """
 
     function: BucketFunction
     geometry: Geometry
     by_key: bool = False
+    block: tuple[int, int, int] | None = None
 
     @property
     def size(self) -> int:
@@ -47,7 +49,13 @@ class BucketIds:
     def dense(self, device: torch.device) -> Tensor:
         """Ids int64 ``[L, S]``, or ``[B, L, S]`` where each sample has positions of its own."""
         key = ("dense", self.function, self.by_key, device)
-        return self.geometry.remember(key, lambda: self._dense(device))
+        return self._cut(self.geometry.remember(key, lambda: self._dense(device)))
+
+    def _cut(self, pairs: Tensor) -> Tensor:
+        if self.block is None:
+            return pairs
+        start, stop, keys = self.block
+        return pairs[..., start:stop, :keys]
 
     def _dense(self, device: torch.device) -> Tensor:
         geometry = self.geometry
@@ -62,11 +70,13 @@ class BucketIds:
 
         The rows are the queries', with ``by_key`` the keys' (``[B, H, S * N]``).
         """
-        key = ("flat", self.function, self.by_key, device)
+        key = ("flat", self.function, self.by_key, self.block, device)
         return self.geometry.remember(key, lambda: self._flat(device))
 
     def _flat(self, device: torch.device) -> Tensor:
-        ids = self._dense(device)  # not remembered: who needs the flat form does not need both
+        # The whole is not remembered, since who needs the flat form does not need both; the
+        # blocks are cut from one that is.
+        ids = self._dense(device) if self.block is None else self.dense(device)
         rows = torch.arange(ids.shape[-1 if self.by_key else -2], device=device) * self.size
         ids = ids + (rows if self.by_key else rows.unsqueeze(-1))
         return ids.reshape(-1, 1, ids.shape[-2] * ids.shape[-1])
@@ -80,7 +90,7 @@ class BucketIds:
     def distances(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Euclidean distances ``[L, S]``, or ``[B, L, S]``; of pairs with a prefix token 0."""
         key = ("distances", device, dtype)
-        return self.geometry.remember(key, lambda: self._distances(device, dtype))
+        return self._cut(self.geometry.remember(key, lambda: self._distances(device, dtype)))
 
     def _distances(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         geometry = self.geometry

@@ -7,6 +7,7 @@ the query does: nothing is transposed.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,10 +20,36 @@ from ..call import Call, added, autocasting, expanded
 from .content import Multipliers, content_grads, content_logits, gain_grads
 from .rows import add_rows, add_times, bias_grad, outer, slope_grad, sum_rows, times
 
+BLOCK = 128  # queries, at least, that go together where attention is causal
+
 
 def attention(call: Call) -> Tensor:
     """``[B, H, L, D]``."""
     k, v = call.grouped()
+    early = k.shape[-2] - call.q.shape[-2]
+    if not call.is_causal or early < 0 or call.q.shape[-2] < 2 * BLOCK:
+        return _whole(call, k, v)
+    # Later keys are hidden anyway: queries go in blocks, each with the keys that its last one sees.
+    length = call.q.shape[-2]
+    step = max(BLOCK, -(-length // 8))
+    parts = []
+    for start in range(0, length, step):
+        stop = min(start + step, length)
+        keys = early + stop
+        terms = tuple(
+            Term(t.kind, t.table, replace(t.buckets, block=(start, stop, keys))) for t in call.terms
+        )
+        mask = call.mask
+        if mask is not None:
+            mask = mask[..., start:stop, :] if mask.dim() > 1 and mask.shape[-2] > 1 else mask
+            mask = mask[..., :keys] if mask.shape[-1] > 1 else mask
+        own, seen = call.q[:, :, start:stop], (k[:, :, :keys], v[:, :, :keys])
+        part = Call(own, *seen, terms, mask, True, call.dropout_p, call.scale)
+        parts.append(_whole(part, *seen))
+    return torch.cat(parts, 2)
+
+
+def _whole(call: Call, k: Tensor, v: Tensor) -> Tensor:
     plan = [(term.kind, term.buckets) for term in call.terms]
     return _Attention.apply(call, plan, call.q, k, v, *(t.table for t in call.terms))
 
