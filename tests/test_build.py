@@ -125,8 +125,13 @@ def test_input_embeddings_on_the_meta_device_first(spec):
     assert torch.isfinite(out).all() and out.std() > 0
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("spec", ON_ATTENTION)
+@pytest.mark.parametrize(
+    ("spec", "causal"),
+    [
+        *((spec, False) for spec in ON_ATTENTION),
+        *((spec, True) for spec in ("rope", "alibi", "t5,buckets=8,max=20", "huang3,clip=3")),
+    ],
+)
 def test_compiled(spec, causal):
     """One graph, forward and backward, with the geometry made inside of it or outside."""
     layer, outside = layer_of(spec, causal), place(spec)
@@ -187,9 +192,16 @@ class Model(nn.Module):
         return self.layer(x, irpe.Sequence(x.shape[1]))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("spec", [s for s in ON_ATTENTION if 1 in irpe.parse(s).axes])
+@pytest.mark.parametrize(
+    ("spec", "causal", "dynamic"),
+    [
+        *((spec, True, True) for spec in ON_ATTENTION if spec not in ON_GRID),
+        ("rope", False, False),
+        ("alibi", False, True),
+        ("alibi", True, False),
+        ("t5,buckets=8,max=20", False, True),
+    ],
+)
 def test_exported(spec, causal, dynamic):
     dim = DIM.get(spec, 12)
     model, x = Model(layer_of(spec, causal)), torch.randn(2, 9, dim, dtype=F64)
