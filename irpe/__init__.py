@@ -1,8 +1,9 @@
-"""Relative position encodings for vision transformers.
+"""Relative position encodings for vision transformers, and for texts.
 
 Data flows one way: geometry -> buckets -> terms -> attention. See ``irpe.parse`` for specs,
-``irpe.Grid`` for geometry, ``irpe.attention`` for the function, ``irpe.RPEAttention`` for a layer
-and ``irpe.attach`` to equip a model that exists already.
+``irpe.Grid`` and ``irpe.Sequence`` for geometry, ``irpe.attention`` for the function,
+``irpe.RPEAttention`` for a layer, ``irpe.build`` and ``irpe.hooks`` for one of your own, and
+``irpe.attach`` to equip a model that exists already.
 """
 
 from .buckets import bucket_ids

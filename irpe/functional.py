@@ -214,18 +214,7 @@ def _check_term(term: Term, q: Tensor, k: Tensor, v: Tensor) -> None:
             f"{name} is {list(table.shape)}, but q {list(q.shape)} and {N} buckets "
             f"need [1, {wanted}] or [{H}, {wanted}]"
         )
-    if torch.jit.is_tracing():  # sizes are tensors there, and comparing them would be recorded
-        return
-    geometry = buckets.geometry
-    if geometry.query_length != q.shape[2] or geometry.key_length != k.shape[2]:
-        raise IrpeError(
-            f"{geometry!r} has {geometry.query_length} queries and {geometry.key_length} keys, "
-            f"but q has L={q.shape[2]} and k has S={k.shape[2]}"
-        )
-    if geometry.batch not in (None, q.shape[0]):
-        raise IrpeError(
-            f"positions for {geometry.batch} samples do not match a batch of {q.shape[0]}"
-        )
+    buckets.geometry.check(q.shape[0], q.shape[2], k.shape[2])
 
 
 def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> None:

@@ -185,11 +185,6 @@ def _rotated(
             f"rotary={rotary!r} with geometry={geometry!r}: pass an encoding, as "
             'irpe.build("rope", ...)["rope"], and where the tokens are'
         )
-    if (geometry.query_length, geometry.key_length) != (fq.shape[-2], fk.shape[-2]):
-        raise IrpeError(
-            f"{geometry!r} has {geometry.query_length} queries and {geometry.key_length} keys, "
-            f"but q has L={fq.shape[-2]} and k has S={fk.shape[-2]}"
-        )
     rq, rk = rotary.transform(fq, fk, geometry)
     if rq.shape != fq.shape or rotary.terms(geometry):
         raise IrpeError(f"{rotary} does not rotate: linear attention takes rotary encodings only")

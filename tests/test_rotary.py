@@ -357,8 +357,31 @@ def test_positions_on_other_axes(spec, geometry, says):
     with pytest.raises(irpe.IrpeError) as caught:
         module.transform(x, x, geometry)
     assert all(part in str(caught.value) for part in says)
-    with pytest.raises(irpe.IrpeError, match="16"):
-        module.transform(torch.randn(1, 2, 6, 16), x, irpe.Grid(2, 3))
+    place = irpe.Sequence(6) if spec == "rope" else irpe.Grid(2, 3)
+    with pytest.raises(irpe.IrpeError, match="8.*1, 2, 6, 16"):
+        module.transform(torch.randn(1, 2, 6, 16), x, place)
+
+
+@pytest.mark.parametrize("spec", ["rope", "rope-mixed", "alibi", "pia", "sinusoidal", "learned"])
+def test_tokens_that_do_not_match_their_positions(spec):
+    """One position is not that of all, nor one sample's that of another batch."""
+    (module,) = irpe.build(spec, dim=16, num_heads=2, causal=True).values()
+    grid = spec == "rope-mixed"
+    x, y = torch.randn(3, 6, 16), torch.randn(3, 2, 6, 8)
+    for geometry, says in (
+        (irpe.Grid(1, 1) if grid else irpe.Sequence(1), "1 queries.*L=6"),
+        (
+            irpe.Grid(9, 9, positions=torch.arange(24).view(2, 6, 2) % 9)
+            if grid
+            else irpe.Sequence(6, positions=torch.arange(12).view(2, 6)),
+            "2 samples.*batch of 3",
+        ),
+    ):
+        hook = {"pia": lambda g: module.inputs(x, x, g)}.get(
+            spec, lambda g: (module.embed(x, g), module.transform(y, y, g))
+        )
+        with pytest.raises(irpe.IrpeError, match=says):
+            hook(geometry)
 
 
 def test_rotation_oracle_is_the_spec():

@@ -84,7 +84,9 @@ class SinusoidalEmbedding(Encoding):
         self.spec, self.dim = spec, dim
 
     def embed(self, x: Tensor, geometry: Geometry) -> Tensor:
-        return x + waves(self.spec, self.dim, geometry, x)[0]
+        on_x, _ = waves(self.spec, self.dim, geometry, x)
+        geometry.check(x.shape[0], x.shape[1])
+        return x + on_x
 
     def extra_repr(self) -> str:
         return f"{self.spec}, dim={self.dim}"
@@ -122,6 +124,7 @@ class LearnedEmbedding(Encoding):
     def embed(self, x: Tensor, geometry: Geometry) -> Tensor:
         _check_one_axis(self.spec, geometry)
         self._check(geometry)
+        geometry.check(x.shape[0], x.shape[1])
         positions = geometry.positions(x.device)[0].squeeze(-1)
         rows = F.embedding(positions, self.table()).to(x.dtype)
         return x + F.pad(rows, (0, 0, geometry.prefix, 0))
@@ -171,6 +174,7 @@ class PositionInfused(Encoding):
 
     def inputs(self, xq: Tensor, xk: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
         on_q, on_k = self.waves(geometry, xq)
+        geometry.check(xq.shape[0], xq.shape[1], xk.shape[1])
         return xq + on_q, xk + on_k
 
     def extra_repr(self) -> str:

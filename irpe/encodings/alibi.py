@@ -87,6 +87,7 @@ class LinearBias(Encoding):
                     f"but {name} is {list(x.shape)}"
                 )
         self._check(geometry)
+        geometry.check(q.shape[0], q.shape[2], k.shape[2])
 
         def build() -> tuple[Tensor, Tensor]:
             # slope / scale = 2 ** exponent * rest with rest in [1, 2): the query has the first,

@@ -41,7 +41,6 @@ class Rotary(Encoding):
 
         Float64 for a tensor ``like`` that, float32 for all others.
         """
-        check_axes(self.spec, geometry)
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
 
         def build() -> tuple[Tensor, Tensor]:
@@ -54,8 +53,13 @@ class Rotary(Encoding):
         return tables
 
     def transform(self, q: Tensor, k: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-        if q.shape[-1] != self.head_dim:
-            raise IrpeError(f"{self.spec} was built for head_dim={self.head_dim}, not {q.shape}")
+        check_axes(self.spec, geometry)
+        geometry.check(q.shape[0], q.shape[2], k.shape[2])
+        if q.shape[-1] != self.head_dim or k.shape[-1] != self.head_dim:
+            raise IrpeError(
+                f"{self.spec} was built for head_dim={self.head_dim}, "
+                f"not q {list(q.shape)} and k {list(k.shape)}"
+            )
         (cos_q, sin_q), (cos_k, sin_k) = (t.unbind(0) for t in self.tables(geometry, q))
         layout = self.spec.layout
         return rotate(q, cos_q, sin_q, layout), rotate(k, cos_k, sin_k, layout)
@@ -98,6 +102,7 @@ class MixedRotary(Encoding):
 
     def transform(self, q: Tensor, k: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
         check_axes(self.spec, geometry)
+        geometry.check(q.shape[0], q.shape[2], k.shape[2])
         _, heads, planes = self.frequencies.shape
         for name, x in (("q", q), ("k", k)):
             if x.shape[1] != heads or x.shape[-1] != 2 * planes:
@@ -147,6 +152,6 @@ def check_axes(spec: Rope | RopeAxial | RopeMixed, geometry: Geometry) -> None:
     if geometry.axes not in spec.axes:
         other = "rope" if geometry.axes == 1 else "rope-axial or rope-mixed"
         raise IrpeError(
-            f"{spec} needs positions on {spec.axes[0]} axes, but {geometry!r} has "
-            f"{geometry.axes}: {other} would do"
+            f"{spec} needs positions of {spec.axes[0]} numbers, not of {geometry.axes} as in "
+            f"{geometry!r}: {other} would do"
         )

@@ -1,4 +1,4 @@
-"""Where tokens are: integer positions of queries and keys, and the prefix tokens before them.
+"""What all geometries are: positions of queries and keys, and the prefix tokens before them.
 
 Shapes: L queries and S keys, prefix tokens included; A axes (2 for images: row, column).
 """
@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import IrpeError
+from ..errors import IrpeError
 
 
 class Geometry:
     """Positions of the queries and of the keys of one attention call.
 
     Args:
-        query: integer positions ``[L', A]`` or, for each sample its own, ``[B, L', A]``.
+        query: positions ``[L', A]`` or, for each sample its own, ``[B, L', A]``: integers, or
+            fractions for encodings without tables.
         key: positions of the keys; ``None``: the queries themselves.
         prefix: tokens without a position (class token, registers) before the queries.
         key_prefix: the same before the keys; ``None``: as before the queries.
@@ -45,8 +46,8 @@ class Geometry:
     def _set_prefix(self, prefix: int, key_prefix: int | None) -> None:
         self.prefix = prefix
         self.key_prefix = prefix if key_prefix is None else key_prefix
-        _check_size("prefix", self.prefix, least=0)
-        _check_size("key_prefix", self.key_prefix, least=0)
+        check_size("prefix", self.prefix, least=0)
+        check_size("key_prefix", self.key_prefix, least=0)
         self._memo: dict[Hashable, Any] = {}
 
     def _count(self) -> int:
@@ -119,6 +120,23 @@ class Geometry:
         query, key = (p if p.is_floating_point() else p.long() for p in (query, key))
         return query.unsqueeze(-2) - key.unsqueeze(-3)
 
+    def check(self, batch: int, queries: int, keys: int | None = None) -> None:
+        """Raises IrpeError where tokens do not match the positions.
+
+        Args:
+            batch: B. queries: L. keys: S; None: not looked at.
+        """
+        if torch.jit.is_tracing():  # sizes are tensors there, and comparing them is recorded
+            return
+        keys = self.key_length if keys is None else keys
+        if self.query_length != queries or self.key_length != keys:
+            raise IrpeError(
+                f"{self!r} has {self.query_length} queries and {self.key_length} keys, "
+                f"but the tokens are L={queries} and S={keys}"
+            )
+        if self.batch not in (None, batch):
+            raise IrpeError(f"positions for {self.batch} samples do not match a batch of {batch}")
+
     def remember(self, key: Hashable, build: Callable[[], Any]) -> Any:
         """The value of ``build()``, made once for this geometry.
 
@@ -145,135 +163,12 @@ class Geometry:
         )
 
 
-class Grid(Geometry):
-    """Patches of an image, row by row: token ``prefix + row * width + column``.
-
-    Args:
-        height, width: patches in a column and in a row (not pixels).
-        prefix: class token and registers, before the patches.
-        positions: integer (row, column) of the tokens there are, ``[L', 2]`` or ``[B, L', 2]``,
-            where they are not the whole grid (patches dropped at random, images of several shapes
-            in one batch).
-
-    Raises:
-        IrpeError: for sizes that are not positive, or positions of a wrong shape.
-    """
-
-    def __init__(
-        self, height: int, width: int, prefix: int = 0, *, positions: Tensor | None = None
-    ) -> None:
-        _check_size("height", height)
-        _check_size("width", width)
-        self.height, self.width = height, width
-        if positions is not None:
-            super().__init__(positions, prefix=prefix)
-            if positions.is_floating_point():
-                raise IrpeError(f"positions on a grid are integers, not {positions.dtype}")
-            if positions.shape[-1] != 2:
-                raise IrpeError(
-                    f"positions on a grid are (row, column), not {positions.shape[-1]} numbers"
-                )
-        else:
-            self._query = self._key = None
-            self._set_prefix(prefix, None)
-
-    def select(self, indices: Tensor) -> "Grid":
-        """The grid of the patches kept.
-
-        Args:
-            indices: ``[L']`` or ``[B, L']``, counted row by row without the prefix.
-        """
-        if self._query is not None:
-            raise IrpeError("select() needs a whole grid; this one holds a selection already")
-        if not isinstance(indices, Tensor) or indices.dim() not in (1, 2):
-            shape = list(indices.shape) if isinstance(indices, Tensor) else indices
-            raise IrpeError(f"indices are a tensor [L'] or [B, L'], not {shape!r}")
-        if indices.is_floating_point() or indices.dtype == torch.bool:
-            raise IrpeError(f"indices are integers, not {indices.dtype}")
-        rows = torch.div(indices, self.width, rounding_mode="floor")
-        positions = torch.stack((rows, indices - rows * self.width), dim=-1)
-        return Grid(self.height, self.width, self.prefix, positions=positions)
-
-    @property
-    def whole(self) -> bool:
-        """Whether all patches are there, row by row."""
-        return self._query is None
-
-    @property
-    def axes(self) -> int:
-        return 2
-
-    def _count(self) -> int:
-        return self.height * self.width
-
-    def _made(self, device: torch.device) -> Tensor:
-        rows = torch.arange(self.height, device=device).unsqueeze(1).expand(-1, self.width)
-        columns = torch.arange(self.width, device=device).expand(self.height, -1)
-        return torch.stack((rows, columns), dim=-1).flatten(0, 1)
-
-    def __repr__(self) -> str:
-        selected = "" if self._query is None else f", positions={list(self._query.shape)}"
-        return f"Grid({self.height}, {self.width}, prefix={self.prefix}{selected})"
-
-
-class Sequence(Geometry):
-    """Tokens of a text at positions 0 to length - 1, or at explicit positions.
-
-    Args:
-        length: number of tokens, prefix left out.
-        prefix: tokens without a position, before the others.
-        positions: ``[length]`` or ``[B, length]`` where they are not 0 to length - 1. They may
-            have gaps, start anywhere and, for rotary and sinusoidal encodings, be fractions.
-        keys: positions of the keys, ``[S]`` or ``[B, S]``, where they are not the queries
-            (cached tokens, decoding).
-        key_prefix: tokens without a position before the keys; ``None``: as before the queries.
-    """
-
-    def __init__(
-        self,
-        length: int,
-        prefix: int = 0,
-        *,
-        positions: Tensor | None = None,
-        keys: Tensor | None = None,
-        key_prefix: int | None = None,
-    ) -> None:
-        _check_size("length", length)
-        self.length = length
-        for given in (positions, keys):
-            if given is not None and not isinstance(given, Tensor):
-                raise IrpeError(f"positions are a tensor [L] or [B, L], not {given!r}")
-        if positions is None and keys is None:
-            self._query = self._key = None
-            self._set_prefix(prefix, key_prefix)
-            return
-        if positions is None:
-            positions = torch.arange(length, device="cpu")
-        if positions.shape[-1] != length:
-            raise IrpeError(f"length={length} does not match positions {list(positions.shape)}")
-        super().__init__(
-            positions.unsqueeze(-1),
-            None if keys is None else keys.unsqueeze(-1),
-            prefix=prefix,
-            key_prefix=key_prefix,
-        )
-
-    @property
-    def axes(self) -> int:
-        return 1
-
-    def _count(self) -> int:
-        return self.length
-
-    def _made(self, device: torch.device) -> Tensor:
-        return torch.arange(self.length, device=device).unsqueeze(-1)
-
-
 def _each(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _check_size(name: str, size: object, least: int = 1) -> None:
+def check_size(name: str, size: object, least: int = 1) -> None:
+    """Raises IrpeError for what is no integer, or a smaller one."""
     if torch.jit.is_tracing():  # sizes are tensors there
         return
     integer = isinstance(size, int | torch.SymInt | Integral) and not isinstance(size, bool)
