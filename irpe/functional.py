@@ -59,7 +59,7 @@ def attention(
     call = _validated(q, k, v, terms, mask, is_causal, dropout_p, scale)
     facts = Facts.of(call)
     name = _resolve(backend, facts)
-    with _without_autocast(q.device.type):
+    with without_autocast(q.device.type):
         return _RUN[name](call)
 
 
@@ -179,7 +179,9 @@ def _validated(
     if autocasting(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        terms = tuple(Term(t.kind, t.table.to(dtype), t.buckets) for t in terms)
+        terms = tuple(
+            t if t.kind == "slope" else Term(t.kind, t.table.to(dtype), t.buckets) for t in terms
+        )
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != dtype or tensor.device != q.device:
             raise IrpeError(
@@ -196,31 +198,23 @@ def _validated(
 
 def _check_term(term: Term, q: Tensor, k: Tensor, v: Tensor) -> None:
     name, table, buckets = f"the {term.kind} table", term.table, term.buckets
-    if table.dtype != q.dtype or table.device != q.device:
+    fits = table.is_floating_point() if term.kind == "slope" else table.dtype == q.dtype
+    if not fits or table.device != q.device:
         raise IrpeError(
             f"{name} is {table.dtype} on {table.device}, but q is {q.dtype} on {q.device}: "
             f"move the module with .to() or use autocast"
         )
     H, D, N = q.shape[1], q.shape[3], buckets.size
-    shape = {"query": (D, N), "key": (D, N), "value": (N, v.shape[3])}.get(term.kind, (N,))
+    shape = {
+        "query": (D, N), "key": (D, N), "channels": (D, N), "value": (N, v.shape[3]), "slope": (1,)
+    }.get(term.kind, (N,))  # fmt: skip
     if table.dim() != 1 + len(shape) or table.shape[0] not in (1, H) or table.shape[1:] != shape:
         wanted = ", ".join(str(n) for n in shape)
         raise IrpeError(
             f"{name} is {list(table.shape)}, but q {list(q.shape)} and {N} buckets "
             f"need [1, {wanted}] or [{H}, {wanted}]"
         )
-    if torch.jit.is_tracing():  # sizes are tensors there, and comparing them would be recorded
-        return
-    geometry = buckets.geometry
-    if geometry.query_length != q.shape[2] or geometry.key_length != k.shape[2]:
-        raise IrpeError(
-            f"{geometry!r} has {geometry.query_length} queries and {geometry.key_length} keys, "
-            f"but q has L={q.shape[2]} and k has S={k.shape[2]}"
-        )
-    if geometry.batch not in (None, q.shape[0]):
-        raise IrpeError(
-            f"positions for {geometry.batch} samples do not match a batch of {q.shape[0]}"
-        )
+    buckets.geometry.check(q.shape[0], q.shape[2], k.shape[2])
 
 
 def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> None:
@@ -244,8 +238,8 @@ def _named(value: object) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
-def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
-    # The call is cast by now; what follows chooses its own precision.
+def without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
+    """Autocast off, for what chooses its own precision."""
     if autocasting(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()

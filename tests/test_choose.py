@@ -39,7 +39,10 @@ GPU = Facts(
         ("reference", {"traced": True}),
         ("eager", {"device": "cpu", "no_triton": "no GPU"}),
         ("reference", {"device": "cpu", "no_triton": "no GPU", "compiled": True}),
-        ("reference", {"device": "cpu", "no_triton": "no GPU", "kinds": frozenset({"gain"})}),
+        ("eager", {"device": "cpu", "no_triton": "no GPU", "kinds": frozenset({"gain"})}),
+        ("eager", {"device": "cpu", "no_triton": "no GPU", "kinds": frozenset({"channels"})}),
+        ("sdpa", {"kinds": frozenset({"slope"})}),
+        ("eager", {"kinds": frozenset({"channels", "query"})}),
     ],
 )
 def test_choice(backend, changed):
@@ -66,6 +69,8 @@ def test_what_was_not_measured_says_so():
         ({"dtype": torch.float64}, "not in torch.float64"),
         ({"pairs": 2**31}, "2**31"),
         ({"gain_maps": 2}, "more than one bucket function"),
+        ({"kinds": frozenset({"slope", "query"})}, "no slope terms"),
+        ({"kinds": frozenset({"slope", "channels"})}, "no channels and slope terms"),
     ],
 )
 def test_what_triton_cannot_do(changed, reason):
