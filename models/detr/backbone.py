@@ -66,7 +66,7 @@ class Backbone(nn.Module):
 
 def _stem(width: int) -> nn.Module:
     layers: list[nn.Module] = []
-    channels = (3, width // 2, width, width)
+    channels = (3, width // 4, width // 2, width)
     for before, after in itertools.pairwise(channels):
         layers += [
             # Wide enough that a feature sees 29 pixels: a small object whole.
