@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TILES
 from torch import nn
 
 import irpe
@@ -47,7 +48,7 @@ def inputs(height=5, width=7, batch=2):
     )
 
 
-@pytest.mark.parametrize("backend", ["reference", "eager", "sdpa", "auto"])
+@pytest.mark.parametrize("backend", ["reference", "eager", *TILES, "sdpa", "auto"])
 @pytest.mark.parametrize("name", DETR["cases"])
 def test_official_numbers(name, backend):
     case = DETR["cases"][name]

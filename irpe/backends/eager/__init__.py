@@ -7,15 +7,18 @@ the query does: nothing is transposed.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..buckets import BucketIds
-from ..terms import Kind, Term
-from . import reference
-from .call import Call, autocasting, expanded
+from ...buckets import BucketIds
+from ...terms import Kind, Term
+from .. import reference
+from ..call import Call, autocasting, expanded
+from . import tiled
+from .rows import add_rows, add_times, bias_grad, outer, sum_rows, times
 
 
 def unsupported(kinds: frozenset[str]) -> str | None:
@@ -27,7 +30,8 @@ def attention(call: Call) -> Tensor:
     """``[B, H, L, D]``."""
     k, v = call.grouped()
     plan = [(term.kind, term.buckets) for term in call.terms]
-    return _Attention.apply(call, plan, call.q, k, v, *(t.table for t in call.terms))
+    function = _Tiled if tiled.serves(call) else _Attention
+    return function.apply(call, plan, call.q, k, v, *(t.table for t in call.terms))
 
 
 Plan = Sequence[tuple[Kind, BucketIds]]
@@ -47,9 +51,9 @@ class _Attention(torch.autograd.Function):
             if kind == "bias":
                 logits += expanded(table, buckets.dense(q.device))
             elif kind == "query":
-                _add_rows(logits, _times(scaled, table), buckets)
+                add_rows(logits, times(scaled, table), buckets)
             elif kind == "key":
-                _add_rows(logits, _times(keys, table * call.scale), buckets)
+                add_rows(logits, times(keys, table * call.scale), buckets)
         mask, dead = call.merged_mask()
         if mask is not None:
             if mask.is_floating_point():
@@ -69,15 +73,13 @@ class _Attention(torch.autograd.Function):
         masses = []
         for (kind, buckets), table in zip(plan, tables, strict=True):
             if kind == "value":
-                mass = _sum_rows(dropped, buckets, L).view(B, H, L, buckets.size)
-                out += _times(mass, table)
+                mass = sum_rows(dropped, buckets, L).view(B, H, L, buckets.size)
+                out += times(mass, table)
                 masses.append(mass)
         # What the backward pass needs and the caller holds anyway is not copied: q, k and v
         # stay the views they are, and are laid out again when the time comes.
         ctx.save_for_backward(q, k, v, kept, keep, *tables, *masses)
-        none = q.new_empty(0)
-        ctx.call = Call(none, none, none, (), call.mask, call.is_causal, call.dropout_p, call.scale)
-        ctx.plan = plan
+        ctx.call, ctx.plan = _without_tensors(call), plan
         return out
 
     @staticmethod
@@ -88,7 +90,8 @@ class _Attention(torch.autograd.Function):
             with torch.autocast(device, enabled=False):
                 return _Attention.backward(ctx, *grads)
         if torch.is_grad_enabled():
-            return _differentiable_backward(ctx, *grads)
+            q, k, v, _, keep, *rest = ctx.saved_tensors
+            return _differentiable_backward(ctx, grads[0], [q, k, v, *rest[: len(ctx.plan)]], keep)
         (grad,) = grads
         plan, scale, p = ctx.plan, ctx.call.scale, ctx.call.dropout_p
         q, k, v, kept, keep, *rest = ctx.saved_tensors
@@ -104,8 +107,8 @@ class _Attention(torch.autograd.Function):
         flow = (grad3 @ values.transpose(1, 2)).view(B, H, L, S)  # gradient of the probabilities
         for i, (kind, buckets) in enumerate(plan):
             if kind == "value":
-                _add_rows(flow, _times(grad, tables[i].transpose(1, 2)), buckets)
-                table_grads[i] = _outer(next(masses), grad, tables[i])
+                add_rows(flow, times(grad, tables[i].transpose(1, 2)), buckets)
+                table_grads[i] = outer(next(masses), grad, tables[i])
         if keep is not None:
             flow = _drop(flow, keep, p, out=flow)
         flow = torch.ops.aten._softmax_backward_data.out(
@@ -117,22 +120,62 @@ class _Attention(torch.autograd.Function):
         grad_k = (flow3.transpose(1, 2) @ queries.view(B * H, L, D)).view(k.shape)
         for i, (kind, buckets) in enumerate(plan):
             if kind == "bias":
-                table_grads[i] = _bias_grad(flow, buckets.dense(q.device), tables[i])
+                table_grads[i] = bias_grad(flow, buckets.dense(q.device), tables[i])
             elif kind in ("query", "key"):
                 own, content, length = (
                     (grad_q, queries, L) if kind == "query" else (grad_k, keys, S)
                 )
-                rows = _sum_rows(flow, buckets, length).view(B, H, length, buckets.size)
-                _add_times(own, rows, tables[i].transpose(1, 2))
-                table_grads[i] = _outer(content, rows, tables[i]).mul_(scale)
+                rows = sum_rows(flow, buckets, length).view(B, H, length, buckets.size)
+                add_times(own, rows, tables[i].transpose(1, 2))
+                table_grads[i] = outer(content, rows, tables[i]).mul_(scale)
         return None, None, grad_q.mul_(scale), grad_k.mul_(scale), grad_v, *table_grads
 
 
-def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+class _Tiled(torch.autograd.Function):
+    """The same in tiles, which the backward pass makes again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: Call, plan: Plan, q: Tensor, k: Tensor, v: Tensor, *tables: Tensor
+    ) -> Tensor:
+        ctx.seed = None
+        if call.dropout_p > 0.0:
+            ctx.seed = int(torch.empty((), dtype=torch.int64, device=q.device).random_())
+        work = tiled.Pass(call, plan, (q, k, v), tables, ctx.seed)
+        out, masses = work.forward()
+        ctx.save_for_backward(q, k, v, *tables, *masses)
+        ctx.call, ctx.plan = _without_tensors(call), plan
+        return out.to(q.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        device = grads[0].device.type
+        if autocasting(device):
+            with torch.autocast(device, enabled=False):
+                return _Tiled.backward(ctx, *grads)
+        (grad,), count = grads, 3 + len(ctx.plan)
+        inputs, masses = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        recorded = torch.is_grad_enabled()
+        with torch.no_grad():
+            work = tiled.Pass(ctx.call, ctx.plan, inputs[:3], inputs[3:], ctx.seed)
+            if not recorded:
+                found = zip(work.backward(grad, masses), inputs, strict=True)
+                return None, None, *(None if x is None else x.to(y.dtype) for x, y in found)
+            keep = None if ctx.seed is None else work.keep_all()
+        return _differentiable_backward(ctx, grad, inputs, keep)
+
+
+def _without_tensors(call: Call) -> Call:
+    none = call.q.new_empty(0)
+    return replace(call, q=none, k=none, v=none, terms=())
+
+
+def _differentiable_backward(
+    ctx: Any, grad: Tensor, inputs: Sequence[Tensor], keep: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """The gradients by way of the reference, for a backward pass that is itself differentiated."""
-    q, k, v, _, keep, *rest = ctx.saved_tensors
     # One tensor may be given twice (q as k, a table in two terms): views tell its uses apart.
-    inputs = [x.view_as(x) for x in (q, k, v, *rest[: len(ctx.plan)])]
+    inputs = [x.view_as(x) for x in inputs]
     q, k, v, *tables = inputs
     base: Call = ctx.call
     terms = tuple(
@@ -146,57 +189,6 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     out = reference.attention(call, drawn)
     found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True))
     return None, None, *(next(found) if x.requires_grad else None for x in inputs)
-
-
-def _times(x: Tensor, table: Tensor) -> Tensor:
-    """``[B, H, R, D] @ [H | 1, D, N]`` of contiguous x, one product for a shared table."""
-    if table.shape[0] == 1:
-        return (x.flatten(0, -2) @ table[0]).view(*x.shape[:-1], table.shape[-1])
-    return x @ table
-
-
-def _add_times(out: Tensor, x: Tensor, table: Tensor) -> None:
-    """``out += x @ table``."""
-    if table.shape[0] == 1:
-        out.flatten(0, -2).addmm_(x.flatten(0, -2), table[0])
-    else:
-        out += x @ table
-
-
-def _outer(x: Tensor, y: Tensor, table: Tensor) -> Tensor:
-    """Gradient of a table that took x ``[B, H, R, D]`` to y ``[B, H, R, N]``: its shape."""
-    if table.shape[0] == 1:
-        return (x.flatten(0, -2).t() @ y.flatten(0, -2)).unsqueeze(0)
-    return (x.transpose(-2, -1) @ y).sum(0)
-
-
-def _add_rows(out: Tensor, rows: Tensor, buckets: BucketIds) -> None:
-    """``out[b, h, i, j] += rows[b, h, owner, n(i, j)]``, rows ``[B, H, R, N]``."""
-    B, H = out.shape[:2]
-    index = buckets.flat(out.device).expand(B, H, -1)
-    out.flatten(2).add_(rows.flatten(2).gather(-1, index))
-
-
-def _sum_rows(x: Tensor, buckets: BucketIds, length: int) -> Tensor:
-    """``[B, H, length * N]``: x ``[B, H, L, S]`` summed over the pairs of each owner and bucket."""
-    B, H = x.shape[:2]
-    index = buckets.flat(x.device).expand(B, H, -1)
-    # Sums of hundreds of numbers are kept in float32, whatever x is.
-    wide = torch.promote_types(x.dtype, torch.float32)
-    sums = torch.zeros(B, H, length * buckets.size, dtype=wide, device=x.device)
-    return sums.scatter_add_(-1, index, x.flatten(2).to(wide)).to(x.dtype)
-
-
-def _bias_grad(flow: Tensor, ids: Tensor, table: Tensor) -> Tensor:
-    if table.shape[0] == 1:
-        flow = flow.sum(1, keepdim=True)
-    if ids.dim() == 2:
-        flow, ids = flow.sum(0, keepdim=True), ids.unsqueeze(0)
-    flow = flow.flatten(2)
-    wide = torch.promote_types(flow.dtype, torch.float32)
-    sums = torch.zeros(*flow.shape[:2], table.shape[-1], dtype=wide, device=flow.device)
-    index = ids.flatten(1).unsqueeze(1).expand_as(flow)
-    return sums.scatter_add_(-1, index, flow.to(wide)).sum(0).to(table.dtype)
 
 
 def _drop(x: Tensor, keep: Tensor, p: float, out: Tensor | None = None) -> Tensor:
