@@ -7,8 +7,8 @@ the tokens have in common, and with it what is the fastest spread that is right 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,11 +26,13 @@ class Keys:
     Args:
         index: which ones, ascending; None for all. hidden: those among them that are not seen.
         box: of a grid: rows and columns, of a line: keys, from the first to past the last.
+        notes: what spreads have found out about them.
     """
 
     index: Tensor | None = None
     hidden: Tensor | None = None
     box: tuple[int, ...] = ()
+    notes: dict[Spread, Any] = field(default_factory=dict)
 
     def take(self, x: Tensor) -> Tensor:
         """``[n, S, D]`` -> ``[n, keys, D]``."""

@@ -17,7 +17,7 @@ from .patterns import grouped
 from .rows import add_times, outer
 from .tiles import Part, Tile, Tiles
 
-SIZE = 2**20  # numbers of a tile
+SIZE = 2**19  # numbers of a tile for each thread
 LEAST = 2**19  # L * S from which tiles win
 Writes = list[tuple[Callable[..., None], Any]]
 KINDS = frozenset({"bias", "query", "key", "value"})
@@ -35,7 +35,7 @@ class Pass:
     """A forward or a backward pass, in float32 or better.
 
     Args:
-        q, k, v: of as many heads. seed: of the dropout; None without.
+        qkv: of as many heads. size: numbers of a tile. seed: of the dropout; None without.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class Pass:
         plan: Plan,
         qkv: Sequence[Tensor],
         tables: Sequence[Tensor],
+        size: int,
         seed: int | None,
     ) -> None:
         q, k, v = qkv
@@ -55,7 +56,7 @@ class Pass:
         self.k, self.v = (x.to(wide).contiguous() for x in (k, v))
         self.tables = [table.to(wide) for table in tables]
         pattern, groups = grouped(plan, self.tables, q.device, call.is_causal)
-        self.tiles = Tiles(call, pattern, SIZE)
+        self.tiles = Tiles(call, pattern, size)
         self.of_queries = [(g, g.numbers(self.q)) for g in groups if g.owner == "query"]
         self.of_keys = [(g, g.numbers(self.k * self.scale)) for g in groups if g.owner == "key"]
         self.of_values = [g for g in groups if g.owner == "value"]
@@ -99,7 +100,7 @@ class Pass:
         for part in self.tiles:
             keys, values = (part.keys.take(x[part.lead]) for x in (k, v))
             laid = self._laid(part)
-            own_k, own_v = torch.zeros_like(keys), torch.zeros_like(values)
+            own_k, own_v = (part.keys.take(x[part.lead]) for x in (grad_k, grad_v))  # zeros
             laid_sums = [tuple(map(torch.zeros_like, some)) for some in laid]
             for tile in part.tiles:
                 own, count = (tile.lead, tile.rows), tile.count
@@ -120,8 +121,9 @@ class Pass:
                     sums[own] = group.spread.sum(flow, tile)
                 for (group, _), some in zip(self.of_keys, laid_sums, strict=True):
                     group.spread.add_laid(some, flow, tile)
-            part.keys.put(grad_k[part.lead], own_k)
-            part.keys.put(grad_v[part.lead], own_v)
+            if part.keys.index is not None:  # else they are views
+                part.keys.put(grad_k[part.lead], own_k)
+                part.keys.put(grad_v[part.lead], own_v)
             for (group, _), some, sums in zip(self.of_keys, laid_sums, sums_k, strict=True):
                 part.keys.put(sums[part.lead], group.spread.lift(some, part.keys))
         grads: Grads = [None] * len(self.tables)

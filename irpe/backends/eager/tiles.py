@@ -10,6 +10,8 @@ from torch import Tensor
 from ..call import Call
 from .spread import Keys, Pattern
 
+CAUSAL_ROWS = 64  # queries of a tile: what it computes in vain grows with them
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tile:
@@ -96,9 +98,10 @@ class Tiles:
                 continue
             keys = self.pattern.keys(visible)
             S = self.S if keys.index is None else keys.index.shape[0]
-            unit = self.pattern.unit * S
-            heads = min(self.H, max(1, self.size // max(1, unit)))
-            step = max(1, self.size // max(1, self.H * self.L * S)) if heads == self.H else 1
+            # Few heads and many queries: what belongs to the keys stays in the cache as well.
+            rows = min(self.L, CAUSAL_ROWS) if self.causal else self.L
+            many = max(2, self.size // max(1, rows * S))
+            heads, step = min(self.H, many), max(1, many // self.H)
             for some in _split(images.start, images.stop, step):
                 for few in _split(0, self.H, heads):
                     lead = slice(
@@ -113,6 +116,8 @@ class Tiles:
         first = max(0, self.L - self.S) if self.causal else 0
         unit, prefix = self.pattern.unit, self.pattern.prefix
         most = max(1, self.size // max(1, nb * nh * unit * S)) * unit
+        if self.causal:
+            most = min(most, CAUSAL_ROWS)
         for rows in [*_split(first, prefix, most), *_split(max(first, prefix), self.L, most, unit)]:
             count = rows.stop + self.S - self.L if self.causal else S
             shape = (nb, nh, rows.stop - rows.start, count)
