@@ -21,7 +21,7 @@ F64 = torch.float64
 @pytest.fixture(params=[40, 700, 10**6])
 def tiles(monkeypatch, request):
     """Tiles of several sizes, for whatever eager is given."""
-    monkeypatch.setattr(tiled, "LEAST", 0)
+    monkeypatch.setattr(tiled, "least", lambda call: 0)
     monkeypatch.setattr(tiled, "SIZE", request.param)
 
 
@@ -231,7 +231,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("geometry", [irpe.Grid(16, 20), irpe.Grid(1, 320), irpe.Sequence(320)])
 def test_nothing_as_large_as_the_logits(geometry, monkeypatch):
     """Not of one head even, forward and backward: no logits, and no map of ids."""
-    monkeypatch.setattr(tiled, "LEAST", 0)
+    monkeypatch.setattr(tiled, "least", lambda call: 0)
     monkeypatch.setattr(tiled, "SIZE", 2**12)
     if isinstance(geometry, irpe.Sequence):
         terms = line_terms(Clip(4), geometry, 2, 4)[:2]
@@ -245,7 +245,7 @@ def test_nothing_as_large_as_the_logits(geometry, monkeypatch):
 
 def test_dropout_does_not_depend_on_threads_in_between(monkeypatch):
     """The backward pass draws in the tiles of its forward pass."""
-    monkeypatch.setattr(tiled, "LEAST", 0)
+    monkeypatch.setattr(tiled, "least", lambda call: 0)
     monkeypatch.setattr(tiled, "SIZE", 350)
     grid = irpe.Grid(5, 7)
     terms = image_terms("rpe-2.0-product-ctx-1-kv", grid, 3, 4)
@@ -277,16 +277,16 @@ def test_dropout_keeps_what_it_says(tiles):
 
 
 def test_where_tiles_serve():
-    grid, small = irpe.Grid(28, 28), irpe.Grid(4, 4)
-    for geometry, kind, fits in ((grid, "query", True), (small, "query", False)):
-        L = geometry.query_length
-        q = torch.zeros(1, 1, L, 4)
-        terms = image_terms("rpe-2.0-product-ctx-1-k", geometry, 1, 4)
-        terms = tuple(Term(kind, t.table, t.buckets) for t in terms)
-        call = eager.Call(q, q, q, terms, None, False, 0.0, 1.0)
-        assert tiled.serves(call) == fits
-    gain = Term("gain", torch.zeros(1, 81), BucketIds(terms[0].buckets.function, grid))
-    q = torch.zeros(1, 1, 784, 4)
-    assert not tiled.serves(eager.Call(q, q, q, (gain,), None, False, 0.0, 1.0))
-    q = q.to("meta")
-    assert not tiled.serves(eager.Call(q, q, q, (), None, False, 0.0, 1.0))
+    def served(geometry, kind="query", dtype=torch.float32, **made):
+        q = torch.zeros(1, 1, geometry.query_length, 4, dtype=dtype, **made)
+        buckets = BucketIds(irpe.buckets.image.image_buckets(irpe.parse(SPECS[0]))[0], geometry)
+        terms = (Term(kind, torch.zeros(1, 4, 49), buckets),)
+        return tiled.serves(eager.Call(q, q, q, terms, None, False, 0.0, 1.0))
+
+    assert served(irpe.Grid(24, 24)) and served(irpe.Grid(1, 300))
+    assert not served(irpe.Grid(20, 20)) and not served(irpe.Grid(1, 200))
+    assert served(irpe.Grid(24, 24), dtype=torch.float16)
+    assert not served(irpe.Grid(24, 24), dtype=torch.bfloat16)
+    assert served(irpe.Grid(32, 32), dtype=torch.bfloat16)
+    assert not served(irpe.Grid(24, 24), kind="gain")
+    assert not served(irpe.Grid(24, 24), device="meta")

@@ -12,23 +12,31 @@ import torch
 from torch import Tensor, nn
 
 from ..call import Call
+from .band import Line
 from .groups import Grads, Plan
-from .patterns import grouped
+from .patterns import grouped, pattern_of
 from .rows import add_times, outer
 from .tiles import Part, Tile, Tiles
 
 SIZE = 2**19  # numbers of a tile for each thread
-LEAST = 2**19  # L * S from which tiles win
 Writes = list[tuple[Callable[..., None], Any]]
 KINDS = frozenset({"bias", "query", "key", "value"})
 
 
 def serves(call: Call) -> bool:
-    """Whether tiles are faster, as measured on CPUs, and can do all terms of a call."""
-    q = call.q
-    plain = type(q) in (Tensor, nn.Parameter) and q.device.type == "cpu"
-    pairs = q.shape[-2] * call.k.shape[-2]
-    return plain and pairs >= LEAST and all(term.kind in KINDS for term in call.terms)
+    """Whether tiles can do all terms of a call, and are the faster way."""
+    plain = type(call.q) in (Tensor, nn.Parameter) and call.q.device.type == "cpu"
+    if not plain or any(term.kind not in KINDS for term in call.terms):
+        return False
+    return call.q.shape[-2] * call.k.shape[-2] >= least(call)
+
+
+def least(call: Call) -> int:
+    """L * S from which tiles are faster, as measured with head dims 32 and 64."""
+    if call.q.dtype == torch.bfloat16:
+        return 2**20  # the other way multiplies in bfloat16
+    geometries = [term.buckets.geometry for term in call.terms]
+    return 2**16 if isinstance(pattern_of(geometries, call.is_causal), Line) else 2**18
 
 
 class Pass:
