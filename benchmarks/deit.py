@@ -6,6 +6,7 @@ from pathlib import Path
 
 import timm
 import torch
+from measure import difference
 from original import attention, build_original, load_original
 from torch import Tensor, nn
 
@@ -73,23 +74,8 @@ def gate(
     """
     truth = _gradients(model, size, "reference", device, False)
     found = _gradients(model, size, backend, device, amp)
-    # Relative to the parameter's kind: a class token's own last table has a gradient of zero.
-    largest: dict[str, Tensor] = {}
-    for name, expected in truth.items():
-        kind = name.split(".")[-1]
-        size_here = expected.norm() if amp else expected.abs().max()
-        largest[kind] = torch.maximum(largest.get(kind, size_here), size_here)
-    plain = _gradients(model, size, "reference", device, True) if amp else {}
-    for name, expected in truth.items():
-        scale = largest[name.split(".")[-1]]
-        if amp:
-            error = (found[name] - expected).norm() / scale
-            allowed = 2 * (plain[name] - expected).norm() / scale + torch.finfo(torch.bfloat16).eps
-        else:
-            error, allowed = (found[name] - expected).abs().max() / scale, 1e-4
-        if not error <= allowed:
-            return f"{name} is off by {float(error):.1e}"
-    return None
+    plain = _gradients(model, size, "reference", device, True) if amp else None
+    return difference(truth, found, plain)
 
 
 def _gradients(model: str, size: int, backend: str, device: str, amp: bool) -> dict[str, Tensor]:

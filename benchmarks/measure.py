@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
 CONTROL = "plain again"
@@ -96,6 +97,69 @@ def ratio(times: list[float], base: list[float], draws: int = 4000) -> dict[str,
         "low": medians[int(0.025 * len(medians))],
         "high": medians[int(0.975 * len(medians))],
     }
+
+
+def compared(times: dict[str, list[float]], peaks: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """A row for each cell: its time, over the plain one's, and its peak memory."""
+    return {
+        name: {
+            "seconds": sorted(seconds)[len(seconds) // 2],
+            "ratio": ratio(seconds, times["plain"]),
+            "peak_mib": peaks.get(name),
+        }
+        for name, seconds in times.items()
+    }
+
+
+def quiet(rows: dict[str, dict[str, Any]]) -> bool:
+    """Whether the plain cell over itself reads 1, but for noise."""
+    return QUIET[0] <= rows[CONTROL]["ratio"]["median"] <= QUIET[1]
+
+
+def table(rows: dict[str, dict[str, Any]], bars: dict[str, float] | None = None) -> None:
+    """Print rows, with the bars that some of them have."""
+    bars = bars or {}
+    print(f"{'':14}{'s a step':>9}{'over plain':>12}{'95 % interval':>17}{'bar':>6}{'MiB':>7}")
+    for name, row in rows.items():
+        if "cannot" in row:
+            print(f"{name:14}{row['cannot'][:86]}")
+            continue
+        r = row["ratio"]
+        bar = f"{bars[name]:.2f}" if name in bars else ""
+        mib = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+        interval = f"{r['low']:.3f} - {r['high']:.3f}"
+        print(f"{name:14}{row['seconds']:9.3f}{r['median']:12.3f}{interval:>17}{bar:>6}{mib:>7}")
+    if CONTROL in rows and not quiet(rows):
+        print("too noisy: plain against plain does not read 0.98 to 1.02")
+
+
+def difference(
+    truth: dict[str, Tensor],
+    found: dict[str, Tensor],
+    plain: dict[str, Tensor] | None = None,
+    slack: float = torch.finfo(torch.bfloat16).eps,
+) -> str | None:
+    """Which gradient is wrong, None if none is.
+
+    They may be off by 1e-4 of the largest of their kind; where plain ones of the same precision
+    are given, by twice what these are, and by a slack of their kind's norm.
+    """
+    # Relative to the parameter's kind: a class token's own last table has a gradient of zero.
+    sizes: dict[str, Tensor] = {}
+    for name, wanted in truth.items():
+        kind = name.split(".")[-1]
+        size = wanted.abs().max() if plain is None else wanted.norm()
+        sizes[kind] = torch.maximum(sizes.get(kind, size), size)
+    for name, wanted in truth.items():
+        size = sizes[name.split(".")[-1]]
+        if plain is None:
+            error, allowed = (found[name] - wanted).abs().max() / size, 1e-4
+        else:
+            error = (found[name] - wanted).norm() / size
+            allowed = 2 * (plain[name] - wanted).norm() / size + slack
+        if not error <= allowed:
+            return f"{name} is off by {float(error):.1e}"
+    return None
 
 
 def peak_above(before: int) -> float:

@@ -3,6 +3,7 @@
     python benchmarks/models.py                    # a GPU: DeiT-S and -B, batch 64 and 256, bf16
     python benchmarks/models.py --device cpu       # DeiT-S, batch 8, 224 px, float32, 2 threads
     python benchmarks/models.py --original DIR     # also the original's irpe.py, loaded from DIR
+    python benchmarks/models.py --encoder          # DETR's encoder instead: encoder.py
 
 Gates on correctness, then times forward + backward of all models interleaved, by the clock on the
 wall, and measures peak memory: on a CPU each model in a process of its own. Ratios are taken round
@@ -17,20 +18,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+import encoder
 import torch
 from deit import SPEC, build, gate, stepper
 from measure import (
     CONTROL,
-    QUIET,
+    compared,
     gpu_peak,
     interleaved,
     machine,
     peak_above,
-    ratio,
+    quiet,
     reason,
     resident,
     save,
     suffix,
+    table,
 )
 
 import irpe
@@ -90,12 +93,23 @@ def main() -> None:
     parser.add_argument("--backend", default="auto", help="of irpe.attention, with autocast")
     parser.add_argument("--minutes", type=float, default=8.0, help="on a GPU: for everything")
     parser.add_argument("--name", help="name of the result file; models_<gpu> or models_cpu")
+    parser.add_argument("--encoder", action="store_true", help="DETR's encoder, see encoder.py")
+    parser.add_argument("--grid", nargs="+", default=encoder.GRIDS, help="of the encoder's tokens")
+    parser.add_argument("--layers", type=int, default=6, help="of the encoder")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.device == "cuda" and here != "cuda":
         parser.error("there is no GPU")
     torch.set_num_threads(arguments.threads)
     device = arguments.device
+    if arguments.encoder:
+        arguments.amp = arguments.amp or device == "cuda"
+        arguments.name = arguments.name or f"models_encoder_{suffix(device)}"
+        if arguments.memory_of:
+            print(encoder.peak(arguments))
+        else:
+            encoder.run(arguments, begun + 60 * arguments.minutes)
+        return
     arguments.model = arguments.model or MODELS[device]
     arguments.batch = arguments.batch or BATCHES[device]
     arguments.name = arguments.name or f"models_{suffix(device)}"
@@ -198,37 +212,6 @@ def one(model: str, batch: int, arguments: argparse.Namespace) -> dict[str, Any]
     except Exception as error:
         return {"quiet": False, "rows": cannot | {"timing": {"cannot": reason(error)}}}
     return {"quiet": quiet(rows), "rows": rows | cannot}
-
-
-def compared(times: dict[str, list[float]], peaks: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {
-        name: {
-            "seconds": sorted(seconds)[len(seconds) // 2],
-            "ratio": ratio(seconds, times["plain"]),
-            "peak_mib": peaks.get(name),
-        }
-        for name, seconds in times.items()
-    }
-
-
-def quiet(rows: dict[str, dict[str, Any]]) -> bool:
-    return QUIET[0] <= rows[CONTROL]["ratio"]["median"] <= QUIET[1]
-
-
-def table(rows: dict[str, dict[str, Any]], bars: dict[str, float] | None = None) -> None:
-    bars = bars or {}
-    print(f"{'':14}{'s a step':>9}{'over plain':>12}{'95 % interval':>17}{'bar':>6}{'MiB':>7}")
-    for name, row in rows.items():
-        if "cannot" in row:
-            print(f"{name:14}{row['cannot'][:86]}")
-            continue
-        r = row["ratio"]
-        bar = f"{bars[name]:.2f}" if name in bars else ""
-        mib = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-        interval = f"{r['low']:.3f} - {r['high']:.3f}"
-        print(f"{name:14}{row['seconds']:9.3f}{r['median']:12.3f}{interval:>17}{bar:>6}{mib:>7}")
-    if CONTROL in rows and not quiet(rows):
-        print("too noisy: plain against plain does not read 0.98 to 1.02")
 
 
 def report(figures: dict) -> None:

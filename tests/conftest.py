@@ -13,6 +13,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when irpe is imported
 
+# A backend for tests: eager, by tiles as it would go over larger inputs.
+TILES = tuple(
+    pytest.param("eager", id=name, marks=pytest.mark.tiles(size))
+    for name, size in (("tiles", 10**6), ("small tiles", 50))
+)
 FIXTURES = Path(__file__).parent / "fixtures"
 torch.set_num_threads(2)
 
@@ -43,6 +48,16 @@ def _seed():
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def _tiles(request, monkeypatch):
+    marker = request.node.get_closest_marker("tiles")
+    if marker is not None:
+        from irpe.backends.eager import tiled
+
+        monkeypatch.setattr(tiled, "least", lambda call: 0)
+        monkeypatch.setattr(tiled, "SIZE", *marker.args)
 
 
 @pytest.fixture

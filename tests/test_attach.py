@@ -7,6 +7,7 @@ import pickle
 import pytest
 import timm
 import torch
+from conftest import TILES
 from oracles import attention as truth
 from oracles import buckets as plain
 from timm.layers import Attention
@@ -84,7 +85,7 @@ HOSTS = {
 }
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "eager", "sdpa"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "eager", *TILES, "sdpa"])
 @pytest.mark.parametrize("host", HOSTS)
 def test_outputs_stay(host, backend):
     model = vit(**HOSTS[host]).eval()
@@ -394,7 +395,7 @@ def test_dropped_patches_keep_their_positions(prefix):
     assert model(x).isfinite().all()
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "eager"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "eager", *TILES])
 @pytest.mark.parametrize("kind", ["mask", "padding", "causal", "both"])
 def test_masks_pass_through(kind, backend):
     model = vit().double().eval()

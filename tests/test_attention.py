@@ -4,13 +4,14 @@ import functools
 
 import pytest
 import torch
+from conftest import TILES
 from oracles import attention as truth
 from oracles import buckets as plain
 from oracles.precision import assert_as_good
 
 import irpe
 
-BACKENDS = ("reference", "eager", "sdpa", "auto")
+BACKENDS = ("reference", "eager", *TILES, "sdpa", "auto")
 F64 = torch.float64
 
 
@@ -252,7 +253,7 @@ def test_nothing_seen_at_all(mask, backend):
     assert all((x == 0).all() for x in (out, *(x.grad for x in (q, k, v, *tables))))
 
 
-@pytest.mark.parametrize("backend", ("reference", "eager", "sdpa"))
+@pytest.mark.parametrize("backend", ("reference", "eager", *TILES, "sdpa"))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_masks_of_the_lowest_number(dtype, backend):
     """Many models mask with finfo.min in float32, which a lower dtype rounds to -inf."""
@@ -301,7 +302,7 @@ def test_inputs_and_mask_are_not_written_to(backend):
     assert all(torch.equal(x, y) for x, y in zip(everything, copies, strict=True))
 
 
-@pytest.mark.parametrize("backend", ("reference", "eager"))
+@pytest.mark.parametrize("backend", ("reference", "eager", *TILES))
 def test_dropout_of_everything(backend):
     """Dropout acts on the probabilities before the value term meets them."""
     modules, _ = build("rpe-2.0-product-ctx-0-qkv", 6, 2, True)
@@ -314,7 +315,7 @@ def test_dropout_of_everything(backend):
         assert (x.grad == 0).all()
 
 
-@pytest.mark.parametrize("backend", ("reference", "eager"))
+@pytest.mark.parametrize("backend", ("reference", "eager", *TILES))
 def test_dropout_drops_content_and_value_term_together(backend):
     """With v = 1 and a value table of 1, both halves see the same sum of kept probabilities."""
     D, H = 6, 2
@@ -332,7 +333,7 @@ def test_dropout_drops_content_and_value_term_together(backend):
     torch.testing.assert_close(out[..., : D // 2], out[..., D // 2 :], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", ("reference", "eager", "sdpa"))
+@pytest.mark.parametrize("backend", ("reference", "eager", *TILES, "sdpa"))
 def test_dropout_expectation(backend):
     spec = "rpe-2.0-product-ctx-1-qk" if backend == "sdpa" else "rpe-2.0-product-ctx-1-qkv"
     modules, _ = build(spec, 6, 2, False)
@@ -346,7 +347,7 @@ def test_dropout_expectation(backend):
     assert ((out.mean(0) - wanted).abs() < 5 * spread + 1e-9).all()
 
 
-@pytest.mark.parametrize("backend", ("reference", "eager", "sdpa"))
+@pytest.mark.parametrize("backend", ("reference", "eager", *TILES, "sdpa"))
 def test_dropout_gradients_under_a_fixed_seed(backend):
     spec = "rpe-1.0-product-ctx-0-qk" if backend == "sdpa" else "rpe-1.0-product-ctx-0-qkv"
     modules, _ = build(spec, 4, 2, True)
@@ -360,8 +361,9 @@ def test_dropout_gradients_under_a_fixed_seed(backend):
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("backend", ("eager", *TILES))
 @pytest.mark.parametrize("dropout_p", [0.4, 1.0])
-def test_second_derivative_of_dropout(dropout_p):
+def test_second_derivative_of_dropout(dropout_p, backend):
     """Through eager: the mask drawn in the first pass is the one that is differentiated."""
     modules, _ = build("rpe-1.0-product-ctx-1-qkv", 4, 1, False)
     inputs = [*tensors(1, 1, 3, 3, 4), *(p for m in modules for p in m.parameters())]
@@ -369,13 +371,13 @@ def test_second_derivative_of_dropout(dropout_p):
     def run(*_):
         torch.manual_seed(3)
         terms = joined(modules, irpe.Grid(1, 3))
-        return irpe.attention(*inputs[:3], terms, dropout_p=dropout_p, backend="eager")
+        return irpe.attention(*inputs[:3], terms, dropout_p=dropout_p, backend=backend)
 
     assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("backend", ("reference", "eager"))
+@pytest.mark.parametrize("backend", ("reference", "eager", *TILES))
 @pytest.mark.parametrize(
     "spec", ["rpe-1.0-product-ctx-0-qkv", "rpe-1.0-product-ctx-1-qkv", "rpe-1.0-cross-bias-0-qk"]
 )
@@ -410,7 +412,7 @@ def test_one_tensor_as_query_key_and_value(create_graph, backend):
     torch.testing.assert_close(found[0], wanted[0], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("backend", ("reference", "eager"))
+@pytest.mark.parametrize("backend", ("reference", "eager", *TILES))
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_one_table_in_two_terms(create_graph, backend):
     """A tied table gets the sum of both gradients once, not twice."""
@@ -427,7 +429,7 @@ def test_one_table_in_two_terms(create_graph, backend):
     torch.testing.assert_close(found[0], wanted[0], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("backend", ("reference", "eager", "sdpa"))
+@pytest.mark.parametrize("backend", ("reference", "eager", *TILES, "sdpa"))
 def test_frozen_parts(backend):
     """Only what wants a gradient gets one; a frozen table or key changes nothing for the others."""
     modules, _ = build("rpe-1.9-product-ctx-1-qk", 6, 2, False)
@@ -471,7 +473,7 @@ def test_empty_batch(backend):
     assert out.shape == (0, 2, 6, 6) and q.grad.shape == q.shape
 
 
-@pytest.mark.parametrize("backend", ("reference", "eager"))
+@pytest.mark.parametrize("backend", ("reference", "eager", *TILES))
 def test_value_only_mass(backend):
     """Uniform attention: the value term is the mean of the table over the buckets of a row."""
     rpe_v = irpe.build_rpe(
@@ -485,7 +487,7 @@ def test_value_only_mass(backend):
     torch.testing.assert_close(out[0], rpe_v.table[:, ids].mean(2), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", ("reference", "eager", "sdpa"))
+@pytest.mark.parametrize("backend", ("reference", "eager", *TILES, "sdpa"))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shared", [0, 1])
 def test_low_precision(shared, dtype, backend):

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from conftest import TILES
 from oracles import buckets as plain
 
 import irpe
@@ -80,7 +81,7 @@ def _counted(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("backend", ["reference", "eager", "sdpa"])
+@pytest.mark.parametrize("backend", ["reference", "eager", *TILES, "sdpa"])
 def test_layers_share_their_ids(monkeypatch, backend):
     """Twelve layers, one look-up of offsets: the same tensor object serves all."""
     calls = _counted(monkeypatch)

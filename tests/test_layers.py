@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from conftest import TILES
 from oracles import attention as truth
 from oracles import buckets as plain
 from torch import nn
@@ -40,7 +41,7 @@ def encodings_of(layer, spec):
     return made
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "eager"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "eager", *TILES])
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 @pytest.mark.parametrize("spec", SPECS)
 def test_layer_against_loops(spec, prefix, backend):

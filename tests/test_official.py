@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import FIXTURES
+from conftest import FIXTURES, TILES
 from timm.models.vision_transformer import VisionTransformer
 
 import irpe
@@ -52,7 +52,7 @@ def test_piecewise_index(case, spec):
     np.testing.assert_array_equal(found.numpy(), POSITIONS[case].astype(np.int64))
 
 
-@pytest.mark.parametrize("backend", ["reference", "eager", "sdpa", "auto"])
+@pytest.mark.parametrize("backend", ["reference", "eager", *TILES, "sdpa", "auto"])
 @pytest.mark.parametrize("case", ATTENTION_CASES)
 def test_attention(case, backend):
     mode, method, on = case.split("_")[:3]

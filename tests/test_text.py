@@ -139,7 +139,7 @@ def test_causal_attention_in_blocks_of_queries(block, monkeypatch):
     for name, (_, _, options) in images.CASES.items():
         if options.get("causal"):
             images.test_against_loops(name, "eager")
-    shapes = [(call.q.shape[2], k.shape[2]) for call, k, _ in parts]
+    shapes = [(call.q.shape[2], k.shape[2]) for _, call, k, _ in parts]
     assert len(parts) > 50 and min(keys for _, keys in shapes) <= 2 + block
 
 

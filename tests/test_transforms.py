@@ -6,6 +6,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from conftest import TILES
 from oracles.precision import assert_as_good
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -342,7 +343,7 @@ def test_forward_mode():
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "eager", "sdpa"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "eager", *TILES, "sdpa"])
 def test_inference_mode_then_training(backend):
     made, inputs = modules("rpe-1.9-product-ctx-1-qk"), qkv()
     grid = irpe.Grid(3, 4, prefix=1)
@@ -368,7 +369,7 @@ def test_models_in_inference_mode_then_training(make):
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "eager"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "eager", *TILES])
 def test_meta(backend):
     with torch.device("meta"):
         layer = irpe.RPEAttention(12, 2, "rpe-1.9-product-ctx-0-qkv", backend=backend)
@@ -413,7 +414,7 @@ def test_fake_tensors_leave_nothing_behind():
     irpe.attention(*inputs, joined(made, grid)).sum().backward()
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "eager", "sdpa"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "eager", *TILES, "sdpa"])
 @pytest.mark.parametrize("shared", [0, 1])
 def test_autocast(shared, backend):
     """In bfloat16, as exact as plain torch; parameters get float32 gradients."""
@@ -456,7 +457,7 @@ def test_autocast_training_of_models(make):
         assert p.grad.dtype == torch.float32 and p.grad.isfinite().all(), name
 
 
-@pytest.mark.parametrize("backend", ["reference", "eager"])
+@pytest.mark.parametrize("backend", ["reference", "eager", *TILES])
 def test_backward_inside_of_autocast(backend):
     """Not recommended, often done: the backward pass runs under autocast as well."""
     made, inputs = (

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import TILES
 from fused import DEVICE
 from torch import nn
 
@@ -50,7 +51,7 @@ def inputs(height=5, width=7, batch=2):
     )
 
 
-@pytest.mark.parametrize("backend", ["reference", "eager", "sdpa", "triton", "auto"])
+@pytest.mark.parametrize("backend", ["reference", "eager", *TILES, "sdpa", "triton", "auto"])
 @pytest.mark.parametrize("name", DETR["cases"])
 def test_official_numbers(name, backend):
     case = DETR["cases"][name]

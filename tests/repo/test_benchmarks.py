@@ -48,6 +48,11 @@ def run(script, *arguments, env=CPU):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, env=env)
 
 
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
 def test_models(tmp_path):
     (tmp_path / "irpe.py").write_text(STAND_IN)
     given = ["--model", "test_vit", "--size", "160", "--batch", "1", "--rounds", "2"]
@@ -76,6 +81,32 @@ def test_models_under_autocast(tmp_path):
         for name in ("plain", "plain again", "k", "qk", "qkv"):
             assert case["rows"][name]["ratio"]["median"] > 0
         assert "mistyped" in case["rows"]["original k"]["cannot"]
+
+
+def test_encoder(tmp_path):
+    given = ["--encoder", "--grid", "3x4", "2x5", "--layers", "1", "--rounds", "2"]
+    done = run("models", *given, "--device", "cpu", "--name", tmp_path / "figures")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [case["grid"] for case in figures["cases"]] == ["3x4", "2x5"]
+    assert figures["left_out"] == []
+    for case in figures["cases"]:
+        assert set(case["rows"]) == {"plain", "plain again", "bias", "k", "qk", "qkv"}
+        for name, row in case["rows"].items():
+            assert row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"], name
+            assert (row["peak_mib"] is None) == (name == "plain again")
+
+
+def test_a_wrong_encoder_is_not_timed(benchmarks, monkeypatch):
+    import encoder
+
+    def wrong(call):
+        out = reference.attention(call)
+        return out * 1.01 if any(term.kind == "key" for term in call.terms) else out
+
+    assert encoder.gate("3x4", "cpu", False, "eager") is None
+    monkeypatch.setitem(functional._RUN, "eager", wrong)
+    assert "qk: " in encoder.gate("3x4", "cpu", False, "eager")
 
 
 def test_without_the_original(tmp_path):
@@ -122,11 +153,6 @@ def test_attention(device, tmp_path):
         if device == "cpu":
             assert rows["k flex"]["forward"]["ms"] > 0 and rows["k flex"]["differs"] < 0.02
             assert rows["k flex"]["both"] == {"cannot": "no backward on cpu"}
-
-
-@pytest.fixture
-def benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 
 def test_a_wrong_kernel_is_not_timed(benchmarks, monkeypatch):

@@ -17,6 +17,7 @@ from ...buckets import BucketIds
 from ...terms import Kind, Term
 from .. import reference
 from ..call import Call, added, autocasting, expanded
+from . import tiled
 from .content import Multipliers, content_grads, content_logits, gain_grads
 from .rows import add_rows, add_times, bias_grad, outer, slope_grad, sum_rows, times
 
@@ -27,8 +28,9 @@ def attention(call: Call) -> Tensor:
     """``[B, H, L, D]``."""
     k, v = call.grouped()
     early = k.shape[-2] - call.q.shape[-2]
-    if not call.is_causal or early < 0 or call.q.shape[-2] < 2 * BLOCK:
-        return _whole(call, k, v)
+    tiles = tiled.serves(call)
+    if tiles or not call.is_causal or early < 0 or call.q.shape[-2] < 2 * BLOCK:
+        return _whole(_Tiled if tiles else _Attention, call, k, v)
     # Later keys are hidden anyway: queries go in blocks, each with the keys that its last one sees.
     length = call.q.shape[-2]
     step = max(BLOCK, -(-length // 8))
@@ -45,13 +47,13 @@ def attention(call: Call) -> Tensor:
             mask = mask[..., :keys] if mask.shape[-1] > 1 else mask
         own, seen = call.q[:, :, start:stop], (k[:, :, :keys], v[:, :, :keys])
         part = Call(own, *seen, terms, mask, True, call.dropout_p, call.scale)
-        parts.append(_whole(part, *seen))
+        parts.append(_whole(_Attention, part, *seen))
     return torch.cat(parts, 2)
 
 
-def _whole(call: Call, k: Tensor, v: Tensor) -> Tensor:
+def _whole(function: Any, call: Call, k: Tensor, v: Tensor) -> Tensor:
     plan = [(term.kind, term.buckets) for term in call.terms]
-    return _Attention.apply(call, plan, call.q, k, v, *(t.table for t in call.terms))
+    return function.apply(call, plan, call.q, k, v, *(t.table for t in call.terms))
 
 
 Plan = Sequence[tuple[Kind, BucketIds]]
@@ -106,9 +108,7 @@ class _Attention(torch.autograd.Function):
         # What the backward pass needs and the caller holds anyway is not copied: q, k and v
         # stay the views they are, and are laid out again when the time comes.
         ctx.save_for_backward(q, k, v, kept, keep, *tables, *masses)
-        none = q.new_empty(0)
-        ctx.call = Call(none, none, none, (), call.mask, call.is_causal, call.dropout_p, call.scale)
-        ctx.plan = plan
+        ctx.call, ctx.plan = _without_tensors(call), plan
         return out
 
     @staticmethod
@@ -119,7 +119,8 @@ class _Attention(torch.autograd.Function):
             with torch.autocast(device, enabled=False):
                 return _Attention.backward(ctx, *grads)
         if torch.is_grad_enabled():
-            return _differentiable_backward(ctx, *grads)
+            q, k, v, _, keep, *rest = ctx.saved_tensors
+            return _differentiable_backward(ctx, grads[0], [q, k, v, *rest[: len(ctx.plan)]], keep)
         (grad,) = grads
         plan, scale, p = ctx.plan, ctx.call.scale, ctx.call.dropout_p
         q, k, v, kept, keep, *rest = ctx.saved_tensors
@@ -168,11 +169,51 @@ class _Attention(torch.autograd.Function):
         return None, None, grad_q.mul_(scale), grad_k.mul_(scale), grad_v, *table_grads
 
 
-def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+class _Tiled(torch.autograd.Function):
+    """The same in tiles, which the backward pass makes again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: Call, plan: Plan, q: Tensor, k: Tensor, v: Tensor, *tables: Tensor
+    ) -> Tensor:
+        ctx.size, ctx.seed = tiled.SIZE * torch.get_num_threads(), None
+        if call.dropout_p > 0.0:
+            ctx.seed = int(torch.empty((), dtype=torch.int64, device=q.device).random_())
+        work = tiled.Pass(call, plan, (q, k, v), tables, ctx.size, ctx.seed)
+        out, masses = work.forward()
+        ctx.save_for_backward(q, k, v, *tables, *masses)
+        ctx.call, ctx.plan = _without_tensors(call), plan
+        return out.to(q.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        device = grads[0].device.type
+        if autocasting(device):
+            with torch.autocast(device, enabled=False):
+                return _Tiled.backward(ctx, *grads)
+        (grad,), count = grads, 3 + len(ctx.plan)
+        inputs, masses = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        recorded = torch.is_grad_enabled()
+        with torch.no_grad():
+            work = tiled.Pass(ctx.call, ctx.plan, inputs[:3], inputs[3:], ctx.size, ctx.seed)
+            if not recorded:
+                found = zip(work.backward(grad, masses), inputs, strict=True)
+                return None, None, *(None if x is None else x.to(y.dtype) for x, y in found)
+            keep = None if ctx.seed is None else work.keep_all()
+        return _differentiable_backward(ctx, grad, inputs, keep)
+
+
+def _without_tensors(call: Call) -> Call:
+    none = call.q.new_empty(0)
+    return replace(call, q=none, k=none, v=none, terms=())
+
+
+def _differentiable_backward(
+    ctx: Any, grad: Tensor, inputs: Sequence[Tensor], keep: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """The gradients by way of the reference, for a backward pass that is itself differentiated."""
-    q, k, v, _, keep, *rest = ctx.saved_tensors
     # One tensor may be given twice (q as k, a table in two terms): views tell its uses apart.
-    inputs = [x.view_as(x) for x in (q, k, v, *rest[: len(ctx.plan)])]
+    inputs = [x.view_as(x) for x in inputs]
     q, k, v, *tables = inputs
     base: Call = ctx.call
     terms = tuple(

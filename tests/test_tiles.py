@@ -1,0 +1,292 @@
+"""The tiles of the eager backend against the reference: every pattern of tokens, every mask."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import irpe
+from irpe.backends import eager, reference
+from irpe.backends.eager import tiled
+from irpe.backends.eager.band import Line
+from irpe.backends.eager.patterns import pattern_of
+from irpe.backends.eager.runs import WholeGrid
+from irpe.buckets import BucketIds
+from irpe.terms import Term
+
+F64 = torch.float64
+
+
+@pytest.fixture(params=[40, 700, 10**6])
+def tiles(monkeypatch, request):
+    """Tiles of several sizes, for whatever eager is given."""
+    monkeypatch.setattr(tiled, "least", lambda call: 0)
+    monkeypatch.setattr(tiled, "SIZE", request.param)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Offsets on one axis, clipped; with ``fold`` in an order that does not grow with them."""
+
+    clip: int
+    fold: bool = False
+
+    @property
+    def size(self):
+        return 2 * self.clip + 1
+
+    def __call__(self, offsets):
+        ids = offsets.squeeze(-1).clamp(-self.clip, self.clip) + self.clip
+        return (ids * 2) % self.size if self.fold else ids
+
+
+def image_terms(spec, grid, heads, dim):
+    modules = irpe.build_rpe(spec, head_dim=dim, num_heads=heads, prefix=grid.prefix > 0, dtype=F64)
+    modules = [m for m in modules if m is not None]
+    for m in modules:
+        for table in m.parameters():
+            torch.nn.init.normal_(table)
+    return sum((m.terms(grid) for m in modules), ())
+
+
+def line_terms(function, geometry, heads, dim):
+    own, other = (BucketIds(function, geometry, by_key) for by_key in (False, True))
+    shapes = [
+        ("query", (1, dim, own.size), own),
+        ("bias", (heads, own.size), own),
+        ("bias", (1, own.size), other),
+        ("key", (heads, dim, own.size), other),
+        ("value", (1, own.size, dim), own),
+    ]
+    return tuple(
+        Term(kind, torch.randn(shape, dtype=F64, requires_grad=True), buckets)
+        for kind, shape, buckets in shapes
+    )
+
+
+def compare(terms, geometry, heads=3, dim=4, flat=False, **given):
+    """Outputs and gradients; a flat softmax leaves some of these zero."""
+    L, S = geometry.query_length, geometry.key_length
+    q = torch.randn(2, heads, L, dim, dtype=F64, requires_grad=True)
+    k, v = (torch.randn(2, heads, S, dim, dtype=F64, requires_grad=True) for _ in range(2))
+    inputs = [q, k, v, *(t.table for t in terms)]
+    weight = torch.randn_like(q)
+    found, wanted = [], []
+    for backend, results in (("eager", found), ("reference", wanted)):
+        out = irpe.attention(q, k, v, terms, backend=backend, **given)
+        results += [out, *torch.autograd.grad((out * weight).sum(), inputs)]
+    assert all(x.abs().max() > 1e-6 for x in wanted[: 1 if flat else None])
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+
+
+def seen(kind, height, width, prefix):
+    """Key padding ``[2, 1, 1, S]``; the second image's differs."""
+    first, second = (torch.ones(height, width, dtype=torch.bool) for _ in range(2))
+    ahead = torch.ones(2, prefix, dtype=torch.bool)
+    match kind:
+        case "columns":
+            first[:, 3:], second[:, :1] = False, False
+        case "rows":
+            first[2:], second[:1] = False, False
+        case "holes":
+            first[1, 2], second[0] = False, False
+            second[2:, 1] = False
+        case "one patch":
+            first[:], second[:] = False, False
+            first[1, 2] = second[height - 1, width - 1] = True
+            ahead[0] = False
+        case "prefix alone":
+            first[:] = False
+            ahead[1, 1:] = False
+    patches = torch.stack((first, second)).flatten(1)
+    return torch.cat((ahead, patches), 1)[:, None, None]
+
+
+GRIDS = [(7, 5, 0), (5, 7, 2), (4, 6, 1)]
+SPECS = [
+    "rpe-1.9-product-ctx-0-qkv", "rpe-2.0-cross-ctx-1-qkv", "rpe-2.0-product-bias-0-qk",
+    "rpe-3.0-euc-ctx-1-qkv", "rpe-2.0-cross-bias-0-k", "rpe-2.0-product-ctx-1-kv,index=clip,beta=1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_grids(grid, spec, tiles):
+    grid = irpe.Grid(*grid)
+    compare(image_terms(spec, grid, 3, 4), grid)
+
+
+@pytest.mark.parametrize("kind", ["columns", "rows", "holes", "one patch", "prefix alone"])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_key_padding_of_grids(grid, kind, tiles):
+    if kind == "prefix alone" and grid[2] == 0:
+        pytest.skip("there is no prefix")
+    mask = seen(kind, *grid)
+    grid = irpe.Grid(*grid)
+    terms = image_terms("rpe-2.0-product-ctx-1-qkv", grid, 3, 4)
+    flat = kind in ("one patch", "prefix alone")
+    compare(terms + image_terms("rpe-2.0-euc-ctx-1-qkv", grid, 3, 4), grid, flat=flat, mask=mask)
+    compare(terms, grid, flat=flat, mask=mask[:1])
+
+
+def test_other_masks_of_grids(tiles):
+    grid = irpe.Grid(5, 6, prefix=1)
+    terms = image_terms("rpe-2.0-product-ctx-1-qkv", grid, 3, 4)
+    for shape in ((31, 31), (2, 1, 31, 31), (3, 1, 31), (2, 3, 1, 31), (31, 1)):
+        mask = torch.rand(shape) > 0.3
+        compare(terms, grid, mask=mask)
+        compare(terms, grid, mask=torch.randn(shape, dtype=F64).masked_fill(~mask, -torch.inf))
+    compare(terms, grid, is_causal=True)
+    compare(terms, grid, is_causal=True, mask=seen("columns", 5, 6, 1))
+
+
+def test_terms_of_several_functions_and_grids(tiles):
+    """Tables of one index meet in one table; other functions, or another grid, stay apart."""
+    grid, other = irpe.Grid(4, 6), irpe.Grid(6, 4)
+    specs = (*SPECS[:4], "rpe-1.0-product-ctx-1-qk")
+    terms = sum((image_terms(spec, grid, 3, 4) for spec in specs), ())
+    compare(terms, grid)
+    compare(terms + image_terms(SPECS[0], other, 3, 4), grid, mask=seen("columns", 4, 6, 0))
+
+
+def arange(*limits):
+    return torch.arange(*limits)
+
+
+LINES = {
+    "text": irpe.Sequence(19),
+    "prefix": irpe.Sequence(17, prefix=2),
+    "every second": irpe.Sequence(15, positions=arange(3, 33, 2)),
+    "backwards": irpe.Sequence(15, positions=arange(20, 5, -1)),
+    "cache": irpe.Sequence(5, positions=arange(14, 19), keys=arange(19)),
+    "far away": irpe.Sequence(6, positions=arange(50, 56), keys=arange(9)),
+    "prefixes": irpe.Geometry(
+        arange(8).unsqueeze(1), arange(-4, 9).unsqueeze(1), prefix=1, key_prefix=3
+    ),
+}
+
+
+@pytest.mark.parametrize("function", [Clip(2), Clip(9), Clip(40), Clip(3, fold=True)])
+@pytest.mark.parametrize("where", LINES)
+def test_lines(where, function, tiles):
+    geometry = LINES[where]
+    terms = line_terms(function, geometry, 3, 4)
+    assert isinstance(pattern_of([t.buckets.geometry for t in terms], False), Line)
+    flat = where == "far away"
+    compare(terms, geometry, flat=flat)
+    compare(terms, geometry, flat=flat, is_causal=True)
+    S = geometry.key_length
+    mask = torch.ones(2, 1, 1, S, dtype=torch.bool)
+    mask[0, ..., S - 2 :], mask[1, ..., :4], mask[1, ..., S - 3] = False, False, False
+    compare(terms, geometry, flat=flat, mask=mask)
+    compare(terms, geometry, flat=flat, mask=mask, is_causal=True)
+
+
+OTHERS = {
+    "jumps": irpe.Sequence(6, positions=torch.tensor([0, 1, 2, 5, 6, 7])),
+    "other steps": irpe.Sequence(6, keys=arange(0, 12, 2)),
+    "per sample": irpe.Sequence(6, positions=torch.stack((arange(6), arange(4, 10)))),
+    "one query": irpe.Sequence(1, positions=arange(7, 8), keys=arange(8)),
+}
+
+
+@pytest.mark.parametrize("where", OTHERS)
+def test_what_is_no_line(where, tiles):
+    geometry = OTHERS[where]
+    terms = line_terms(Clip(3), geometry, 3, 4)
+    assert not isinstance(pattern_of([geometry], False), Line)
+    compare(terms, geometry)
+    compare(terms, geometry, is_causal=True)
+
+
+def test_patterns():
+    grid = irpe.Grid(4, 6, prefix=1)
+    assert isinstance(pattern_of([grid, grid], False), WholeGrid)
+    assert isinstance(pattern_of([irpe.Grid(1, 6)], False), Line)
+    assert isinstance(pattern_of([irpe.Grid(6, 1)], False), Line)
+    for maps, causal in (
+        ([grid, irpe.Grid(4, 6, prefix=1)], False),
+        ([grid], True),
+        ([irpe.Grid(4, 6).select(arange(4, 18, 3))], False),
+        ([], False),
+    ):
+        assert not isinstance(pattern_of(maps, causal), WholeGrid | Line)
+
+
+class Largest(TorchDispatchMode):
+    """The size of the largest tensor that is made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for x in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(x, torch.Tensor):
+                self.numbers = max(self.numbers, x.untyped_storage().nbytes() // x.element_size())
+        return made
+
+
+@pytest.mark.parametrize("geometry", [irpe.Grid(16, 20), irpe.Grid(1, 320), irpe.Sequence(320)])
+def test_nothing_as_large_as_the_logits(geometry, monkeypatch):
+    """Not of one head even, forward and backward: no logits, and no map of ids."""
+    monkeypatch.setattr(tiled, "least", lambda call: 0)
+    monkeypatch.setattr(tiled, "SIZE", 2**12)
+    if isinstance(geometry, irpe.Sequence):
+        terms = line_terms(Clip(4), geometry, 2, 4)[:2]
+    else:
+        terms = image_terms("rpe-2.0-product-ctx-1-kv,index=clip,beta=1", geometry, 2, 4)
+    q, k, v = (torch.randn(2, 2, 320, 4, dtype=F64, requires_grad=True) for _ in range(3))
+    with Largest() as largest:
+        irpe.attention(q, k, v, terms, backend="eager", dropout_p=0.1).sum().backward()
+    assert 0 < largest.numbers < 320 * 320
+
+
+def test_dropout_does_not_depend_on_threads_in_between(monkeypatch):
+    """The backward pass draws in the tiles of its forward pass."""
+    monkeypatch.setattr(tiled, "least", lambda call: 0)
+    monkeypatch.setattr(tiled, "SIZE", 350)
+    grid = irpe.Grid(5, 7)
+    terms = image_terms("rpe-2.0-product-ctx-1-kv", grid, 3, 4)
+    inputs = [torch.randn(2, 3, 35, 4, dtype=F64, requires_grad=True) for _ in range(3)]
+    threads, grads = torch.get_num_threads(), []
+    for between in (threads, threads + 1):
+        torch.manual_seed(5)
+        out = irpe.attention(*inputs, terms, dropout_p=0.3, backend="eager")
+        torch.set_num_threads(between)
+        grads.append(torch.autograd.grad(out.sum(), inputs))
+        torch.set_num_threads(threads)
+    for x, y in zip(*grads, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_keeps_what_it_says(tiles):
+    """The reference, told what the tiles have drawn."""
+    grid = irpe.Grid(4, 5, prefix=1)
+    terms = image_terms("rpe-2.0-product-ctx-1-qkv", grid, 3, 4)
+    q, k, v = (torch.randn(2, 3, 21, 4, dtype=F64) for _ in range(3))
+    call = eager.Call(q, k, v, terms, seen("columns", 4, 5, 1), False, 0.3, 0.5)
+    plan = [(t.kind, t.buckets) for t in terms]
+    given = (call, plan, (q, k, v), [t.table.detach() for t in terms], tiled.SIZE)
+    out = tiled.Pass(*given, 11).forward()[0]
+    keep = tiled.Pass(*given, 11).keep_all()
+    assert 0.6 < keep.double().mean() < 0.9
+    wanted = reference.attention(call, keep.double() / 0.7)
+    torch.testing.assert_close(out, wanted.detach(), rtol=1e-10, atol=1e-10)
+
+
+def test_where_tiles_serve():
+    def served(geometry, kind="query", dtype=torch.float32, **made):
+        q = torch.zeros(1, 1, geometry.query_length, 4, dtype=dtype, **made)
+        buckets = BucketIds(irpe.buckets.image.image_buckets(irpe.parse(SPECS[0]))[0], geometry)
+        terms = (Term(kind, torch.zeros(1, 4, 49), buckets),)
+        return tiled.serves(eager.Call(q, q, q, terms, None, False, 0.0, 1.0))
+
+    assert served(irpe.Grid(24, 24)) and served(irpe.Grid(1, 300))
+    assert not served(irpe.Grid(20, 20)) and not served(irpe.Grid(1, 200))
+    assert served(irpe.Grid(24, 24), dtype=torch.float16)
+    assert not served(irpe.Grid(24, 24), dtype=torch.bfloat16)
+    assert served(irpe.Grid(32, 32), dtype=torch.bfloat16)
+    assert not served(irpe.Grid(24, 24), kind="gain")
+    assert not served(irpe.Grid(24, 24), device="meta")
