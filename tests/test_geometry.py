@@ -89,7 +89,8 @@ def test_layers_share_their_ids(monkeypatch, backend):
     grid, x = irpe.Grid(3, 4, prefix=1), torch.randn(2, 13, 12)
     for layer in layers:
         layer(x, grid).sum().backward()
-    assert len(calls) == 1
+    # Tiles copy whole rows of a grid, and look nothing up.
+    assert len(calls) == (0 if backend in TILES else 1)
     a, b = (layer.rpe_k.terms(grid)[0].buckets for layer in layers[:2])
     assert a.dense(CPU) is b.dense(CPU) and a.flat(CPU) is b.flat(CPU)
 
