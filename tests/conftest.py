@@ -9,16 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from common import FIXTURES
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when irpe is imported
 
-# A backend for tests: eager, by tiles as it would go over larger inputs.
-TILES = tuple(
-    pytest.param("eager", id=name, marks=pytest.mark.tiles(size))
-    for name, size in (("tiles", 10**6), ("small tiles", 50))
-)
-FIXTURES = Path(__file__).parent / "fixtures"
 torch.set_num_threads(2)
 
 

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import timm
 import torch
-from conftest import TILES
+from common import TILES
 from oracles import attention as truth
 from oracles import buckets as plain
 from timm.layers import Attention

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from conftest import TILES
+from common import TILES
 from oracles import attention as truth
 from oracles import buckets as plain
 from oracles.precision import assert_as_good

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import TILES
+from common import TILES
 from oracles import attention as truth
 from oracles import buckets as plain
 from torch import nn

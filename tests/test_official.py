@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import FIXTURES, TILES
+from common import FIXTURES, TILES
 from timm.models.vision_transformer import VisionTransformer
 
 import irpe

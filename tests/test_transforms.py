@@ -6,7 +6,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from conftest import TILES
+from common import TILES
 from oracles.precision import assert_as_good
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import TILES
+from common import TILES
 from fused import DEVICE
 from torch import nn
 
