@@ -59,7 +59,7 @@ def attention(
     call = _validated(q, k, v, terms, mask, is_causal, dropout_p, scale)
     facts = Facts.of(call)
     name = _resolve(backend, facts)
-    with _without_autocast(q.device.type):
+    with without_autocast(q.device.type):
         return _RUN[name](call)
 
 
@@ -179,7 +179,9 @@ def _validated(
     if autocasting(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        terms = tuple(Term(t.kind, t.table.to(dtype), t.buckets) for t in terms)
+        terms = tuple(
+            t if t.kind == "slope" else Term(t.kind, t.table.to(dtype), t.buckets) for t in terms
+        )
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != dtype or tensor.device != q.device:
             raise IrpeError(
@@ -196,13 +198,16 @@ def _validated(
 
 def _check_term(term: Term, q: Tensor, k: Tensor, v: Tensor) -> None:
     name, table, buckets = f"the {term.kind} table", term.table, term.buckets
-    if table.dtype != q.dtype or table.device != q.device:
+    fits = table.is_floating_point() if term.kind == "slope" else table.dtype == q.dtype
+    if not fits or table.device != q.device:
         raise IrpeError(
             f"{name} is {table.dtype} on {table.device}, but q is {q.dtype} on {q.device}: "
             f"move the module with .to() or use autocast"
         )
     H, D, N = q.shape[1], q.shape[3], buckets.size
-    shape = {"query": (D, N), "key": (D, N), "value": (N, v.shape[3])}.get(term.kind, (N,))
+    shape = {
+        "query": (D, N), "key": (D, N), "channels": (D, N), "value": (N, v.shape[3]), "slope": (1,)
+    }.get(term.kind, (N,))  # fmt: skip
     if table.dim() != 1 + len(shape) or table.shape[0] not in (1, H) or table.shape[1:] != shape:
         wanted = ", ".join(str(n) for n in shape)
         raise IrpeError(
@@ -244,8 +249,8 @@ def _named(value: object) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
-def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
-    # The call is cast by now; what follows chooses its own precision.
+def without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
+    """Autocast off, for what chooses its own precision."""
     if autocasting(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()

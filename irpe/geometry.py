@@ -34,8 +34,8 @@ class Geometry:
         prefix: int = 0,
         key_prefix: int | None = None,
     ) -> None:
-        self._query = _positions("query positions", query)
-        self._key = self._query if key is None else _positions("key positions", key)
+        self._query: Tensor | None = _positions("query positions", query)
+        self._key: Tensor | None = self._query if key is None else _positions("key positions", key)
         if self._query.shape[-1] != self._key.shape[-1]:
             raise IrpeError(
                 f"queries have {self._query.shape[-1]} axes and keys {self._key.shape[-1]}"
@@ -49,14 +49,25 @@ class Geometry:
         _check_size("key_prefix", self.key_prefix, least=0)
         self._memo: dict[Hashable, Any] = {}
 
+    def _count(self) -> int:
+        """Tokens whose positions nobody gave; they are made on the device that needs them."""
+        raise NotImplementedError
+
+    def _made(self, device: torch.device) -> Tensor:
+        """Positions ``[L', A]`` that nobody gave."""
+        raise NotImplementedError
+
     @property
     def axes(self) -> int:
         """A: 2 for images, 1 for text."""
+        assert self._query is not None
         return self._query.shape[-1]
 
     @property
     def batch(self) -> int | None:
         """B where each sample has positions of its own, else None."""
+        if self._query is None or self._key is None:
+            return None
         sizes = {p.shape[0] for p in (self._query, self._key) if p.dim() == 3 and p.shape[0] != 1}
         if len(sizes) > 1:
             raise IrpeError(f"query and key positions are for different batches: {sorted(sizes)}")
@@ -65,16 +76,39 @@ class Geometry:
     @property
     def query_length(self) -> int:
         """L, prefix included."""
-        return self.prefix + self._query.shape[-2]
+        return self.prefix + (self._count() if self._query is None else self._query.shape[-2])
 
     @property
     def key_length(self) -> int:
         """S, prefix included."""
-        return self.key_prefix + self._key.shape[-2]
+        return self.key_prefix + (self._count() if self._key is None else self._key.shape[-2])
 
     def positions(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Positions of queries ``[(B,) L', A]`` and keys ``[(B,) S', A]``, prefix left out."""
-        return self._query.to(device), self._key.to(device)
+        if self._query is None:
+            made = self._made(device)
+            return made, made
+        assert self._key is not None
+        query = self._query.to(device)
+        return query, query if self._key is self._query else self._key.to(device)
+
+    @property
+    def explicit(self) -> bool:
+        """Whether positions were given; else they count up from 0."""
+        return self._query is not None
+
+    def readable(self) -> tuple[Tensor, Tensor] | None:
+        """Positions that were given, where their values can be checked without waiting for them.
+
+        None where nobody gave any, they are on another device, or a graph is traced.
+        """
+        if self._query is None or self._key is None:
+            return None
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return None
+        both = (self._query, self._key)
+        plain = all(type(p) is Tensor and p.device.type == "cpu" for p in both)
+        return None if torch._C._are_functorch_transforms_active() or not plain else both
 
     def offsets(self, device: torch.device) -> Tensor:
         """Query position minus key position, ``[(B,) L', S', A]``."""
@@ -96,7 +130,7 @@ class Geometry:
         key = (key, torch.is_inference_mode_enabled())
         if key not in self._memo:
             value = build()
-            if isinstance(value, Tensor) and type(value) is not Tensor:
+            if any(isinstance(v, Tensor) and type(v) is not Tensor for v in _each(value)):
                 return value  # a fake tensor, or another stand-in of a tracer
             self._memo[key] = value
         return self._memo[key]
@@ -135,10 +169,12 @@ class Grid(Geometry):
             super().__init__(positions, prefix=prefix)
             if positions.is_floating_point():
                 raise IrpeError(f"positions on a grid are integers, not {positions.dtype}")
-            if self.axes != 2:
-                raise IrpeError(f"positions on a grid are (row, column), not {self.axes} numbers")
+            if positions.shape[-1] != 2:
+                raise IrpeError(
+                    f"positions on a grid are (row, column), not {positions.shape[-1]} numbers"
+                )
         else:
-            self._query = self._key = None  # type: ignore[assignment]
+            self._query = self._key = None
             self._set_prefix(prefix, None)
 
     def select(self, indices: Tensor) -> "Grid":
@@ -165,29 +201,15 @@ class Grid(Geometry):
 
     @property
     def axes(self) -> int:
-        return 2 if self._query is None else super().axes
+        return 2
 
-    @property
-    def batch(self) -> int | None:
-        return None if self._query is None else super().batch
+    def _count(self) -> int:
+        return self.height * self.width
 
-    @property
-    def query_length(self) -> int:
-        return (
-            self.prefix + self.height * self.width if self._query is None else super().query_length
-        )
-
-    @property
-    def key_length(self) -> int:
-        return self.query_length
-
-    def positions(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if self._query is not None:
-            return super().positions(device)
+    def _made(self, device: torch.device) -> Tensor:
         rows = torch.arange(self.height, device=device).unsqueeze(1).expand(-1, self.width)
         columns = torch.arange(self.width, device=device).expand(self.height, -1)
-        positions = torch.stack((rows, columns), dim=-1).flatten(0, 1)
-        return positions, positions
+        return torch.stack((rows, columns), dim=-1).flatten(0, 1)
 
     def __repr__(self) -> str:
         selected = "" if self._query is None else f", positions={list(self._query.shape)}"
@@ -200,9 +222,11 @@ class Sequence(Geometry):
     Args:
         length: number of tokens, prefix left out.
         prefix: tokens without a position, before the others.
-        positions: ``[length]`` or ``[B, length]`` where they are not 0 to length - 1.
+        positions: ``[length]`` or ``[B, length]`` where they are not 0 to length - 1. They may
+            have gaps, start anywhere and, for rotary and sinusoidal encodings, be fractions.
         keys: positions of the keys, ``[S]`` or ``[B, S]``, where they are not the queries
             (cached tokens, decoding).
+        key_prefix: tokens without a position before the keys; ``None``: as before the queries.
     """
 
     def __init__(
@@ -212,18 +236,41 @@ class Sequence(Geometry):
         *,
         positions: Tensor | None = None,
         keys: Tensor | None = None,
+        key_prefix: int | None = None,
     ) -> None:
         _check_size("length", length)
-        if positions is None:
-            positions = torch.arange(length, device="cpu")
+        self.length = length
         for given in (positions, keys):
             if given is not None and not isinstance(given, Tensor):
                 raise IrpeError(f"positions are a tensor [L] or [B, L], not {given!r}")
+        if positions is None and keys is None:
+            self._query = self._key = None
+            self._set_prefix(prefix, key_prefix)
+            return
+        if positions is None:
+            positions = torch.arange(length, device="cpu")
         if positions.shape[-1] != length:
             raise IrpeError(f"length={length} does not match positions {list(positions.shape)}")
         super().__init__(
-            positions.unsqueeze(-1), None if keys is None else keys.unsqueeze(-1), prefix=prefix
+            positions.unsqueeze(-1),
+            None if keys is None else keys.unsqueeze(-1),
+            prefix=prefix,
+            key_prefix=key_prefix,
         )
+
+    @property
+    def axes(self) -> int:
+        return 1
+
+    def _count(self) -> int:
+        return self.length
+
+    def _made(self, device: torch.device) -> Tensor:
+        return torch.arange(self.length, device=device).unsqueeze(-1)
+
+
+def _each(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _check_size(name: str, size: object, least: int = 1) -> None:

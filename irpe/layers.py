@@ -1,4 +1,4 @@
-"""Multi-head self-attention with relative position encoding, for a custom vision transformer."""
+"""Multi-head self-attention with a position encoding, for a transformer of your own."""
 
 from numbers import Integral
 
@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .encodings import build_rpe
-from .encodings.base import collect_terms
+from .encodings import build, hooks
 from .errors import IrpeError
 from .geometry import Geometry
-from .spec import RPE, parse
+from .spec import Spec, parse
 
 
 class RPEAttention(nn.Module):
@@ -19,22 +18,26 @@ class RPEAttention(nn.Module):
     Args:
         dim: C, channels of the tokens. num_heads: H, divides C.
         rpe: an encoding's spec, or None for plain attention.
-        prefix: whether prefix tokens (class token, registers) stand before the patches.
+        prefix: whether prefix tokens (class token, registers) stand before the others.
         qkv_bias: bias in the qkv projection.
         attn_drop: dropout on the attention probabilities. proj_drop: on the output.
         backend: see ``irpe.attention``.
+        causal: whether a query sees no later token.
 
     Example::
 
         layer = irpe.RPEAttention(dim=384, num_heads=6, rpe="rpe-2.0-product-ctx-1-k", prefix=True)
         x = layer(x, irpe.Grid(14, 14, prefix=1))      # [B, 197, 384] -> [B, 197, 384]
+
+        layer = irpe.RPEAttention(dim=384, num_heads=6, rpe="rope", prefix=False, causal=True)
+        x = layer(x, irpe.Sequence(512))
     """
 
     def __init__(
         self,
         dim: int,
         num_heads: int,
-        rpe: str | RPE | None = None,
+        rpe: str | Spec | None = None,
         prefix: bool = True,
         qkv_bias: bool = True,
         attn_drop: float = 0.0,
@@ -42,6 +45,7 @@ class RPEAttention(nn.Module):
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        causal: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("dim", dim), ("num_heads", num_heads)):
@@ -51,22 +55,32 @@ class RPEAttention(nn.Module):
             raise IrpeError(f"dim={dim} is no multiple of num_heads={num_heads}")
         if not 0.0 <= attn_drop <= 1.0:
             raise IrpeError(f"attn_drop={attn_drop!r} is not a probability")
-        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.num_heads, self.head_dim, self.causal = num_heads, dim // num_heads, causal
         self.backend = functional.check_backend(backend)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
         self.attn_drop = attn_drop
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
         self.rpe_q = self.rpe_k = self.rpe_v = None
-        if rpe is not None:
-            self.rpe_q, self.rpe_k, self.rpe_v = build_rpe(
-                parse(rpe),
-                head_dim=self.head_dim,
-                num_heads=num_heads,
-                prefix=prefix,
-                device=device,
-                dtype=dtype,
+        if rpe is None:
+            return
+        spec = parse(rpe)
+        if spec.at_input:
+            raise IrpeError(
+                f"{spec} is added at a model's input and not in its attention: "
+                "irpe.build makes it, and its embed(x, geometry) adds it"
             )
+        encodings = build(
+            spec,
+            dim=dim,
+            num_heads=num_heads,
+            prefix=prefix,
+            causal=causal,
+            device=device,
+            dtype=dtype,
+        )
+        for name, encoding in encodings.items():
+            setattr(self, name, encoding)
 
     def forward(
         self, x: Tensor, geometry: Geometry | None = None, mask: Tensor | None = None
@@ -83,16 +97,30 @@ class RPEAttention(nn.Module):
             raise IrpeError(f"geometry={geometry!r}: pass the grid, as irpe.Grid(14, 14, prefix=1)")
         if x.dim() != 3 or x.shape[2] != self.qkv.in_features:
             raise IrpeError(f"x is [B, L, {self.qkv.in_features}], not {list(x.shape)}")
-        B, L, C = x.shape
-        qkv = self.qkv(x).reshape(B, L, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
+        encodings = hooks(self)
+        q, k, v = self._projected(x, *encodings.inputs(x, x, geometry))
+        q, k = encodings.transform(q, k, geometry)
         x = functional.attention(
             q,
             k,
             v,
-            collect_terms(self, geometry),
+            encodings.terms(geometry),
             mask=mask,
+            is_causal=self.causal,
             dropout_p=self.attn_drop if self.training else 0.0,
+            scale=self.head_dim**-0.5,
             backend=self.backend,
         )
-        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, L, C)))
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+
+    def _projected(self, x: Tensor, xq: Tensor, xk: Tensor) -> tuple[Tensor, ...]:
+        """q, k and v ``[B, H, L, D]``, of inputs that may differ."""
+        if xq is x and xk is x:
+            parts = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+            return parts.permute(2, 0, 3, 1, 4).unbind(0)
+        weights = self.qkv.weight.chunk(3)
+        biases = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
+        return tuple(
+            nn.functional.linear(y, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for y, w, b in zip((xq, xk, x), weights, biases, strict=True)
+        )

@@ -43,7 +43,7 @@ SPECS = {
     "rpe-2.0-product-ctx-1-k-k": ("rpe-2.0-product-ctx-1-k-k", "{ratio}"),
     "RPE-2.0-product-ctx-1-k": ("RPE-2.0", "{ratio}"),
     "": ("''", "{ratio}"),
-    "alibi": ("alibi", "{ratio}"),
+    "alibo": ("alibo", "{ratio}", "alibi"),
     "rpe-2.0-product-ctx-1-k,beta": ("beta", "index="),
     "rpe-2.0-product-ctx-1-k,beta=": ("beta", "number"),
     "rpe-2.0-product-ctx-1-k,beta=-3": ("-3", "positive"),

@@ -174,3 +174,36 @@ def test_given_positions_are_not_changed():
 def test_ids_on_another_device():
     ids, _ = irpe.bucket_ids(K, irpe.Grid(3, 4), device="meta")
     assert ids.is_meta and ids.shape == (12, 12)
+
+
+def test_sequences_make_their_positions_where_they_are_needed():
+    text = irpe.Sequence(5, prefix=2)
+    query, key = text.positions(torch.device("cpu"))
+    assert query is key and query.tolist() == [[0], [1], [2], [3], [4]]
+    assert text.positions(torch.device("meta"))[0].device.type == "meta"
+    assert (text.query_length, text.key_length, text.axes, text.batch) == (7, 7, 1, None)
+    assert not text.explicit and text.readable() is None
+    cached = irpe.Sequence(2, positions=torch.tensor([8, 9]), keys=torch.arange(10), key_prefix=3)
+    assert (cached.query_length, cached.key_length, cached.prefix) == (2, 13, 0)
+    assert cached.explicit and cached.readable()[1].shape == (10, 1)
+    ahead = irpe.Sequence(2, keys=torch.arange(4))
+    assert ahead.positions(torch.device("cpu"))[0].tolist() == [[0], [1]]
+
+
+def test_positions_are_readable_only_where_their_values_are():
+    meta = irpe.Sequence(3, positions=torch.zeros(3, device="meta"))
+    assert meta.explicit and meta.readable() is None
+    seen = []
+    torch.vmap(lambda p: seen.append(irpe.Sequence(3, positions=p).readable()) or p)(
+        torch.zeros(2, 3)
+    )
+    assert seen == [None]
+
+
+def test_a_geometry_keeps_no_pair_of_a_tracers_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    text = irpe.Sequence(5)
+    with FakeTensorMode():
+        text.remember("pair", lambda: (torch.zeros(2), torch.zeros(2)))
+    assert not text._memo

@@ -72,6 +72,16 @@ def expanded(table: Tensor, ids: Tensor) -> Tensor:
     return values.transpose(0, 1) if ids.dim() == 3 else values.unsqueeze(0)
 
 
+def added(term: Term, q: Tensor) -> Tensor:
+    """What a bias or slope term adds to the logits: ``[1 | B, H | 1, L, S]`` of q's dtype."""
+    if term.kind == "bias":
+        return expanded(term.table, term.buckets.dense(q.device))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    far = term.buckets.distances(q.device, wide)
+    far = far.unsqueeze(1) if far.dim() == 3 else far
+    return (term.table.to(wide).unsqueeze(-1) * far).to(q.dtype)
+
+
 def meet(x: Tensor, table: Tensor) -> Tensor:
     """``[B, H, R, D] @ [H | 1, D, N]``; a shared table makes one product for all heads."""
     return x @ (table[0] if table.shape[0] == 1 else table)

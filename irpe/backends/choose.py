@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import eager, sdpa, triton
+from . import sdpa, triton
 from .call import Call, exporting, transformed
 
 BACKENDS = ("reference", "eager", "sdpa", "triton")
@@ -59,7 +59,7 @@ def obstacle(backend: str, facts: Facts) -> str | None:
             return "its written-out backward cannot be traced or transformed"
         if facts.mask_grad:
             return "it gives no gradient to the mask"
-        return eager.unsupported(facts.kinds)
+        return None
     if backend == "sdpa":
         return sdpa.unsupported(facts.kinds)
     if backend == "triton":
@@ -69,7 +69,9 @@ def obstacle(backend: str, facts: Facts) -> str | None:
             return "an exported or transformed graph has plain operations only"
         if facts.mask_grad:
             return "it gives no gradient to the mask"
-        return triton.unsupported(facts.dtype, facts.head_dim, facts.pairs, facts.gain_maps)
+        return triton.unsupported(
+            facts.kinds, facts.dtype, facts.head_dim, facts.pairs, facts.gain_maps
+        )
     return None
 
 

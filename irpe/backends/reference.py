@@ -6,7 +6,8 @@ This is the specification; every other backend is tested against it.
 import torch.nn.functional as F
 from torch import Tensor
 
-from .call import Call, expanded, meet
+from ..terms import Term
+from .call import Call, added, expanded, meet
 
 
 def lookup(x: Tensor, ids: Tensor) -> Tensor:
@@ -19,18 +20,19 @@ def attention(call: Call, keep: Tensor | None = None) -> Tensor:
     """``[B, H, L, D]``. ``keep`` replaces the dropout by one drawn before: zero or 1 / (1 - p)."""
     k, v = call.grouped()
     q = call.q * call.scale
-    logits = q @ k.transpose(-2, -1)
+    logits = _content(q, k, call.terms)
     for term in call.terms:
         if term.kind == "gain":
             logits = logits * expanded(term.table, term.buckets.dense(q.device))
     for term in call.terms:
-        ids = term.buckets.dense(q.device)
         match term.kind:
-            case "bias":
-                logits = logits + expanded(term.table, ids)
+            case "bias" | "slope":
+                logits = logits + added(term, q)
             case "query":
+                ids = term.buckets.dense(q.device)
                 logits = logits + lookup(meet(q, term.table), ids)
             case "key":
+                ids = term.buckets.dense(q.device)
                 rows = meet(k * call.scale, term.table)
                 logits = logits + lookup(rows, ids.transpose(-2, -1)).transpose(-2, -1)
     mask, dead = call.merged_mask()
@@ -53,3 +55,18 @@ def attention(call: Call, keep: Tensor | None = None) -> Tensor:
             mass = mass.scatter_add(-1, ids.expand_as(probabilities), probabilities)
             out = out + meet(mass, term.table)
     return out
+
+
+def _content(q: Tensor, k: Tensor, terms: tuple[Term, ...]) -> Tensor:
+    """``[B, H, L, S]``: q k^T, each channel times its factors where there are such terms."""
+    factors = None
+    for term in terms:
+        if term.kind == "channels":
+            ids = term.buckets.dense(q.device)
+            factor = term.table[..., ids]  # [H | 1, D, (B,) L, S]
+            factor = factor.movedim(2, 0) if ids.dim() == 3 else factor.unsqueeze(0)
+            factors = factor if factors is None else factors * factor
+    if factors is None:
+        return q @ k.transpose(-2, -1)
+    channels = q.transpose(-2, -1).unsqueeze(-1) * k.transpose(-2, -1).unsqueeze(-2)
+    return (channels * factors).sum(2)  # [B, H, D, L, S] on the way

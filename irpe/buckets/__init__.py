@@ -1,6 +1,16 @@
 """Pure functions from integer offsets to bucket ids."""
 
-from .ids import BucketIds, bucket_ids
+from .ids import BucketFunction, BucketIds, bucket_functions, bucket_ids
 from .image import ImageBuckets
+from .text import ClipBuckets, LogBuckets, OneBucket
 
-__all__ = ["BucketIds", "ImageBuckets", "bucket_ids"]
+__all__ = [
+    "BucketFunction",
+    "BucketIds",
+    "ClipBuckets",
+    "ImageBuckets",
+    "LogBuckets",
+    "OneBucket",
+    "bucket_functions",
+    "bucket_ids",
+]

@@ -1,6 +1,15 @@
-"""Encodings as modules: tables with a spec, three hooks into attention."""
+"""Encodings as modules: four hooks into a model, and a builder for any spec."""
 
-from .base import Encoding
+from .absolute import stretch
+from .base import Encoding, Hooks, hooks
+from .build import build
 from .image import build_rpe
 
-__all__ = ["Encoding", "build_rpe"]
+__all__ = [
+    "Encoding",
+    "Hooks",
+    "build",
+    "build_rpe",
+    "hooks",
+    "stretch",
+]

@@ -9,9 +9,9 @@ from ..buckets import BucketIds, ImageBuckets
 from ..buckets.image import image_buckets
 from ..errors import IrpeError
 from ..geometry import Geometry, Grid
-from ..spec import RPE, parse
+from ..spec import Spec, parse_image
 from ..terms import Kind, Term
-from .base import Encoding
+from .base import Encoding, located_buckets
 
 
 class ImageRPE(Encoding):
@@ -59,18 +59,7 @@ class ImageRPE(Encoding):
         nn.init.zeros_(self.table)
 
     def _buckets(self, geometry: Geometry, by_key: bool = False) -> BucketIds:
-        if not isinstance(geometry, Geometry):
-            raise IrpeError(f"geometry={geometry!r} is not a geometry: make an irpe.Grid")
-        has_prefix = False
-        if geometry.prefix > 0 or geometry.key_prefix > 0:  # sizes may be symbols
-            has_prefix = True
-        if has_prefix != self.prefix:
-            raise IrpeError(
-                f"{geometry!r} has {'a' if has_prefix else 'no'} prefix, but the rpe_{self.on} "
-                f"table was built {'with' if self.prefix else 'without'} a bucket for one "
-                f"({self.num_buckets} buckets): build it with prefix={has_prefix}"
-            )
-        return BucketIds(self.function, geometry, by_key)
+        return located_buckets(f"rpe_{self.on}", self.function, geometry, self.prefix, by_key)
 
     def terms(self, geometry: Geometry) -> tuple[Term, ...]:
         kind: Kind = "value" if self.on == "v" else "key" if self.on == "q" else "query"
@@ -146,7 +135,7 @@ class CrossRPE(Encoding):
 
 
 def build_rpe(
-    spec: str | RPE,
+    spec: str | Spec,
     *,
     head_dim: int,
     num_heads: int,
@@ -165,7 +154,7 @@ def build_rpe(
     Returns:
         (rpe_q, rpe_k, rpe_v), None where the spec does not ask for one.
     """
-    spec = parse(spec)
+    spec = parse_image(spec)
     for name, value in (("head_dim", head_dim), ("num_heads", num_heads)):
         if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise IrpeError(f"{name}={value!r} is not a positive integer")

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import IrpeError
 from ..functional import check_backend
-from ..spec import RPE, parse
+from ..spec import Spec, parse
 from . import mha
 from .site import Site
 
@@ -23,7 +23,7 @@ class Report:
         parameters: number of parameters added. keys: their names in the state_dict.
     """
 
-    spec: RPE
+    spec: Spec
     modules: tuple[str, ...]
     parameters: int
     keys: tuple[str, ...]
@@ -34,22 +34,24 @@ class Report:
             names += f" ... {self.modules[-1]}"
         return (
             f"{self.spec} on {len(self.modules)} attention modules ({names}), "
-            f"{self.parameters:,} parameters added"
+            f"{self.parameters:,} parameters added; outputs "
+            + ("stay the same until trained" if self.spec.neutral else "change at once: train on")
         )
 
 
-def attach(model: nn.Module, spec: str | RPE, where: str = "*", backend: str = "auto") -> Report:
+def attach(model: nn.Module, spec: str | Spec, where: str = "*", backend: str = "auto") -> Report:
     """Equip a model with an encoding, in place.
 
-    The tables start at zero, so outputs stay the same, to rounding, until they are trained. Keys
-    of the state_dict stay as they are and new ones are added. Positions come from a timm model's
-    own patch embedding, anew in each forward pass; for ``nn.MultiheadAttention`` the caller tells
-    them by ``with irpe.located(grid):``.
+    Tables start so that outputs stay the same, to rounding, until they are trained; rotary
+    embeddings, ALiBi and what else has no tables to start with change outputs at once, and the
+    report says so. Keys of the state_dict stay as they are and new ones are added. Positions come
+    from a timm model's own patch embedding, anew in each forward pass; for
+    ``nn.MultiheadAttention`` the caller tells them by ``with irpe.located(grid):``.
 
     Args:
         model: a timm VisionTransformer or ``nn.MultiheadAttention``, or any module that holds
             some; where a decoder does too, ``where`` chooses the encoder.
-        spec: the encoding, as ``"rpe-2.0-product-ctx-1-k"``.
+        spec: the encoding, as ``"rpe-2.0-product-ctx-1-k"`` or ``"rope-axial"``.
         where: a shell pattern for the paths of the attention modules, as ``"blocks.[0-5].*"``.
         backend: see ``irpe.attention``.
 

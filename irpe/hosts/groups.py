@@ -26,15 +26,18 @@ def param_groups(
             released models decay their tables).
 
     Returns:
-        Up to three groups, each with a ``name``: weights, no_decay, tables.
+        Up to four groups, each with a ``name``: weights, no_decay, tables, and frequencies, which
+        are learned but, as their authors have it, never decay (``rope-mixed``).
 
     Raises:
-        IrpeError: if the model has no tables.
+        IrpeError: if the model has no encoding.
     """
     if not isinstance(model, nn.Module):
         raise IrpeError(f"a model is a torch.nn.Module, not {type(model).__name__}")
-    tables = {id(p) for m in model.modules() if isinstance(m, Encoding) for p in m.parameters()}
-    if not tables:
+    encodings = [m for m in model.modules() if isinstance(m, Encoding)]
+    tables = {id(p) for encoding in encodings for p in encoding.parameters()}
+    lasting = {id(p) for e in encodings if not e.decays for p in e.parameters()}
+    if not encodings:
         raise IrpeError(f"this {type(model).__name__} has no encoding: attach one first")
     skip: set[str] = getattr(model, "no_weight_decay", set)()
     groups: dict[str, dict[str, Any]] = {
@@ -45,12 +48,17 @@ def param_groups(
             "weight_decay": weight_decay if table_weight_decay is None else table_weight_decay,
             "lr": lr if table_lr is None else table_lr,
         },
+        "frequencies": {
+            "params": [],
+            "weight_decay": 0.0,
+            "lr": lr if table_lr is None else table_lr,
+        },
     }
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if id(parameter) in tables:
-            kind = "tables"
+            kind = "frequencies" if id(parameter) in lasting else "tables"
         else:
             kind = "no_decay" if parameter.ndim <= 1 or name in skip else "weights"
         groups[kind]["params"].append(parameter)

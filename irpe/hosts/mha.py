@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..encodings import build_rpe
-from ..encodings.base import collect_terms
+from ..encodings import build, hooks
 from ..errors import IrpeError
 from ..functional import attention
 from ..geometry import Geometry
-from ..spec import RPE
-from .site import Site
+from ..spec import Spec
+from ..terms import Term
+from .site import Site, misplaced, put_on, take_off
 
 
 class _Place(threading.local):
@@ -67,7 +67,7 @@ class _MhaSite(Site):
     def equipped(self) -> bool:
         return isinstance(self.module, EquippedMultiheadAttention)
 
-    def obstacle(self, spec: RPE) -> str | None:
+    def obstacle(self, spec: Spec) -> str | None:
         module = self.module
         if type(module) is not nn.MultiheadAttention:
             return f"{type(module).__name__} computes its attention in its own way"
@@ -80,32 +80,33 @@ class _MhaSite(Site):
             return "its keys or values are of another width than its queries: no self-attention"
         if module.bias_k is not None or module.add_zero_attn:
             return "it adds a key without a place (add_bias_kv or add_zero_attn)"
-        return None
+        return misplaced(spec)
 
-    def equip(self, spec: RPE, backend: str) -> None:
+    def equip(self, spec: Spec, backend: str) -> None:
         module, weight = self.module, self.module.in_proj_weight
         module.__class__ = EquippedMultiheadAttention
-        module.rpe_q, module.rpe_k, module.rpe_v = build_rpe(
+        encodings = build(
             spec,
-            head_dim=module.head_dim,
+            dim=module.embed_dim,
             num_heads=module.num_heads,
-            prefix=False,
             device=weight.device,
             dtype=weight.dtype,
         )
+        put_on(module, encodings)
         module.rpe_backend = backend
         # torch's encoder layers would go round forward() in evaluation, and so round the terms.
         module._qkv_same_embed_dim = False
 
     def strip(self) -> None:
         module = self.module
-        del module.rpe_q, module.rpe_k, module.rpe_v, module.rpe_backend
+        take_off(module)
+        del module.rpe_backend
         module._qkv_same_embed_dim = True
         module.__class__ = nn.MultiheadAttention
 
 
 class EquippedMultiheadAttention(nn.MultiheadAttention):
-    """torch's MultiheadAttention with position terms; arguments and results are its own."""
+    """torch's MultiheadAttention with a position encoding; arguments and results are its own."""
 
     rpe_backend: str
 
@@ -134,6 +135,8 @@ class EquippedMultiheadAttention(nn.MultiheadAttention):
                 key_padding_mask = key_padding_mask.unsqueeze(0)
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        encodings = hooks(self)
+        query, key = encodings.inputs(query, key, geometry)
         weights, bias = self.in_proj_weight.chunk(3), self.in_proj_bias
         biases = (None, None, None) if bias is None else bias.chunk(3)
         q, k, v = (
@@ -141,23 +144,27 @@ class EquippedMultiheadAttention(nn.MultiheadAttention):
             for x, w, b in zip((query, key, value), weights, biases, strict=True)
         )
         mask = _merged(key_padding_mask, attn_mask, q)
-        terms = collect_terms(self, geometry)
-        dropout = self.dropout if self.training else 0.0
-        x = attention(q, k, v, terms, mask, dropout_p=dropout, backend=self.rpe_backend)
+        q, k = encodings.transform(q, k, geometry)
+        terms, scale = encodings.terms(geometry), self.head_dim**-0.5
+        dropout, backend = self.dropout if self.training else 0.0, self.rpe_backend
+        x = attention(q, k, v, terms, mask, dropout_p=dropout, scale=scale, backend=backend)
         x = self.out_proj(x.transpose(1, 2).flatten(2))
         given = None
         if need_weights:
-            given = self._weights(q, k, geometry, mask)
+            given = _probabilities(q, k, terms, mask, scale)
             given = given.mean(1) if average_attn_weights else given
         if not batched:
             return x.squeeze(0), None if given is None else given.squeeze(0)
         return (x if self.batch_first else x.transpose(0, 1)), given
 
-    def _weights(self, q: Tensor, k: Tensor, geometry: Geometry, mask: Tensor | None) -> Tensor:
-        """The probabilities ``[B, H, L, S]``: what attention gives to one-hot values."""
-        eye = torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:2], -1, -1)
-        terms = tuple(t for t in collect_terms(self, geometry) if t.kind != "value")
-        return attention(q, k, eye, terms, mask)
+
+def _probabilities(
+    q: Tensor, k: Tensor, terms: tuple[Term, ...], mask: Tensor | None, scale: float
+) -> Tensor:
+    """``[B, H, L, S]``: what attention gives to one-hot values."""
+    eye = torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:2], -1, -1)
+    terms = tuple(t for t in terms if t.kind != "value")
+    return attention(q, k, eye, terms, mask, scale=scale)
 
 
 def _merged(padding: Tensor | None, mask: Tensor | None, q: Tensor) -> Tensor | None:

@@ -4,7 +4,8 @@ from abc import ABC, abstractmethod
 
 from torch import nn
 
-from ..spec import RPE
+from ..encodings import Encoding
+from ..spec import Spec
 
 
 class Site(ABC):
@@ -24,13 +25,38 @@ class Site(ABC):
         """Whether an encoding is attached already."""
 
     @abstractmethod
-    def obstacle(self, spec: RPE) -> str | None:
+    def obstacle(self, spec: Spec) -> str | None:
         """Why the module cannot take the encoding; None if it can."""
 
     @abstractmethod
-    def equip(self, spec: RPE, backend: str) -> None:
+    def equip(self, spec: Spec, backend: str) -> None:
         """Attach the encoding, in place."""
 
     @abstractmethod
     def strip(self) -> None:
         """Undo ``equip``, exactly."""
+
+
+_IMAGE = ("rpe_q", "rpe_k", "rpe_v")
+
+
+def put_on(module: nn.Module, encodings: dict[str, Encoding]) -> None:
+    """Make encodings attributes of a module; those of images that it lacks are None."""
+    for name in _IMAGE:
+        setattr(module, name, None)
+    for name, encoding in encodings.items():
+        setattr(module, name, encoding)
+
+
+def take_off(module: nn.Module) -> None:
+    """Undo ``put_on``."""
+    carried = [name for name, child in module.named_children() if isinstance(child, Encoding)]
+    for name in (*carried, *(n for n in _IMAGE if n in module.__dict__)):
+        delattr(module, name)
+
+
+def misplaced(spec: Spec) -> str | None:
+    """Why no attention module can carry an encoding; None if one can."""
+    if spec.at_input:
+        return f"{spec} is added to the tokens at a model's input, and not in its attention"
+    return None

@@ -15,13 +15,12 @@ from timm.layers.patch_dropout import PatchDropout, patch_dropout_forward
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..encodings import build_rpe
-from ..encodings.base import collect_terms
+from ..encodings import build, hooks
 from ..errors import IrpeError
 from ..functional import attention
 from ..geometry import Geometry, Grid
-from ..spec import RPE
-from .site import Site
+from ..spec import Spec
+from .site import Site, misplaced, put_on, take_off
 
 
 def sites(model: nn.Module) -> Iterator[Site]:
@@ -47,9 +46,9 @@ class _VitSite(Site):
 
     @property
     def equipped(self) -> bool:
-        return isinstance(self.module, EquippedAttention) and self.module.has_terms
+        return isinstance(self.module, EquippedAttention) and self.module.has_encoding
 
-    def obstacle(self, spec: RPE) -> str | None:
+    def obstacle(self, spec: Spec) -> str | None:
         if type(self.module) not in (Attention, EquippedAttention):
             return (
                 f"{type(self.module).__name__} computes its attention in its own way; "
@@ -59,43 +58,48 @@ class _VitSite(Site):
             return f"its blocks are a {type(self.vit.blocks).__name__}, not a Sequential"
         if type(self.vit.patch_drop) not in (nn.Identity, PatchDropout, LocatedPatchDropout):
             return f"{type(self.vit.patch_drop).__name__} does not tell which patches it keeps"
-        return None
+        if 2 not in spec.axes and not spec.at_input:
+            return f"{spec} is for positions on one axis, and an image's are (row, column)"
+        return misplaced(spec)
 
-    def equip(self, spec: RPE, backend: str) -> None:
+    def equip(self, spec: Spec, backend: str) -> None:
         _locate(self.vit)
         # The whole block is handed the geometry, so every attention in it must understand it.
         siblings: list[Any] = [m for m in self.block.modules() if type(m) is Attention]
         for sibling in siblings:
             sibling.__class__ = EquippedAttention
-            sibling.rpe_q = sibling.rpe_k = sibling.rpe_v = None
+            put_on(sibling, {})
             sibling.rpe_backend = "auto"
         module, weight = self.module, self.module.qkv.weight
-        module.rpe_q, module.rpe_k, module.rpe_v = build_rpe(
+        encodings = build(
             spec,
-            head_dim=module.head_dim,
+            dim=module.attn_dim,
             num_heads=module.num_heads,
+            head_dim=module.head_dim,
             prefix=self.vit.num_prefix_tokens > 0,
             device=weight.device,
             dtype=weight.dtype,
         )
+        put_on(module, encodings)
         module.rpe_backend = backend
 
     def strip(self) -> None:
         for module in self.block.modules():
             if isinstance(module, EquippedAttention):
-                del module.rpe_q, module.rpe_k, module.rpe_v, module.rpe_backend
+                take_off(module)
+                del module.rpe_backend
                 module.__class__ = Attention
         if not any(_takes_geometry(block) for block in self.vit.blocks.children()):
             _forget(self.vit)
 
 
 class EquippedAttention(Attention):
-    """timm's Attention, its logits and values joined by position terms."""
+    """timm's Attention with a position encoding."""
 
     @property
-    def has_terms(self) -> bool:
+    def has_encoding(self) -> bool:
         """Not for one that only shares its block with an equipped one."""
-        return any(e is not None for e in (self.rpe_q, self.rpe_k, self.rpe_v))
+        return bool(hooks(self).encodings)
 
     def forward(
         self, x: Tensor, attn_mask: "Located | None" = None, is_causal: bool = False
@@ -109,11 +113,13 @@ class EquippedAttention(Attention):
         gate = self.gate(x).sigmoid() if self.gate is not None else None
         qkv = self.qkv(x).reshape(B, L, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
+        encodings, geometry = hooks(self), attn_mask.geometry
+        q, k = encodings.transform(self.q_norm(q), self.k_norm(k), geometry)
         x = attention(
-            self.q_norm(q),
-            self.k_norm(k),
+            q,
+            k,
             v,
-            collect_terms(self, attn_mask.geometry),
+            encodings.terms(geometry),
             mask=attn_mask.mask,
             is_causal=is_causal,
             dropout_p=self.attn_drop.p if self.attn_drop.training else 0.0,

@@ -8,10 +8,10 @@ from torch import Tensor
 from ..buckets import bucket_ids
 from ..errors import IrpeError
 from ..geometry import Grid
-from ..spec import RPE, parse
+from ..spec import Spec, parse_image
 
 
-def bucket_maps(spec: str | RPE, grid: Grid, at: tuple[int, int]) -> list[Tensor]:
+def bucket_maps(spec: str | Spec, grid: Grid, at: tuple[int, int]) -> list[Tensor]:
     """Bucket ids of all patches as keys, for the query at a (row, column).
 
     Returns:
@@ -26,7 +26,7 @@ def bucket_maps(spec: str | RPE, grid: Grid, at: tuple[int, int]) -> list[Tensor
     return [m[query].view(grid.height, grid.width) for m in maps]
 
 
-def plot_buckets(spec: str | RPE, grid: Grid, at: tuple[int, int], axes: Any) -> None:
+def plot_buckets(spec: str | Spec, grid: Grid, at: tuple[int, int], axes: Any) -> None:
     """Draw a bucket map into matplotlib axes: buckets in use as colours, ids as numbers.
 
     For method cross, the pairs of row and column bucket are drawn.
@@ -50,4 +50,4 @@ def plot_buckets(spec: str | RPE, grid: Grid, at: tuple[int, int], axes: Any) ->
     axes.add_patch(plt.Rectangle((at[1] - 0.5, at[0] - 0.5), 1, 1, fill=False, ec="red", lw=2))
     axes.set_xlabel("column of the key's patch")
     axes.set_ylabel("row of the key's patch")
-    axes.set_title(f"{parse(spec).method}: {count} buckets", fontsize=10)
+    axes.set_title(f"{parse_image(spec).method}: {count} buckets", fontsize=10)

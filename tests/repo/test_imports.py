@@ -21,7 +21,8 @@ ALLOWED = {
     "backends": {"errors", "geometry", "buckets", "terms"},
     "functional": {"errors", "terms", "backends"},
     "layers": {"errors", "spec", "geometry", "encodings", "functional"},
-    "hosts": {"errors", "spec", "geometry", "encodings", "functional"},
+    "linear": {"errors", "geometry", "encodings", "functional"},
+    "hosts": {"errors", "spec", "geometry", "terms", "encodings", "functional"},
     "zoo": {"encodings", "hosts"},
     "tools": {"errors", "spec", "geometry", "buckets"},
 }

@@ -40,8 +40,13 @@ def absent(device: torch.device) -> str | None:
     return None if major >= 8 else f"it needs compute capability 8.0, and {device} has {major}"
 
 
-def unsupported(dtype: torch.dtype, head_dim: int, pairs: int, gain_maps: int) -> str | None:
+def unsupported(
+    kinds: frozenset[str], dtype: torch.dtype, head_dim: int, pairs: int, gain_maps: int
+) -> str | None:
     """Why the kernels cannot compute such a call, None if they can."""
+    refused = kinds & {"slope", "channels"}
+    if refused:
+        return f"its kernels have no {' and '.join(sorted(refused))} terms"
     if dtype not in DTYPES:
         return f"it computes in bfloat16, float16 or float32, not in {dtype}"
     if INTERPRETED and dtype == torch.bfloat16:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...buckets import BucketIds
+from ...buckets import BucketIds, ImageBuckets
 from ...geometry import Grid
 from ...terms import Term
 
@@ -51,12 +51,15 @@ def applicable(terms: Sequence[Term], dtype: torch.dtype, is_causal: bool) -> bo
     """Whether the products serve a call: one whole grid and one index for all of its terms."""
     if not terms or is_causal or dtype == torch.float32:
         return False
-    grid, index = terms[0].buckets.geometry, terms[0].buckets.function.index
-    if not isinstance(grid, Grid) or not grid.whole:
+    grid, first = terms[0].buckets.geometry, terms[0].buckets.function
+    if not isinstance(grid, Grid) or not grid.whole or not isinstance(first, ImageBuckets):
         return False
+    index = first.index
     for term in terms:
         function = term.buckets.function
-        if term.kind == "gain" or term.buckets.geometry is not grid or function.index != index:
+        if term.kind == "gain" or term.buckets.geometry is not grid:
+            return False
+        if not isinstance(function, ImageBuckets) or function.index != index:
             return False
         if function.method not in METHODS:
             return False
@@ -71,12 +74,17 @@ def applicable(terms: Sequence[Term], dtype: torch.dtype, is_causal: bool) -> bo
 
 def side(buckets: BucketIds) -> int:
     """Numbers of a run: column buckets, rounded up."""
-    return 8 if 2 * buckets.function.index.bound + 1 <= 8 else 16
+    return 8 if 2 * _function(buckets).index.bound + 1 <= 8 else 16
+
+
+def _function(buckets: BucketIds) -> ImageBuckets:
+    assert isinstance(buckets.function, ImageBuckets)
+    return buckets.function
 
 
 def width(buckets: BucketIds) -> int:
     """Numbers of a row: row buckets, one for the prefix, times column buckets; a multiple of 16."""
-    rows = 2 * buckets.function.index.bound + 2
+    rows = 2 * _function(buckets).index.bound + 2
     return rows * side(buckets)
 
 
@@ -87,11 +95,11 @@ def places(buckets: BucketIds, device: torch.device) -> Tensor:
 
 
 def _places(buckets: BucketIds, device: torch.device) -> Tensor:
-    sides = 2 * buckets.function.index.bound + 1
+    sides = 2 * _function(buckets).index.bound + 1
     at = torch.arange(width(buckets), device=device)
     row, column = at // side(buckets), (at % side(buckets)).clamp(max=sides - 1)
     inner = row.clamp(max=sides - 1)
-    method = buckets.function.method
+    method = _function(buckets).method
     ids = inner * sides + column if method == "product" else inner if method == "rows" else column
     if buckets.size == buckets.function.size:
         return ids
@@ -100,12 +108,12 @@ def _places(buckets: BucketIds, device: torch.device) -> Tensor:
 
 def strips(buckets: BucketIds, device: torch.device) -> Strips:
     """The slots of a grid, made once for it."""
-    grid, index = buckets.geometry, buckets.function.index
+    grid, index = buckets.geometry, _function(buckets).index
     return grid.remember(("strips", index, device), lambda: _strips(buckets, device))
 
 
 def _strips(buckets: BucketIds, device: torch.device) -> Strips:
-    grid, index = buckets.geometry, buckets.function.index
+    grid, index = buckets.geometry, _function(buckets).index
     assert isinstance(grid, Grid)
     height, columns, prefix, length = grid.height, grid.width, grid.prefix, grid.query_length
 

@@ -1,30 +1,27 @@
-"""Encodings as strings: ``parse`` makes a frozen dataclass, ``str`` gives the string back.
+"""Image relative position encoding keeps the string its users know.
 
-Image relative position encoding keeps the string its users know,
 ``rpe-{ratio}-{method}-{mode}-{shared}-{on}``, with options behind commas::
 
     rpe-2.0-product-ctx-1-k
     rpe-2.0-product-ctx-1-k,index=clip,beta=4
 """
 
-import math
-import re
 from dataclasses import dataclass
-from decimal import Decimal
-from typing import Any
+from typing import Any, ClassVar
 
-from .errors import IrpeError
+from ..errors import IrpeError
+from .grammar import Spec, positive, read_options, spelled
 
 METHODS = ("euc", "quant", "rank", "cross", "product")
 MODES = ("bias", "ctx")
 INDEXES = ("piecewise", "clip")
 _ALIASES = {"euclidean": "euc", "quantization": "quant", "contextual": "ctx"}
-_OPTIONS = ("index", "alpha", "beta", "gamma")
-_FORM = "rpe-{ratio}-{method}-{mode}-{shared}-{on}, as in rpe-2.0-product-ctx-1-k"
+_OPTIONS = ["index", "alpha", "beta", "gamma"]
+FORM = "rpe-{ratio}-{method}-{mode}-{shared}-{on}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RPE:
+class RPE(Spec):
     """Image relative position encoding (Wu et al., ICCV 2021).
 
     Args:
@@ -43,6 +40,9 @@ class RPE:
     Raises:
         IrpeError: for any value outside of these.
     """
+
+    axes: ClassVar[tuple[int, ...]] = (2,)
+    neutral: ClassVar[bool] = True
 
     ratio: float = 1.9
     method: str = "product"
@@ -68,7 +68,7 @@ class RPE:
             value = getattr(self, name)
             if value is None and name != "ratio":
                 continue
-            object.__setattr__(self, name, _positive(name, value))
+            object.__setattr__(self, name, positive(name, value))
         alpha, beta, gamma = self.coefficients
         if int(beta) < 1:
             raise IrpeError(f"beta={beta:g} leaves a single bucket: at least 1 is needed")
@@ -87,7 +87,7 @@ class RPE:
         return alpha, beta, gamma
 
     def _plain(self) -> str:
-        head = (_number(self.ratio, keep_point=True), self.method, self.mode, str(int(self.shared)))
+        head = (spelled(self.ratio, keep_point=True), self.method, self.mode, str(int(self.shared)))
         return "-".join(("rpe", *head, self.on))
 
     def __str__(self) -> str:
@@ -95,42 +95,20 @@ class RPE:
         for name in ("alpha", "beta", "gamma"):
             value = getattr(self, name)
             if value is not None:
-                options.append((name, _number(value)))
+                options.append((name, spelled(value)))
         return ",".join([self._plain(), *(f"{name}={value}" for name, value in options)])
 
 
-def parse(spec: "str | RPE") -> RPE:
-    """Parse a spec string; a spec that is parsed already comes back as it is.
-
-    Raises:
-        IrpeError: naming the part that is wrong and the values it may take.
-    """
-    if isinstance(spec, RPE):
-        return spec
-    if not isinstance(spec, str):
-        raise IrpeError(f"a spec is a string or irpe.RPE, not {type(spec).__name__}: {spec!r}")
-    head, *options = spec.split(",")
+def read(head: str, options: list[str]) -> RPE:
+    """The parts of a string; raises IrpeError for what is wrong with them."""
     parts = head.split("-")
     if parts[0] != "rpe" or len(parts) != 6:
-        raise IrpeError(f"cannot parse the spec {spec!r}: the form is {_FORM}")
+        raise IrpeError(f"the form is {FORM}, as in rpe-2.0-product-ctx-1-k")
     _, ratio, method, mode, shared, on = parts
     if shared not in ("0", "1"):
-        raise IrpeError(f"cannot parse the spec {spec!r}: shared is 0 or 1, not {shared!r}")
+        raise IrpeError(f"shared is 0 or 1, not {shared!r}")
     fields: dict[str, Any] = {"ratio": ratio, "method": method, "mode": mode, "on": on}
-    for option in options:
-        name, equals, value = option.partition("=")
-        if name not in _OPTIONS or not equals:
-            raise IrpeError(
-                f"cannot parse the spec {spec!r}: unknown option {option!r}; "
-                f"options are {', '.join(f'{o}=' for o in _OPTIONS)}"
-            )
-        if name in fields:
-            raise IrpeError(f"cannot parse the spec {spec!r}: {name} is given twice")
-        fields[name] = value
-    try:
-        return RPE(shared=shared == "1", **fields)
-    except IrpeError as error:
-        raise IrpeError(f"cannot parse the spec {spec!r}: {error}") from None
+    return RPE(shared=shared == "1", **fields, **read_options(options, _OPTIONS))
 
 
 def _check_on(on: object, mode: str) -> None:
@@ -138,21 +116,3 @@ def _check_on(on: object, mode: str) -> None:
         raise IrpeError(f"on={on!r} is not one of q, k, v, qk, qv, kv, qkv")
     if "v" in on and mode == "bias":
         raise IrpeError(f"on={on!r} needs mode ctx: a bias has nothing to add to the value")
-
-
-def _positive(name: str, value: object) -> float:
-    if isinstance(value, str) and not re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", value):
-        raise IrpeError(f"{name}={value!r} is not a positive number, as 1.9")
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        raise IrpeError(f"{name}={value!r} is not a number") from None
-    if not (math.isfinite(number) and 0 < number <= 1e6):
-        raise IrpeError(f"{name}={value!r} must be a positive number of at most 1e6")
-    return number
-
-
-def _number(value: float, keep_point: bool = False) -> str:
-    # Decimal spells out small numbers: an exponent's minus would read as a separator.
-    text = format(Decimal(repr(value)), "f")
-    return text if keep_point or not text.endswith(".0") else text[:-2]

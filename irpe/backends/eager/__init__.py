@@ -7,25 +7,49 @@ the query does: nothing is transposed.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..buckets import BucketIds
-from ..terms import Kind, Term
-from . import reference
-from .call import Call, autocasting, expanded
+from ...buckets import BucketIds
+from ...terms import Kind, Term
+from .. import reference
+from ..call import Call, added, autocasting, expanded
+from .content import Multipliers, content_grads, content_logits, gain_grads
+from .rows import add_rows, add_times, bias_grad, outer, slope_grad, sum_rows, times
 
-
-def unsupported(kinds: frozenset[str]) -> str | None:
-    """Why these kinds of terms cannot be computed, None if they can."""
-    return "gain terms have no backward here" if "gain" in kinds else None
+BLOCK = 128  # queries, at least, that go together where attention is causal
 
 
 def attention(call: Call) -> Tensor:
     """``[B, H, L, D]``."""
     k, v = call.grouped()
+    early = k.shape[-2] - call.q.shape[-2]
+    if not call.is_causal or early < 0 or call.q.shape[-2] < 2 * BLOCK:
+        return _whole(call, k, v)
+    # Later keys are hidden anyway: queries go in blocks, each with the keys that its last one sees.
+    length = call.q.shape[-2]
+    step = max(BLOCK, -(-length // 8))
+    parts = []
+    for start in range(0, length, step):
+        stop = min(start + step, length)
+        keys = early + stop
+        terms = tuple(
+            Term(t.kind, t.table, replace(t.buckets, block=(start, stop, keys))) for t in call.terms
+        )
+        mask = call.mask
+        if mask is not None:
+            mask = mask[..., start:stop, :] if mask.dim() > 1 and mask.shape[-2] > 1 else mask
+            mask = mask[..., :keys] if mask.shape[-1] > 1 else mask
+        own, seen = call.q[:, :, start:stop], (k[:, :, :keys], v[:, :, :keys])
+        part = Call(own, *seen, terms, mask, True, call.dropout_p, call.scale)
+        parts.append(_whole(part, *seen))
+    return torch.cat(parts, 2)
+
+
+def _whole(call: Call, k: Tensor, v: Tensor) -> Tensor:
     plan = [(term.kind, term.buckets) for term in call.terms]
     return _Attention.apply(call, plan, call.q, k, v, *(t.table for t in call.terms))
 
@@ -33,23 +57,30 @@ def attention(call: Call) -> Tensor:
 Plan = Sequence[tuple[Kind, BucketIds]]
 
 
+def _of(plan: Plan, tables: Sequence[Tensor], wanted: Kind) -> Multipliers:
+    terms = zip(plan, tables, strict=True)
+    return [(buckets, table) for (kind, buckets), table in terms if kind == wanted]
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, call: Call, plan: Plan, q: Tensor, k: Tensor, v: Tensor, *tables: Tensor
     ) -> Tensor:
-        (B, H, L, D), S = q.shape, k.shape[-2]
+        (B, H, L, _), S = q.shape, k.shape[-2]
+        channels, gains = _of(plan, tables, "channels"), _of(plan, tables, "gain")
         scaled = torch.mul(q, call.scale, out=q.new_empty(q.shape))  # contiguous, in one pass
         keys, values = k.contiguous(), v.contiguous()
-        logits = scaled.view(B * H, L, D) @ keys.view(B * H, S, D).transpose(1, 2)
-        logits = logits.view(B, H, L, S)
+        logits = content_logits(scaled, keys, channels)
+        for buckets, table in gains:
+            logits *= expanded(table, buckets.dense(q.device))
         for (kind, buckets), table in zip(plan, tables, strict=True):
-            if kind == "bias":
-                logits += expanded(table, buckets.dense(q.device))
+            if kind in ("bias", "slope"):
+                logits += added(Term(kind, table, buckets), q)
             elif kind == "query":
-                _add_rows(logits, _times(scaled, table), buckets)
+                add_rows(logits, times(scaled, table), buckets)
             elif kind == "key":
-                _add_rows(logits, _times(keys, table * call.scale), buckets)
+                add_rows(logits, times(keys, table * call.scale), buckets)
         mask, dead = call.merged_mask()
         if mask is not None:
             if mask.is_floating_point():
@@ -69,8 +100,8 @@ class _Attention(torch.autograd.Function):
         masses = []
         for (kind, buckets), table in zip(plan, tables, strict=True):
             if kind == "value":
-                mass = _sum_rows(dropped, buckets, L).view(B, H, L, buckets.size)
-                out += _times(mass, table)
+                mass = sum_rows(dropped, buckets, L).view(B, H, L, buckets.size)
+                out += times(mass, table)
                 masses.append(mass)
         # What the backward pass needs and the caller holds anyway is not copied: q, k and v
         # stay the views they are, and are laid out again when the time comes.
@@ -93,7 +124,7 @@ class _Attention(torch.autograd.Function):
         plan, scale, p = ctx.plan, ctx.call.scale, ctx.call.dropout_p
         q, k, v, kept, keep, *rest = ctx.saved_tensors
         tables, masses = rest[: len(plan)], iter(rest[len(plan) :])
-        (B, H, L, D), S = q.shape, k.shape[-2]
+        (B, H, L, _), S = q.shape, k.shape[-2]
         grad, queries, keys = grad.contiguous(), q.contiguous(), k.contiguous()
         grad3, values = grad.view(B * H, L, v.shape[-1]), v.contiguous().view(B * H, S, v.shape[-1])
         table_grads: list[Tensor | None] = [None] * len(plan)
@@ -104,27 +135,36 @@ class _Attention(torch.autograd.Function):
         flow = (grad3 @ values.transpose(1, 2)).view(B, H, L, S)  # gradient of the probabilities
         for i, (kind, buckets) in enumerate(plan):
             if kind == "value":
-                _add_rows(flow, _times(grad, tables[i].transpose(1, 2)), buckets)
-                table_grads[i] = _outer(next(masses), grad, tables[i])
+                add_rows(flow, times(grad, tables[i].transpose(1, 2)), buckets)
+                table_grads[i] = outer(next(masses), grad, tables[i])
         if keep is not None:
             flow = _drop(flow, keep, p, out=flow)
         flow = torch.ops.aten._softmax_backward_data.out(
             flow, kept, -1, kept.dtype, grad_input=flow
         )  # of the logits
 
-        flow3 = flow.view(B * H, L, S)
-        grad_q = (flow3 @ keys.view(B * H, S, D)).view(q.shape)
-        grad_k = (flow3.transpose(1, 2) @ queries.view(B * H, L, D)).view(k.shape)
+        channels, gains = _of(plan, tables, "channels"), _of(plan, tables, "gain")
+        through = flow
+        gain_parts: list[Tensor] = []
+        if gains:
+            through, gain_parts = gain_grads(flow, queries * scale, keys, channels, gains)
+        grad_q, grad_k, channel_parts = content_grads(through, queries, keys, channels)
+        multiplied = {"gain": iter(gain_parts), "channels": iter(channel_parts)}
         for i, (kind, buckets) in enumerate(plan):
             if kind == "bias":
-                table_grads[i] = _bias_grad(flow, buckets.dense(q.device), tables[i])
+                table_grads[i] = bias_grad(flow, buckets.dense(q.device), tables[i])
+            elif kind == "slope":
+                if ctx.needs_input_grad[5 + i]:  # ALiBi's never does
+                    table_grads[i] = slope_grad(flow, buckets, tables[i])
+            elif kind == "gain":
+                table_grads[i] = next(multiplied[kind])
+            elif kind == "channels":
+                table_grads[i] = next(multiplied[kind]).mul_(scale)
             elif kind in ("query", "key"):
-                own, content, length = (
-                    (grad_q, queries, L) if kind == "query" else (grad_k, keys, S)
-                )
-                rows = _sum_rows(flow, buckets, length).view(B, H, length, buckets.size)
-                _add_times(own, rows, tables[i].transpose(1, 2))
-                table_grads[i] = _outer(content, rows, tables[i]).mul_(scale)
+                own, x, length = (grad_q, queries, L) if kind == "query" else (grad_k, keys, S)
+                rows = sum_rows(flow, buckets, length).view(B, H, length, buckets.size)
+                add_times(own, rows, tables[i].transpose(1, 2))
+                table_grads[i] = outer(x, rows, tables[i]).mul_(scale)
         return None, None, grad_q.mul_(scale), grad_k.mul_(scale), grad_v, *table_grads
 
 
@@ -146,57 +186,6 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     out = reference.attention(call, drawn)
     found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True))
     return None, None, *(next(found) if x.requires_grad else None for x in inputs)
-
-
-def _times(x: Tensor, table: Tensor) -> Tensor:
-    """``[B, H, R, D] @ [H | 1, D, N]`` of contiguous x, one product for a shared table."""
-    if table.shape[0] == 1:
-        return (x.flatten(0, -2) @ table[0]).view(*x.shape[:-1], table.shape[-1])
-    return x @ table
-
-
-def _add_times(out: Tensor, x: Tensor, table: Tensor) -> None:
-    """``out += x @ table``."""
-    if table.shape[0] == 1:
-        out.flatten(0, -2).addmm_(x.flatten(0, -2), table[0])
-    else:
-        out += x @ table
-
-
-def _outer(x: Tensor, y: Tensor, table: Tensor) -> Tensor:
-    """Gradient of a table that took x ``[B, H, R, D]`` to y ``[B, H, R, N]``: its shape."""
-    if table.shape[0] == 1:
-        return (x.flatten(0, -2).t() @ y.flatten(0, -2)).unsqueeze(0)
-    return (x.transpose(-2, -1) @ y).sum(0)
-
-
-def _add_rows(out: Tensor, rows: Tensor, buckets: BucketIds) -> None:
-    """``out[b, h, i, j] += rows[b, h, owner, n(i, j)]``, rows ``[B, H, R, N]``."""
-    B, H = out.shape[:2]
-    index = buckets.flat(out.device).expand(B, H, -1)
-    out.flatten(2).add_(rows.flatten(2).gather(-1, index))
-
-
-def _sum_rows(x: Tensor, buckets: BucketIds, length: int) -> Tensor:
-    """``[B, H, length * N]``: x ``[B, H, L, S]`` summed over the pairs of each owner and bucket."""
-    B, H = x.shape[:2]
-    index = buckets.flat(x.device).expand(B, H, -1)
-    # Sums of hundreds of numbers are kept in float32, whatever x is.
-    wide = torch.promote_types(x.dtype, torch.float32)
-    sums = torch.zeros(B, H, length * buckets.size, dtype=wide, device=x.device)
-    return sums.scatter_add_(-1, index, x.flatten(2).to(wide)).to(x.dtype)
-
-
-def _bias_grad(flow: Tensor, ids: Tensor, table: Tensor) -> Tensor:
-    if table.shape[0] == 1:
-        flow = flow.sum(1, keepdim=True)
-    if ids.dim() == 2:
-        flow, ids = flow.sum(0, keepdim=True), ids.unsqueeze(0)
-    flow = flow.flatten(2)
-    wide = torch.promote_types(flow.dtype, torch.float32)
-    sums = torch.zeros(*flow.shape[:2], table.shape[-1], dtype=wide, device=flow.device)
-    index = ids.flatten(1).unsqueeze(1).expand_as(flow)
-    return sums.scatter_add_(-1, index, flow.to(wide)).sum(0).to(table.dtype)
 
 
 def _drop(x: Tensor, keep: Tensor, p: float, out: Tensor | None = None) -> Tensor:
