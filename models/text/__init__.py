@@ -1,0 +1,23 @@
+"""Models of text that take any encoding: a causal language model, and a bidirectional classifier.
+
+``CausalLM`` is the readable definition of how encodings, caches and memories go together.
+"""
+
+from .bert import Bert, released_options, released_weights
+from .body import Body
+from .cache import Cache, Memory
+from .heads import Classifier, SpanFinder
+from .language import CausalLM, generate
+
+__all__ = [
+    "Bert",
+    "Body",
+    "Cache",
+    "CausalLM",
+    "Classifier",
+    "Memory",
+    "SpanFinder",
+    "generate",
+    "released_options",
+    "released_weights",
+]
