@@ -16,10 +16,11 @@ from training.cls_options import AugConfig
 from training.data.loaders import Batch, set_epoch
 from training.errors import UserError
 from training.loop import Step
+from training.run import Task
 from training.seeding import derive, forked
 
 
-class Classify:
+class Classify(Task):
     """The functions that :class:`training.loop.Loop` asks of a task.
 
     Args:

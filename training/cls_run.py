@@ -61,7 +61,14 @@ def train(config: ClsConfig) -> dict[str, Any]:
         accelerator,
         model,
         make_optimizer(model, config.optim, config.batch_size),
-        lambda bad: Classify(accelerator, loaders, config.aug, num_classes, config.seed, bad),
+        lambda say: Classify(
+            accelerator,
+            loaders,
+            config.aug,
+            num_classes,
+            config.seed,
+            BadImages(config.data.on_bad_image, say),
+        ),
         name=f"{config.model.name}-{config.rpe or 'plain'}-seed{config.seed}",
         spec=config.rpe,
         steps=run.steps_per_epoch(

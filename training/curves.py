@@ -11,7 +11,7 @@ from typing import Any
 INK, GRID = "#222222", "#dddddd"
 TRAIN, HELD, EMA = "#9aa5b1", "#1f5fa8", "#d1761b"
 SERIES = (
-    ("train_{}", "training (augmented)", TRAIN),
+    ("train_{}", "training", TRAIN),
     ("{}", "held out", HELD),
     ("ema_{}", "held out, averaged weights", EMA),
 )
