@@ -33,6 +33,15 @@ class Panel:
 
 
 CLASSIFIER = (Panel("loss", "cross entropy"), Panel("top1", "accuracy, %", share=True))
+LANGUAGE = (
+    Panel("loss", "cross entropy, nats per token"),
+    Panel("bits_per_byte", "bits per byte"),
+)
+ANSWERS = (
+    Panel("loss", "cross entropy of both ends"),
+    Panel("f1", "F1, %", share=True),
+    Panel("exact", "exact match, %", share=True),
+)
 DETECTOR = (
     Panel("loss", "loss, weighted sum"),
     Panel("loss_ce", "cross entropy of classes"),

@@ -5,7 +5,7 @@
 
 from .bert import Bert, released_options, released_weights
 from .body import Body
-from .cache import Cache, Memory
+from .cache import Cache, Kept, Memory
 from .heads import Classifier, SpanFinder
 from .language import CausalLM, generate
 
@@ -15,6 +15,7 @@ __all__ = [
     "Cache",
     "CausalLM",
     "Classifier",
+    "Kept",
     "Memory",
     "SpanFinder",
     "generate",
