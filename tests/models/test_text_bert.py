@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from released import released_names
 
 import irpe
 from models.text import Bert, SpanFinder, released_options, released_weights
@@ -9,41 +10,6 @@ from models.text import Bert, SpanFinder, released_options, released_weights
 SMALL = {"vocab_size": 30, "dim": 16, "depth": 2, "num_heads": 2, "hidden": 24}
 SPECS = {"learned,length=12": "absolute", "shaw,clip=11": "relative_key",
          "huang4,clip=11": "relative_key_query"}  # fmt: skip
-
-
-def released(model, kind):
-    """The released names of a SpanFinder's weights, written out the other way round."""
-    parts = {
-        "embedding.weight": "embeddings.word_embeddings.weight",
-        "types.weight": "embeddings.token_type_embeddings.weight",
-        "at_input.learned.weight": "embeddings.position_embeddings.weight",
-        "norm": "embeddings.LayerNorm", "attn.proj": "attention.output.dense",
-        "norm1": "attention.output.LayerNorm", "mlp.fc1": "intermediate.dense",
-        "mlp.fc2": "output.dense", "norm2": "output.LayerNorm",
-    }  # fmt: skip
-    found = {}
-    for name, value in model.state_dict().items():
-        name = name.removeprefix("body.")
-        if name.startswith("head."):
-            found[name.replace("head", "qa_outputs")] = value
-            continue
-        place = "bert."
-        if name.startswith("blocks."):
-            _, layer, name = name.split(".", 2)
-            place += f"encoder.layer.{layer}."
-        if "table" in name:
-            found[place + "attention.self.distance_embedding.weight"] = value[0].T
-        elif "qkv" in name:
-            for which, third in zip(("query", "key", "value"), value.chunk(3), strict=True):
-                found[f"{place}attention.self.{which}.{name.rpartition('.')[2]}"] = third
-        elif name in parts:
-            found[place + parts[name]] = value
-        else:
-            module, _, kind_of = name.rpartition(".")
-            found[f"{place}{parts[module]}.{kind_of}"] = value
-    if kind != "absolute":
-        found["bert.embeddings.position_embeddings.weight"] = torch.randn(12, 16)
-    return found
 
 
 @pytest.mark.parametrize(("spec", "kind"), SPECS.items())
@@ -56,7 +22,7 @@ def test_there_and_back(spec, kind):
         "hidden_act": "gelu", "model_type": "bert",
     }  # fmt: skip
     assert released_options(config) == {**SMALL, "encoding": spec}
-    two.load_state_dict(released_weights(released(one, kind), spec))
+    two.load_state_dict(released_weights(released_names(one, kind), spec))
     x = torch.randint(30, (2, 9))
     for a, b in zip(one(x), two(x), strict=True):
         assert torch.equal(a, b)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cls_command import ROOT
-from lm_command import STAGED, TINY
+from lm_command import STAGED, TINY, records, same, weights
 from processes import launch
 
 import irpe
@@ -21,9 +21,7 @@ from training.loop import Loop
 from training.text.options import ProtocolConfig
 from training.text.tokens import ByteTokens
 from training.text.windows import IGNORE
-from training.weights import read_weights
 
-TIMES = ("seconds", "tokens_per_second", "texts_per_second", "train_cpu_seconds")
 SHORTFORMER = ["--encoding=pia", "--order=stripes", "--memory=16", STAGED]
 SHORTFORMER += ["--protocols=[{memory: true}, {kind: token, memory: true}]"]
 
@@ -55,20 +53,6 @@ def lm(tmp_path: Path, capsys: pytest.CaptureFixture, book: Path):
         return status, captured.out, captured.err
 
     return run
-
-
-def records(folder: Path) -> list[dict]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
-
-
-def weights(folder: Path, name: str = "last") -> dict[str, torch.Tensor]:
-    return read_weights(folder / "checkpoints" / f"{name}.safetensors")
-
-
-def same(one: Path, other: Path, *names: str) -> bool:
-    pairs = [(weights(one, name), weights(other, name)) for name in names or ("last", "best")]
-    return all(torch.equal(a[key], b[key]) for a, b in pairs for key in a)
 
 
 # --- a run ----------------------------------------------------------------------------------------
@@ -400,9 +384,9 @@ def test_byte_pairs_and_a_folder_that_keeps_them(lm, tmp_path: Path):
     assert same(tmp_path / "runs" / "a", tmp_path / "runs" / "b")
     figures = records(tmp_path / "runs" / "a")[0]
     assert figures["bits_per_byte"] < figures["loss"] / np.log(2)  # a token is more than a byte
-    status, _, err = lm(*options, "--data.separator=--")
+    status, _, err = lm(*options, "--data.separator=~~")
     assert status == 2
-    assert "data.separator was '\\n\\n', is '--'" in err
+    assert "data.separator was '\\n\\n', is '~~'" in err
 
 
 # --- bad input ------------------------------------------------------------------------------------
