@@ -30,13 +30,18 @@ class Part:
     count: int
 
 
+def tokens_of(windows: float, length: int) -> int:
+    """Tokens of a memory that is given in windows of ``length``; at least one."""
+    return max(1, round(windows * length))
+
+
 class Held:
     """A text to score models on, under several protocols.
 
     Args:
         stream: its tokens. byte_counts: bytes of each token there is.
         length: of a window, where a protocol does not say. batch_size: of windows, or stripes.
-        memory: tokens that a model with a memory remembers; 0: as many as a window has.
+        memory: of models that have one, in windows.
     """
 
     def __init__(
@@ -48,7 +53,7 @@ class Held:
         *,
         length: int,
         batch_size: int,
-        memory: int = 0,
+        memory: float = 1.0,
     ) -> None:
         self.accelerator, self.byte_counts, self.memory = accelerator, byte_counts, memory
         shards = {"shard": accelerator.process_index, "shards": accelerator.num_processes}
@@ -61,7 +66,8 @@ class Held:
     def score(self, model: CausalLM, plan: ScoringPlan) -> Score:
         """Score the text; each process reads its own part of it, and all get the sums."""
         device, training = self.accelerator.device, model.training
-        reader = model.reader(plan.length, self.memory or None) if plan.memory else model.reader()
+        memory = plan.length, tokens_of(self.memory, plan.length)
+        reader = model.reader(*memory) if plan.memory else model.reader()
         model.eval()
         with self.accelerator.autocast():
             own = score(reader, plan, self.byte_counts, device)
@@ -82,7 +88,7 @@ class Language(Task):
     Args:
         plan: of all steps. stream: tokens to train on. held: what to evaluate on.
         steps_per_epoch: of the loop. accumulate: passes of a step.
-        memory: tokens that a model remembers from step to step; 0: none.
+        memory: what a model remembers from step to step, in windows; 0: nothing.
     """
 
     def __init__(
@@ -94,7 +100,7 @@ class Language(Task):
         *,
         steps_per_epoch: int,
         accumulate: int = 1,
-        memory: int = 0,
+        memory: float = 0.0,
     ) -> None:
         self.accelerator, self.plan, self.stream, self.held = accelerator, plan, stream, held
         self.steps_per_epoch, self.accumulate, self.memory = steps_per_epoch, accumulate, memory
@@ -117,7 +123,8 @@ class Language(Task):
             state = None if text.reset else self.states[batch.number]
             if state is None:
                 inner: CausalLM = self.accelerator.unwrap_model(model)
-                state = inner.memory(text.input_ids.shape[1], self.memory)
+                length = text.input_ids.shape[1]
+                state = inner.memory(length, tokens_of(self.memory, length))
             logits, self.states[batch.number] = model(text.input_ids, state=state)
         else:
             # Positions that count from 0 need not be looked at, nor kept apart for each row.
@@ -159,7 +166,7 @@ class Language(Task):
                 layers,
                 carried["positions"].to(device),
                 block=carried["block"],
-                size=self.memory,
+                size=tokens_of(self.memory, carried["block"]),
                 anew=carried["anew"],
             )
 

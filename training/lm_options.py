@@ -67,9 +67,9 @@ class LmConfig:
     """language: lengths of the training windows, one after the other"""
     order: Literal["shuffled", "stripes"] = "shuffled"
     """language: windows in random order, or each row of a batch reads on where it ended"""
-    memory: int = 0
-    """language: tokens that each layer remembers from step to step; with order: stripes, and an
-    encoding that acts in attention"""
+    memory: float = 0.0
+    """language: what each layer remembers from step to step, in windows (1: as many tokens as a
+    window has); with order: stripes, and an encoding that acts in attention"""
     segments: SegmentConfig = field(default_factory=SegmentConfig)
     protocols: list[ProtocolConfig] = field(default_factory=lambda: [ProtocolConfig()])
     """language: ways of scoring; the first one after each epoch, all of them at the end"""

@@ -15,7 +15,7 @@ from training import run
 from training.curves import LANGUAGE
 from training.engine import make_accelerator
 from training.errors import UserError
-from training.language import Held, Language
+from training.language import Held, Language, tokens_of
 from training.lm_data import open_text
 from training.lm_model import build_language_model, specs
 from training.lm_options import LmConfig
@@ -123,7 +123,7 @@ def sample(
     prompt = stream[: min(PROMPT, length // 2 or 1)].astype(np.int64)
     state, count = None, config.sample
     if config.memory:
-        state = model.memory(length, config.memory)
+        state = model.memory(length, tokens_of(config.memory, length))
     else:
         count = min(count, length - len(prompt))
     training = model.training
@@ -172,7 +172,7 @@ def _check(config: LmConfig) -> None:
         raise UserError("stages: at least one is needed, such as {length: 256}")
     if config.memory and config.order != "stripes":
         raise UserError(
-            f"memory: {config.memory} needs order: stripes; in shuffled windows nothing goes on"
+            f"memory: {config.memory:g} needs order: stripes; in shuffled windows nothing goes on"
         )
     remembers = config.memory or any(protocol.memory for protocol in config.protocols)
     at_input = [str(spec) for spec in specs(config) if spec.at_input]
@@ -208,7 +208,7 @@ def _held(
         config.protocols,
         length=length,
         batch_size=config.eval_batch_size,
-        memory=config.memory,
+        memory=config.memory or 1.0,
     )
 
 

@@ -22,7 +22,7 @@ from training.text.options import ProtocolConfig
 from training.text.tokens import ByteTokens
 from training.text.windows import IGNORE
 
-SHORTFORMER = ["--encoding=pia", "--order=stripes", "--memory=16", STAGED]
+SHORTFORMER = ["--encoding=pia", "--order=stripes", "--memory=1", STAGED]
 SHORTFORMER += ["--protocols=[{memory: true}, {kind: token, memory: true}]"]
 
 
@@ -146,7 +146,7 @@ def test_another_optimiser(lm):
         ["--encoding=huang4,clip=4", "--segments={method: chunk, long_length: 64}"],
         ["--encoding=t5", "--model.drop=0.2", "--ema.enabled", "--ema.decay=0.5"],
         SHORTFORMER,
-        ["--encoding=rope", "--order=stripes", "--memory=12"],
+        ["--encoding=rope", "--order=stripes", "--memory=0.75"],
     ],
     ids=["staged", "segments", "dropout", "shortformer", "rope with memory"],
 )
@@ -172,7 +172,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(options, lm, tmp_path: Path, mon
 
 def test_what_is_remembered_counts(lm, tmp_path: Path, monkeypatch):
     """A run that forgot at its resumption would come out otherwise."""
-    options = ["--encoding=pia", "--order=stripes", "--memory=16"]
+    options = ["--encoding=pia", "--order=stripes", "--memory=1"]
     assert lm(*options, "--run.experiment=whole")[0] == 0
     real, calls = Loop._one_step, []
 
@@ -276,7 +276,7 @@ def test_stripes_go_on_and_memories_with_them(lm, parts):
         before = batch
 
 
-def task_of(accumulate: int = 1, memory: int = 16) -> tuple[Language, CausalLM]:
+def task_of(accumulate: int = 1, memory: float = 1.0) -> tuple[Language, CausalLM]:
     from accelerate import Accelerator
 
     from training.text.options import StageConfig
@@ -417,8 +417,8 @@ BAD = [
     (["--eval_tokens=10"], ["eval_tokens: 10", "16"]),
     (["--budget=32768", "--stages=[{length: 32768}]"], ["32768"]),
     (["--steps_per_epoch=0"], ["steps_per_epoch: 0"]),
-    (["--memory=16"], ["memory: 16 needs order: stripes"]),
-    (["--memory=16", "--order=stripes", "--encoding=sinusoidal"], ["sinusoidal", "pia or rope"]),
+    (["--memory=1"], ["memory: 1 needs order: stripes"]),
+    (["--memory=1", "--order=stripes", "--encoding=sinusoidal"], ["sinusoidal", "pia or rope"]),
     (["--protocols=[{memory: true}]", "--encoding=learned,length=99"], ["learned", "pia or rope"]),
     (["--order=stripes", "--segments={method: full, long_length: 32}"], ["stripes"]),
     (["--segments={method: chunk}"], ["long_length"]),
