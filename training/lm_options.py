@@ -45,6 +45,7 @@ class LmModelConfig:
 class LmConfig:
     """Train or evaluate a model of text, with any position encoding."""
 
+    # Tuples and not lists, of which jsonargparse would mix a later one with an earlier one.
     task: Literal["language", "excerpts", "questions"] = "language"
     """language: predict the next token; excerpts: say which package a text is from; questions:
     find the span of a text that answers"""
@@ -63,7 +64,7 @@ class LmConfig:
     """language: optimiser steps of an epoch"""
     budget: int = 8192
     """language: tokens of a step, over all processes and accumulated batches together"""
-    stages: list[StageConfig] = field(default_factory=lambda: [StageConfig(length=256)])
+    stages: tuple[StageConfig, ...] = (StageConfig(length=256),)
     """language: lengths of the training windows, one after the other"""
     order: Literal["shuffled", "stripes"] = "shuffled"
     """language: windows in random order, or each row of a batch reads on where it ended"""
@@ -71,7 +72,7 @@ class LmConfig:
     """language: what each layer remembers from step to step, in windows (1: as many tokens as a
     window has); with order: stripes, and an encoding that acts in attention"""
     segments: SegmentConfig = field(default_factory=SegmentConfig)
-    protocols: list[ProtocolConfig] = field(default_factory=lambda: [ProtocolConfig()])
+    protocols: tuple[ProtocolConfig, ...] = (ProtocolConfig(),)
     """language: ways of scoring; the first one after each epoch, all of them at the end"""
     eval_tokens: int | None = 65536
     """language: tokens of the held-out text to score, from its beginning; null: all"""

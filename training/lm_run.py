@@ -47,15 +47,7 @@ def train(config: LmConfig) -> dict[str, Any]:
     _check(config)
     accelerator = make_accelerator(config.run)
     tokens, (stream, held_out) = open_text(config.data, accelerator, "train", config.split)
-    plan = TextPlan(
-        len(stream),
-        budget=config.budget,
-        steps=config.epochs * config.steps_per_epoch,
-        stages=config.stages,
-        seed=config.seed,
-        order=config.order,
-        segments=config.segments,
-    )
+    plan = make_plan(config, len(stream))
     plan.check_shards(accelerator.num_processes * config.grad_accum_steps)
     held = _held(config, accelerator, tokens, held_out, plan.lengths[-1])
     _check_positions(config, max(plan.spans), *(scoring.length for scoring in held.plans))
@@ -105,6 +97,19 @@ def train(config: LmConfig) -> dict[str, Any]:
         panels=LANGUAGE,
         verdict=_verdict,
         finish=finish,
+    )
+
+
+def make_plan(config: LmConfig, tokens: int) -> TextPlan:
+    """Return the plan of all steps on a stream of so many tokens."""
+    return TextPlan(
+        tokens,
+        budget=config.budget,
+        steps=config.epochs * config.steps_per_epoch,
+        stages=config.stages,
+        seed=config.seed,
+        order=config.order,
+        segments=config.segments,
     )
 
 

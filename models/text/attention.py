@@ -37,11 +37,13 @@ class Attention(nn.Module):
         seen: irpe.Geometry,
         past: Kept | None = None,
         mask: Tensor | None = None,
+        terms: tuple[irpe.Term, ...] = (),
     ) -> tuple[Tensor, Kept]:
         """
         Args:
             x: ``[B, L, C]``. here: where its tokens are. seen: these as queries, and as keys all
-                S tokens, those of ``past`` first. mask: see ``irpe.attention``.
+                S tokens, those of ``past`` first. mask: see ``irpe.attention``. terms: of an
+                encoding that all layers share.
 
         Returns:
             ``[B, L, C]``, and what to keep of all S tokens.
@@ -62,7 +64,7 @@ class Attention(nn.Module):
             q,
             k if waves is None else k + waves,
             v,
-            encodings.terms(seen),
+            encodings.terms(seen) + terms,
             mask=mask,
             is_causal=self.causal,
             dropout_p=self.drop if self.training else 0.0,

@@ -38,8 +38,15 @@ class PostNormBlock(nn.Module):
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x: Tensor, where: irpe.Geometry, mask: Tensor | None) -> Tensor:
-        x = self.norm1(x + self.drop(self.attn(x, where, where, mask=mask)[0]))
+    def forward(
+        self,
+        x: Tensor,
+        where: irpe.Geometry,
+        mask: Tensor | None,
+        terms: tuple[irpe.Term, ...],
+    ) -> Tensor:
+        mixed, _ = self.attn(x, where, where, mask=mask, terms=terms)
+        x = self.norm1(x + self.drop(mixed))
         hidden = nn.functional.gelu(self.mlp["fc1"](x))
         return self.norm2(x + self.drop(self.mlp["fc2"](hidden)))
 
@@ -73,7 +80,7 @@ class Bert(nn.Module):
         super().__init__()
         self.dim = dim
         self.embedding, self.types = nn.Embedding(vocab_size, dim), nn.Embedding(types, dim)
-        self.at_input = nn.Module()
+        self.at_input, self.for_all = nn.Module(), nn.Module()
         self.norm, self.drop = nn.LayerNorm(dim, eps=eps), nn.Dropout(drop)
         given = (dim, num_heads, hidden, drop, attn_drop, eps, backend)
         self.blocks = nn.ModuleList(PostNormBlock(*given) for _ in range(depth))
@@ -86,7 +93,7 @@ class Bert(nn.Module):
 
     def attach(self, spec: Spec) -> None:
         """Put a further encoding on; one that is neutral changes nothing until it is trained."""
-        attach(spec, [block.attn for block in self.blocks], self.at_input, self.dim)
+        attach(self, spec)
 
     def forward(
         self, tokens: Tensor, types: Tensor | None = None, seen: Tensor | None = None
@@ -105,8 +112,9 @@ class Bert(nn.Module):
         x = self.embedding(tokens) + self.types(types)
         x = self.drop(self.norm(irpe.hooks(self.at_input).embed(x, where)))
         mask = None if seen is None else seen[:, None, None]
+        terms = irpe.hooks(self.for_all).terms(where)
         for block in self.blocks:
-            x = block(x, where, mask)
+            x = block(x, where, mask, terms)
         return x
 
 

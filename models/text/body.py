@@ -44,8 +44,9 @@ class Block(nn.Module):
         seen: irpe.Geometry,
         past: Kept | None,
         mask: Tensor | None,
+        terms: tuple[irpe.Term, ...],
     ) -> tuple[Tensor, Kept]:
-        mixed, kept = self.attn(self.norm1(x), here, seen, past, mask)
+        mixed, kept = self.attn(self.norm1(x), here, seen, past, mask, terms)
         x = x + self.drop(mixed)
         hidden = nn.functional.gelu(self.mlp["fc1"](self.norm2(x)))
         return x + self.drop(self.mlp["fc2"](self.act_drop(hidden))), kept
@@ -90,7 +91,7 @@ class Body(nn.Module):
         for table in (self.embedding, self.types):
             if table is not None:
                 nn.init.normal_(table.weight, std=dim**-0.5)
-        self.at_input = nn.Module()
+        self.at_input, self.for_all = nn.Module(), nn.Module()
         hidden = int(dim * mlp_ratio)
         given = (dim, num_heads, hidden, causal, drop, attn_drop, act_drop, backend)
         self.blocks = nn.ModuleList(Block(*given) for _ in range(depth))
@@ -102,8 +103,7 @@ class Body(nn.Module):
 
     def attach(self, spec: Spec) -> None:
         """Put a further encoding on; one that is neutral changes nothing until it is trained."""
-        added = attach(spec, [block.attn for block in self.blocks], self.at_input, self.dim)
-        if "learned" in added:
+        if "learned" in attach(self, spec):
             nn.init.normal_(self.at_input.learned.weight, std=self.dim**-0.5)
 
     def forward(
@@ -141,9 +141,9 @@ class Body(nn.Module):
             x = x + self.types(torch.zeros_like(tokens) if types is None else types)
         x = self.drop(irpe.hooks(self.at_input).embed(x, here))
         mask = None if seen is None else seen[:, None, None]
-        layers = []
+        layers, terms = [], irpe.hooks(self.for_all).terms(among)
         for block, past in zip(self.blocks, state.layers or [None] * len(self.blocks), strict=True):
-            x, kept = block(x, here, among, past, mask)
+            x, kept = block(x, here, among, past, mask, terms)
             layers.append(kept)
         return self.norm(x), state.grown(tuple(layers), places)
 
@@ -192,21 +192,27 @@ class Body(nn.Module):
             )
 
 
-def attach(spec: Spec, attentions: list[Attention], at_input: nn.Module, dim: int) -> set[str]:
-    """Put an encoding on every attention of a model, or at its input; return its names there."""
-    spec = irpe.parse(spec)
+def attach(model: nn.Module, spec: Spec) -> set[str]:
+    """Put an encoding on a body, and return its modules' names there.
+
+    It goes on every attention, or where its authors have it: at the input, or one for all layers.
+    """
+    spec, attentions = irpe.parse(spec), [block.attn for block in model.blocks]
     if 1 not in spec.axes:
         raise irpe.IrpeError(f"{spec} is for images: text has positions on one axis")
-    like, shared = attentions[0].qkv.weight, {}
-    given = {"num_heads": attentions[0].num_heads, "causal": attentions[0].causal}
-    for owner in [at_input] if spec.at_input else attentions:
-        made = irpe.build(spec, dim=dim, device=like.device, dtype=like.dtype, **given)
+    first = attentions[0]
+    options = {"num_heads": first.num_heads, "causal": first.causal}
+    options |= {"device": first.qkv.weight.device, "dtype": first.qkv.weight.dtype}
+    for attention in attentions:
+        made = irpe.build(spec, dim=model.dim, **options)
+        alone = spec.at_input or any(encoding.one_for_all for encoding in made.values())
+        owner = model.at_input if spec.at_input else model.for_all if alone else attention
         for name, encoding in made.items():
             if hasattr(owner, name):
                 raise irpe.IrpeError(f"{spec}: there is an encoding {name!r} already")
-            setattr(
-                owner, name, shared.setdefault(name, encoding) if encoding.one_for_all else encoding
-            )
+            setattr(owner, name, encoding)
+        if alone:
+            break
     return set(made)
 
 

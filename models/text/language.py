@@ -35,10 +35,10 @@ class CausalLM(nn.Module):
     ) -> None:
         super().__init__()
         self.body = Body(vocab_size, encoding=encoding, causal=True, **options)  # type: ignore[arg-type]
-        self.head = nn.Linear(self.body.dim, vocab_size, bias=False)
-        nn.init.normal_(self.head.weight, std=self.body.dim**-0.5)
-        if tied:
-            self.head.weight = self.body.embedding.weight
+        self.head = None
+        if not tied:
+            self.head = nn.Linear(self.body.dim, vocab_size, bias=False)
+            nn.init.normal_(self.head.weight, std=self.body.dim**-0.5)
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, state: Cache | None = None
@@ -59,14 +59,14 @@ class CausalLM(nn.Module):
                 tokens than a table of positions has rows.
         """
         if state is None:
-            return self.head(self.body(tokens, positions=positions))
+            return self._logits(self.body(tokens, positions=positions))
         if isinstance(state, Memory) and positions is not None:
             raise irpe.IrpeError("a memory places its tokens itself: positions must be None")
         hidden = []
         for piece in tokens.split(list(state.pieces(tokens.shape[1])), 1):
             out, state = self.body.read(piece, None, None, positions, state)
             hidden.append(out)
-        return self.head(torch.cat(hidden, 1)), state
+        return self._logits(torch.cat(hidden, 1)), state
 
     def memory(self, block: int, size: int | None = None) -> Memory:
         """An empty memory for texts that are read in blocks; see ``Memory``.
@@ -107,6 +107,11 @@ class CausalLM(nn.Module):
             return alone
         empty = self.memory(block, size)
         return reading
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        if self.head is not None:
+            return self.head(hidden)
+        return nn.functional.linear(hidden, self.body.embedding.weight)
 
     def no_weight_decay(self) -> set[str]:
         return tables(self)

@@ -23,11 +23,11 @@ def by_layers(lm, x, spec, positions=None):
     y = irpe.hooks(body.at_input).embed(y, where)
     for block in body.blocks:
         layer = irpe.RPEAttention(16, 2, inner, prefix=False, causal=body.causal, dtype=F64)
-        layer.load_state_dict(block.attn.state_dict())
+        layer.load_state_dict(block.attn.state_dict() | body.for_all.state_dict())
         y = y + layer(block.norm1(y), where)
         hidden = block.mlp["fc2"](torch.nn.functional.gelu(block.mlp["fc1"](block.norm2(y))))
         y = y + hidden
-    return lm.head(body.norm(y))
+    return body.norm(y) @ body.embedding.weight.T
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -128,18 +128,31 @@ def test_generation():
 # --- encodings ------------------------------------------------------------------------------------
 
 
-def test_shared_table_and_copies():
+def test_copies():
+    """T5's table is one for all layers, and stands in the state once."""
     lm, x = model("t5,buckets=8,max=20"), tokens()
-    assert len({id(block.attn.t5) for block in lm.body.blocks}) == 1
-    assert sum("t5" in name for name, _ in lm.named_parameters()) == 1
+    names = [name for name in lm.state_dict() if "t5" in name]
+    assert names == ["body.for_all.t5.table"]
+    before = lm(x)
     for other in (
         copy.deepcopy(lm),
         pickle.loads(pickle.dumps(lm)),
-        model(lm.body.blocks[0].attn.t5.text, 5),
+        model("t5,buckets=8,max=20", 5),
     ):
         other.load_state_dict(lm.state_dict())
-        assert len({id(block.attn.t5) for block in other.body.blocks}) == 1
-        assert torch.equal(other(x), lm(x))
+        assert torch.equal(other(x), before)
+    with torch.no_grad():
+        lm.body.for_all.t5.table.zero_()
+    assert (lm(x) - before).abs().max() > 1e-3
+
+
+def test_an_output_layer_of_its_own():
+    one, other = model("rope"), model("rope", tied=False)
+    added = set(other.state_dict()) - set(one.state_dict())
+    assert added == {"head.weight"}
+    x = tokens()
+    other.load_state_dict({**one.state_dict(), "head.weight": one.body.embedding.weight})
+    assert_close(other(x), one(x))
 
 
 @pytest.mark.parametrize("spec", ["huang4,clip=3", "shaw,clip=3", "huang1,clip=3", "t5"])
@@ -173,7 +186,48 @@ def test_shifted_positions(spec):
     if spec == "rope":
         lm = lm.float()
         moved = (lm(x, torch.arange(21) + 1000) - lm(x)).abs().max()
-        assert moved < 1e-3
+        assert moved < 1e-4
+
+
+def test_every_chunk_sees_all_earlier_ones():
+    """Gaps between positions are no borders: a change in the first chunk reaches the last one."""
+    chunks = torch.cat([torch.arange(4) + begin for begin in (0, 40, 44, 60)])
+    for spec in SPECS:
+        lm, x = model(spec), tokens(length=16)
+        changed = x.clone()
+        changed[:, 1] = (x[:, 1] + 1) % V
+        assert (lm(x, chunks) - lm(changed, chunks))[:, 12:].abs().amax(-1).min() > 1e-9, spec
+
+
+@pytest.mark.parametrize("given", ["gaps", "each its own", "cached"])
+def test_alibi_counts_positions_and_not_places(given):
+    """With no query, shares are those of -slope (p_i - p_j) alone."""
+    attn = model("alibi", depth=1).body.blocks[0].attn
+    with torch.no_grad():
+        attn.qkv.weight[:16], attn.qkv.bias[:16] = 0, 0
+        attn.proj.weight.copy_(torch.eye(16))
+        attn.proj.bias.zero_()
+    x = torch.randn(3, 11, 16, dtype=F64)
+    own = torch.stack([GAPS, GAPS + 7, 3 * GAPS]) if given == "each its own" else GAPS.expand(3, -1)
+    where = irpe.Sequence(11, positions=own if given == "each its own" else GAPS)
+    with torch.no_grad():
+        if given == "cached":
+            first, last = GAPS[:6], GAPS[6:]
+            before = irpe.Sequence(6, positions=first)
+            part, kept = attn(x[:, :6], before, before)
+            here = irpe.Sequence(5, positions=last)
+            among = irpe.Sequence(5, positions=last, keys=GAPS)
+            out = torch.cat((part, attn(x[:, 6:], here, among, kept)[0]), 1)
+        else:
+            out, _ = attn(x, where, where)
+        values = attn.qkv(x)[..., 32:].unflatten(-1, (2, 8))
+    for b in range(3):
+        for h, slope in enumerate((2.0**-4, 2.0**-8)):
+            for i in range(11):
+                far = (own[b, i] - own[b, : i + 1]).double()
+                shares = (-slope * far).softmax(0)
+                wanted = shares @ values[b, : i + 1, h]
+                assert_close(out[b, i].unflatten(-1, (2, 8))[h], wanted, rtol=1e-10, atol=1e-11)
 
 
 def test_absolute_positions_count():

@@ -35,7 +35,7 @@ def test_shortformer_against_loops(spec, block, size):
     lm, x = random_weights(model(spec)), tokens(batch=2, length=11)
     form = "paper" if "paper" in spec else "fairseq"
     found, _ = read(lm, x, block, block, size)
-    weights = dict(lm.named_parameters(remove_duplicate=False))
+    weights = dict(lm.named_parameters())
     truth = torch.stack(
         [shortformer.logits(weights, row, 2, block, size, form) for row in x.tolist()]
     )

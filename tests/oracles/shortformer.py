@@ -22,7 +22,7 @@ def logits(w, tokens, heads, block, size, form="fairseq"):
         for layer in range(depth):
             xs, ys = _block(w, f"body.blocks.{layer}.", xs, memories[layer], heads, form)
             memories[layer] = [y.detach() for y in ys[max(len(ys) - size, 0) :]]
-        found += [w["head.weight"] @ _norm(w, "body.norm", x) for x in xs]
+        found += [w["body.embedding.weight"] @ _norm(w, "body.norm", x) for x in xs]
     return torch.stack(found)
 
 

@@ -12,7 +12,6 @@ from training.language import tokens_of
 from training.lm_model import build_classifier, build_language_model, build_span_finder, specs
 from training.lm_options import LmConfig
 from training.text.answers import MarkedBytes, make_readings
-from training.text.staged import TextPlan
 
 CONFIGS = sorted((ROOT / "configs" / "lm").glob("*.yaml"))
 WIKITEXT = {  # published perplexity on WikiText-103's test set; windows, and steps of the stages
@@ -26,17 +25,6 @@ HERE = {"stdlib", "lengths", "staged", "shortformer", "segments", "excerpts_512"
 
 def load(path: Path) -> LmConfig:
     return config.parse(LmConfig, ["--config", str(path)], "train_lm.py")
-
-
-def plan_of(settings: LmConfig, tokens: int) -> TextPlan:
-    return TextPlan(
-        tokens,
-        budget=settings.budget,
-        steps=settings.epochs * settings.steps_per_epoch,
-        stages=settings.stages,
-        order=settings.order,
-        segments=settings.segments,
-    )
 
 
 def test_all_are_here():
@@ -70,7 +58,7 @@ def test_config_builds(path: Path):
     assert sum(p.numel() for p in model.parameters()) > 50_000
     if settings.task != "language":
         return
-    plan = plan_of(settings, 10**6 if settings.data.name == "stdlib" else 10**8)
+    plan = lm_run.make_plan(settings, 10**6 if settings.data.name == "stdlib" else 10**8)
     plan.check_shards(1 if settings.data.name == "stdlib" else 8)
     for protocol in settings.protocols:
         assert protocol.kind != "sliding" or protocol.stride is not None
@@ -78,10 +66,10 @@ def test_config_builds(path: Path):
 
 def test_the_embedded_runs_are_of_stages_and_segments_as_they_say():
     got = load(ROOT / "configs/lm/staged.yaml")
-    plan = plan_of(got, 10**6)
+    plan = lm_run.make_plan(got, 10**6)
     assert plan.lengths == (128, 2048) and plan.ends == (360, 600)
     got = load(ROOT / "configs/lm/segments.yaml")
-    plan = plan_of(got, 10**6)
+    plan = lm_run.make_plan(got, 10**6)
     assert plan.lengths == (128,) and plan.spans == (512,) and got.segments.alpha == 0.25
     got = load(ROOT / "configs/lm/shortformer.yaml")
     assert got.order == "stripes" and tokens_of(got.memory, 128) == 128
@@ -96,7 +84,7 @@ def test_published_recipe(name: str):
     text = " ".join(path.read_text().replace("#", " ").split())
     assert f"test perplexity {perplexity}" in text and "not measured by us" in text
     got = load(path)
-    plan = plan_of(got, 10**8)
+    plan = lm_run.make_plan(got, 10**8)
     assert (list(plan.lengths), list(plan.ends)) == (lengths, ends)
     # Windows of a GPU, from the paper's table of batch sizes.
     sizes = {128: 72, 512: 18, 3072: 3}

@@ -16,7 +16,9 @@ from processes import launch
 
 import irpe
 from models.text import CausalLM
+from training.config import parse
 from training.language import Held, Language
+from training.lm_options import LmConfig
 from training.loop import Loop
 from training.text.options import ProtocolConfig
 from training.text.tokens import ByteTokens
@@ -408,7 +410,7 @@ BAD = [
         ["16 rows", "64 positions"],
     ),
     (["--encod=rope"], ["unknown key 'encod'", "'encoding'"]),
-    (["--stages=[{lenght: 16}]"], ["lenght"]),
+    (["--stages=[{lenght: 16}]"], ["unknown key 'lenght' in 'stages'", "length, until"]),
     (["--stages=[{length: 24}]"], ["24", "128"]),
     (["--stages=[{length: 16, until: 5}]"], ["stages"]),
     (["--stages=[]"], ["stages: at least one"]),
@@ -482,6 +484,14 @@ def test_a_memory_of_a_model_that_cannot_have_one():
     other = CausalLM(256, "sinusoidal", dim=16, depth=1, num_heads=2)
     with pytest.raises(irpe.IrpeError, match="pia or rope"):
         task.loss(other, next(task.batches(0)), 0)
+
+
+def test_a_later_list_is_whole(tmp_path: Path):
+    """Nothing of the list in the file stays, where both have as many entries."""
+    file = tmp_path / "a.yaml"
+    file.write_text("stages: [{length: 8, until: 0.5}, {length: 16, until: 0.7}, {length: 32}]\n")
+    given = ["--config", str(file), "--stages=[{length: 4}, {length: 4}, {length: 4}]"]
+    assert [stage.until for stage in parse(LmConfig, given, "x").stages] == [None] * 3
 
 
 def test_help():
