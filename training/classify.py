@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +17,11 @@ from training.cls_options import AugConfig
 from training.data.loaders import Batch, set_epoch
 from training.errors import UserError
 from training.loop import Step
+from training.run import Task
 from training.seeding import derive, forked
 
 
-class Classify:
+class Classify(Task):
     """The functions that :class:`training.loop.Loop` asks of a task.
 
     Args:
@@ -136,3 +138,24 @@ class Classify:
             batch.images.to(device, non_blocking=True),
             batch.targets.to(device, non_blocking=True),
         )
+
+
+def verdict(figures: dict[str, Any]) -> str:
+    """Say what an evaluation, or a run's last one, came to."""
+    prefix = "ema_" if "ema_top1" in figures else ""
+    top1, count = figures[f"{prefix}top1"], figures[f"{prefix}count"]
+    wrong = count - round(top1 * count)
+    return f"held-out accuracy {100 * top1:.2f} % ({wrong} of {count} wrong)"
+
+
+def line(record: dict[str, Any], epochs: int) -> str:
+    """A line for people from an epoch's record."""
+    parts = [
+        f"epoch {record['epoch']:{len(str(epochs))}}/{epochs}",
+        f"train loss {record['train_loss']:.3f}, accuracy {100 * record['train_top1']:5.2f} %",
+    ]
+    if "top1" in record:
+        parts.append(f"held out loss {record['loss']:.3f}, accuracy {100 * record['top1']:5.2f} %")
+    if "ema_top1" in record:
+        parts.append(f"averaged weights {100 * record['ema_top1']:5.2f} %")
+    return "  |  ".join(parts)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import irpe
 from training import run
 from training.badimages import BadImages
-from training.classify import Classify
+from training.classify import Classify, line, verdict
 from training.cls_model import build_model, check_name, input_settings
 from training.cls_options import ClsConfig
 from training.curves import CLASSIFIER
@@ -40,7 +40,7 @@ def evaluate(config: ClsConfig) -> dict[str, float]:
     task = Classify(accelerator, (None, held_out), config.aug, num_classes, config.seed, bad)
     (figures,) = task.evaluate([model.to(accelerator.device)])
     if accelerator.is_main_process:
-        print(_verdict(figures))
+        print(verdict(figures))
     return figures
 
 
@@ -61,7 +61,14 @@ def train(config: ClsConfig) -> dict[str, Any]:
         accelerator,
         model,
         make_optimizer(model, config.optim, config.batch_size),
-        lambda bad: Classify(accelerator, loaders, config.aug, num_classes, config.seed, bad),
+        lambda say: Classify(
+            accelerator,
+            loaders,
+            config.aug,
+            num_classes,
+            config.seed,
+            BadImages(config.data.on_bad_image, say),
+        ),
         name=f"{config.model.name}-{config.rpe or 'plain'}-seed{config.seed}",
         spec=config.rpe,
         steps=run.steps_per_epoch(
@@ -75,9 +82,9 @@ def train(config: ClsConfig) -> dict[str, Any]:
         about={"model": config.model.name, "rpe": config.rpe or "none"},
         advice="a lower optim.lr, a longer sched.warmup_epochs, optim.clip_grad: 1.0 or "
         "run.precision: fp32 may help",
-        line=_line,
+        line=line,
         panels=CLASSIFIER,
-        verdict=_verdict,
+        verdict=verdict,
     )
 
 
@@ -166,22 +173,3 @@ def _loader(
         world=accelerator.num_processes,
         pin_memory=accelerator.device.type == "cuda",
     )
-
-
-def _verdict(figures: dict[str, Any]) -> str:
-    prefix = "ema_" if "ema_top1" in figures else ""
-    top1, count = figures[f"{prefix}top1"], figures[f"{prefix}count"]
-    wrong = count - round(top1 * count)
-    return f"held-out accuracy {100 * top1:.2f} % ({wrong} of {count} wrong)"
-
-
-def _line(record: dict[str, Any], epochs: int) -> str:
-    parts = [
-        f"epoch {record['epoch']:{len(str(epochs))}}/{epochs}",
-        f"train loss {record['train_loss']:.3f}, accuracy {100 * record['train_top1']:5.2f} %",
-    ]
-    if "top1" in record:
-        parts.append(f"held out loss {record['loss']:.3f}, accuracy {100 * record['top1']:5.2f} %")
-    if "ema_top1" in record:
-        parts.append(f"averaged weights {100 * record['ema_top1']:5.2f} %")
-    return "  |  ".join(parts)

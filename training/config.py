@@ -162,6 +162,10 @@ def _explain(kind: type, message: str) -> str:
     name = key.group(1) if key else ""
     hint = keys(kind).get(name)
     value = re.search(r"(?:Got value|Given value): (.*)$", message)
+    unknown = re.search(r"Option '(\w+)' is not accepted", message)
+    if unknown and typing.get_origin(hint) is tuple:
+        valid = ", ".join(keys(typing.get_args(hint)[0]))
+        return f"unknown key {unknown.group(1)!r} in {name!r}; valid keys: {valid}"
     if hint is None or value is None:
         alone = re.search(r"argument --([\w.]+): expected one argument", message)
         if alone:
@@ -183,6 +187,8 @@ def describe(hint: Any) -> str:
         return "one of " + ", ".join(map(str, inner))
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(part) for part in inner)
+    if origin is tuple and inner[-1] is Ellipsis:
+        return f"a list, each {describe(inner[0])}"
     if origin is tuple:
         return "a list of " + " and ".join(describe(part) for part in inner)
     if origin is list:

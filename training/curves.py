@@ -11,7 +11,7 @@ from typing import Any
 INK, GRID = "#222222", "#dddddd"
 TRAIN, HELD, EMA = "#9aa5b1", "#1f5fa8", "#d1761b"
 SERIES = (
-    ("train_{}", "training (augmented)", TRAIN),
+    ("train_{}", "training", TRAIN),
     ("{}", "held out", HELD),
     ("ema_{}", "held out, averaged weights", EMA),
 )
@@ -33,6 +33,15 @@ class Panel:
 
 
 CLASSIFIER = (Panel("loss", "cross entropy"), Panel("top1", "accuracy, %", share=True))
+LANGUAGE = (
+    Panel("loss", "cross entropy, nats per token"),
+    Panel("bits_per_byte", "bits per byte"),
+)
+ANSWERS = (
+    Panel("loss", "cross entropy of both ends"),
+    Panel("f1", "F1, %", share=True),
+    Panel("exact", "exact match, %", share=True),
+)
 DETECTOR = (
     Panel("loss", "loss, weighted sum"),
     Panel("loss_ce", "cross entropy of classes"),

@@ -87,7 +87,13 @@ def train(config: DetConfig) -> dict[str, Any]:
         accelerator,
         model,
         make_optimizer(config, model),
-        lambda bad: Detect(accelerator, loaders, criterion, sources[1], bad),
+        lambda say: Detect(
+            accelerator,
+            loaders,
+            criterion,
+            sources[1],
+            BadImages(config.data.on_bad_image, say),
+        ),
         name=f"detr-{config.backbone}-{spec or 'plain'}-seed{config.seed}",
         spec=spec,
         steps=run.steps_per_epoch(

@@ -22,11 +22,12 @@ from training.data.loaders import set_epoch
 from training.det_pictures import Example
 from training.errors import UserError
 from training.loop import Step
+from training.run import Task
 
 PARTS = ("loss_ce", "loss_bbox", "loss_giou")
 
 
-class Detect:
+class Detect(Task):
     """The functions that :func:`training.run.train` asks of a task.
 
     Args:

@@ -33,12 +33,14 @@ class Step:
         loss: the mean over the batch. count: its samples. sums: further figures, summed over the
             samples: shares of them or, named ``loss_...``, parts of the loss.
         names: the samples, for whoever has to look for a bad one.
+        units: what the pace counts; None: the samples.
     """
 
     loss: Tensor
     count: int
     sums: dict[str, Tensor] = field(default_factory=dict)
     names: list[Any] = field(default_factory=list)
+    units: int | None = None
 
 
 @dataclass(kw_only=True)
@@ -47,7 +49,8 @@ class Plan:
 
     Attributes:
         eval_every: epochs between two evaluations; the last epoch always has one.
-        best: name of the evaluation figure that decides which checkpoint is the best.
+        best: name of the evaluation figure that decides which checkpoint is the best; the highest
+            one or, with ``lower``, the lowest.
         advice: what may help where the loss is not finite.
         about: what the header of a weights file says of them.
     """
@@ -60,6 +63,7 @@ class Plan:
     seed: int = 0
     eval_every: int = 1
     best: str = "top1"
+    lower: bool = False
     advice: str = ""
     about: dict[str, Any] = field(default_factory=dict)
 
@@ -78,12 +82,13 @@ class Loop:
         folder: RunFolder | None,
         plan: Plan,
         progress: Progress,
+        carried: Callable[[], Any] = lambda: None,
     ) -> None:
         self.accelerator, self.raw, self.model = accelerator, raw, model
         self.optimizer, self.schedule, self.ema = optimizer, schedule, ema
-        self.folder, self.plan, self.progress = folder, plan, progress
+        self.folder, self.plan, self.progress, self.carried = folder, plan, progress, carried
         self.step = self.epoch = 0
-        self.best = -math.inf
+        self.best = math.inf if plan.lower else -math.inf
         self._recent: list[dict[str, Any]] = []  # the batches since the loss was last looked at
         # Reading a number back stalls a GPU, so there it is not done at every step.
         self._look_every = 1 if accelerator.device.type == "cpu" else 10
@@ -105,9 +110,10 @@ class Loop:
         """
         record: dict[str, Any] = {}
         for epoch in range(self.epoch, self.plan.epochs):
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), -time.process_time()
             models = [self.raw] if self.ema is None else [self.raw, self.ema.module]
             trained = self._train_epoch(epoch, batches(epoch), loss)
+            cpu += time.process_time()  # of all threads of this process
             due = (epoch + 1) % self.plan.eval_every == 0 or epoch + 1 == self.plan.epochs
             figures = evaluate(models) if due else []
             record = {
@@ -120,13 +126,15 @@ class Loop:
                 record.update(figures[0])
             for averaged in figures[1:]:
                 record.update({f"ema_{name}": value for name, value in averaged.items()})
-            record["images_per_second"] = round(
-                self.progress.images_per_second * self.accelerator.num_processes, 1
+            unit = self.progress.unit
+            rate = record[f"{unit}_per_second"] = round(
+                self.progress.pace * self.accelerator.num_processes, 1
             )
+            record["train_cpu_seconds"] = round(cpu, 3)
             record["seconds"] = round(time.perf_counter() - start, 3)
             self._keep(epoch, record)
-            rate, left = record["images_per_second"], self.progress.time_left
-            self.progress.say(f"{describe(record)}  |  {rate:,.0f} images/s, {left} left")
+            left = self.progress.time_left
+            self.progress.say(f"{describe(record)}  |  {rate:,.0f} {unit}/s, {left} left")
         return record
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -173,7 +181,7 @@ class Loop:
         loss: Callable[[nn.Module, Any, int], Step],
         totals: dict[str, Tensor],
     ) -> int:
-        """One optimiser step over ``accumulate`` batches; return this process's samples."""
+        """One optimiser step over ``accumulate`` batches; return this process's units."""
         count = 0
         for part in range(self.plan.accumulate):
             torch.manual_seed(
@@ -198,7 +206,7 @@ class Loop:
             sums["count"] = torch.tensor(result.count, device=result.loss.device)
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0) + value.double()
-            count += result.count
+            count += result.count if result.units is None else result.units
             self._recent.append({"step": self.step, "names": result.names})
         if self.plan.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.plan.clip_grad)
@@ -235,8 +243,10 @@ class Loop:
     def _keep(self, epoch: int, record: dict[str, Any]) -> None:
         """Log the record and write the checkpoints that are due, on the main process."""
         score = record.get(f"ema_{self.plan.best}", record.get(self.plan.best, math.nan))
-        improved = score > self.best
+        improved = score < self.best if self.plan.lower else score > self.best
         self.best = score if improved else self.best
+        due = (epoch + 1) % self.plan.save_every == 0 or epoch + 1 == self.plan.epochs
+        carried = self.carried() if due else None  # every process has its part of it
         if self.folder is None:
             return
         self.folder.log(record)
@@ -245,7 +255,7 @@ class Loop:
         averaged = self.raw if self.ema is None else self.ema.module
         if improved:
             save_weights(folder / "best.safetensors", averaged, about)
-        if (epoch + 1) % self.plan.save_every and epoch + 1 < self.plan.epochs:
+        if not due:
             return
         save_weights(folder / "last.safetensors", self.raw, about)
         if self.ema is not None:
@@ -262,5 +272,6 @@ class Loop:
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
                 "scaler": scaler.state_dict() if scaler is not None else None,
+                "carried": carried,
             },
         )

@@ -12,19 +12,20 @@ Style = Literal["auto", "bar", "lines", "none"]
 
 
 class Progress:
-    """A bar with loss, accuracy, images per second and the time left of the whole run.
+    """A bar with loss and other figures, the pace and the time left of the whole run.
 
     Args:
         steps: optimiser steps of the run.
         epochs: epochs of the run.
         style: "bar" and the lines above it; "lines" alone, as suits a log file; "none"; "auto"
             is a bar on a terminal and lines elsewhere.
+        unit: what the pace counts.
     """
 
-    def __init__(self, steps: int, epochs: int, style: Style) -> None:
+    def __init__(self, steps: int, epochs: int, style: Style, unit: str = "images") -> None:
         if style == "auto":
             style = "bar" if sys.stderr.isatty() else "lines"
-        self.steps, self.epochs, self.style = steps, epochs, style
+        self.steps, self.epochs, self.style, self.unit = steps, epochs, style, unit
         self._bar = tqdm(
             total=steps,
             disable=style != "bar",
@@ -33,7 +34,7 @@ class Progress:
             bar_format="{desc} {percentage:3.0f}% {bar} {elapsed} gone, {remaining} left{postfix}",
         )
         self._begin = self._last = time.perf_counter()
-        self._images, self._seconds, self._done = 0, 0.0, 0
+        self._units, self._seconds, self._done = 0, 0.0, 0
 
     def skip(self, steps: int) -> None:
         """Count ``steps`` as done before, by a run that is gone on with."""
@@ -44,23 +45,21 @@ class Progress:
         """Start counting time again, after something that is not training."""
         self._last = time.perf_counter()
 
-    def step(self, epoch: int, images: int, figures: dict[str, str] | None) -> None:
-        """Advance by one step of ``images`` images; ``figures`` are shown behind the bar."""
+    def step(self, epoch: int, units: int, figures: dict[str, str] | None) -> None:
+        """Advance by one step of ``units`` units; ``figures`` are shown behind the bar."""
         now = time.perf_counter()
-        self._images, self._seconds = self._images + images, self._seconds + now - self._last
+        self._units, self._seconds = self._units + units, self._seconds + now - self._last
         self._last, self._done = now, self._done + 1
         self._bar.set_description_str(f"epoch {epoch + 1}/{self.epochs}", refresh=False)
         if figures is not None:
             text = ", ".join(f"{key} {value}" for key, value in figures.items())
-            self._bar.set_postfix_str(
-                f"{text}, {self.images_per_second:,.0f} images/s", refresh=False
-            )
+            self._bar.set_postfix_str(f"{text}, {self.pace:,.0f} {self.unit}/s", refresh=False)
         self._bar.update()
 
     @property
-    def images_per_second(self) -> float:
-        """Images of this process per second of training, evaluation not counted."""
-        return self._images / max(self._seconds, 1e-9)
+    def pace(self) -> float:
+        """Units of this process per second of training, evaluation not counted."""
+        return self._units / max(self._seconds, 1e-9)
 
     @property
     def time_left(self) -> str:

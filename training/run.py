@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -21,16 +21,30 @@ from training.resume import open_folder
 from training.runfolder import RunFolder
 
 
-class Task(Protocol):
-    """What a script trains: the batches of an epoch, the loss of one, and the evaluation."""
+class Task:
+    """What a script trains: the batches of an epoch, the loss of one, and the evaluation.
 
-    bad: BadImages
+    Attributes:
+        bad: images that did not decode; None for a task without images.
+    """
 
-    def batches(self, epoch: int) -> Iterator[Any]: ...
+    bad: BadImages | None = None
 
-    def loss(self, model: nn.Module, batch: Any, step: int) -> Step: ...
+    def batches(self, epoch: int) -> Iterator[Any]:
+        raise NotImplementedError
 
-    def evaluate(self, models: list[nn.Module]) -> list[dict[str, float]]: ...
+    def loss(self, model: nn.Module, batch: Any, step: int) -> Step:
+        raise NotImplementedError
+
+    def evaluate(self, models: list[nn.Module]) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+    def carried(self) -> Any:
+        """What the next step depends on besides the weights; it is written with a state."""
+        return None
+
+    def restore(self, carried: Any) -> None:
+        """Go on from what :meth:`carried` returned, in a run that is resumed."""
 
 
 def train(
@@ -38,12 +52,14 @@ def train(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    task_of: Callable[[BadImages], Task],
+    task_of: Callable[[Callable[[str], None]], Task],
     *,
     name: str,
     spec: Any,
     steps: int,
     best: str,
+    lower: bool = False,
+    unit: str = "images",
     clip_grad: float | None,
     about: dict[str, Any],
     advice: str,
@@ -55,11 +71,12 @@ def train(
     """Train ``model`` on what ``config`` says and leave a run folder.
 
     Args:
-        config: of a script: has epochs, seed, resume, grad_accum_steps, sched, ema, run,
-            data.on_bad_image.
+        config: of a script: has epochs, seed, resume, grad_accum_steps, sched, ema, run.
+        task_of: makes the task from a function that prints a line for people.
         model: on the accelerator's device. name: of the folder. spec: of the model's encoding,
             None without one. steps: of an epoch. best: the figure that decides which
-            checkpoint is the best. line: of an epoch, from its record and the number of epochs.
+            checkpoint is the best, the highest or, with ``lower``, the lowest. unit: of the
+            pace. line: of an epoch, from its record and the number of epochs.
     """
     start = time.perf_counter()
     schedule, epochs = make_schedule(optimizer, config.sched, config.epochs, steps)
@@ -69,8 +86,8 @@ def train(
         model.compile()
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     style = config.run.progress if accelerator.is_main_process else "none"
-    progress = Progress(steps * epochs, epochs, style)
-    task = task_of(BadImages(config.data.on_bad_image, progress.say))
+    progress = Progress(steps * epochs, epochs, style, unit)
+    task = task_of(progress.say)
     plan = Plan(
         epochs=epochs,
         steps_per_epoch=steps,
@@ -80,12 +97,16 @@ def train(
         seed=config.seed,
         eval_every=config.run.eval_every,
         best=best,
+        lower=lower,
         advice=advice,
         about=about,
     )
-    loop = Loop(accelerator, model, wrapped, optimizer, schedule, ema, folder, plan, progress)
+    loop = Loop(
+        accelerator, model, wrapped, optimizer, schedule, ema, folder, plan, progress, task.carried
+    )
     if state is not None:
         loop.restore(state)
+        task.restore(state["carried"])
         progress.say(f"going on after epoch {loop.epoch}")
     try:
         record = loop.fit(
@@ -97,7 +118,7 @@ def train(
             draw_curves(folder.records(), folder / "curves.png", folder.path.name, panels)
     averaged = model if ema is None else ema.module
     finish(task, folder, averaged)
-    skipped = task.bad.gather()
+    skipped = {} if task.bad is None else task.bad.gather()
     if folder is not None:
         draw_tables(averaged, folder / "tables.png", spec)
         if skipped:
@@ -109,10 +130,12 @@ def train(
     return record
 
 
-def steps_per_epoch(batches: int, accumulate: int, batch_size: int, samples: int) -> int:
+def steps_per_epoch(
+    batches: int, accumulate: int, batch_size: int, samples: int, what: str = "images"
+) -> int:
     """Optimiser steps of an epoch of ``batches`` batches; at least one."""
     if not batches // accumulate:
-        raise UserError(f"batch_size: {batch_size} is more than the {samples} training images")
+        raise UserError(f"batch_size: {batch_size} is more than the {samples} training {what}")
     return batches // accumulate
 
 
@@ -124,5 +147,5 @@ def check_numbers(config: Any) -> None:
     for name in ("save_every", "eval_every"):
         if getattr(config.run, name) < 1:
             raise UserError(f"run.{name}: {getattr(config.run, name)} is not at least 1")
-    if config.data.workers < 0:
+    if getattr(config.data, "workers", 0) < 0:
         raise UserError(f"data.workers: {config.data.workers} is negative")

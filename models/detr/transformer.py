@@ -3,7 +3,6 @@
 Shapes: B images, C channels, H x W the feature map, L = H W its tokens, Q object queries.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 import irpe
 
+from ..geometries import Recent
 from .attention import MultiheadAttention
 
 Spec = irpe.RPE | str | None
@@ -74,7 +74,7 @@ class Transformer(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1 and "lookup_table" not in name:
                 nn.init.xavier_uniform_(parameter)
-        self._grids = Grids()
+        self._grids = Recent(irpe.Grid)
 
     def forward(
         self, src: Tensor, mask: Tensor | None, query_embed: Tensor, pos_embed: Tensor
@@ -95,32 +95,6 @@ class Transformer(nn.Module):
         queries = query_embed.expand(B, -1, -1)
         hs = self.decoder(torch.zeros_like(queries), memory, pos, queries, seen)
         return hs, memory.transpose(1, 2).unflatten(2, (height, width))
-
-
-class Grids:
-    """The grids of the last feature maps: sizes that come again keep their bucket ids."""
-
-    KEPT = 8
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[int, int], irpe.Grid] = OrderedDict()
-
-    def of(self, height: int, width: int) -> irpe.Grid:
-        """The grid of a size, made anew where a graph is recorded."""
-        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if recorded or not (isinstance(height, int) and isinstance(width, int)):
-            return irpe.Grid(height, width)
-        grid = self._kept.pop((height, width), None) or irpe.Grid(height, width)
-        self._kept[height, width] = grid
-        if len(self._kept) > self.KEPT:
-            self._kept.popitem(last=False)
-        return grid
-
-    def __deepcopy__(self, memo: object) -> "Grids":
-        return Grids()
-
-    def __reduce__(self) -> tuple[type["Grids"], tuple[()]]:
-        return Grids, ()
 
 
 class FeedForward(nn.Module):

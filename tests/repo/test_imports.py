@@ -77,7 +77,7 @@ def test_optional_libraries_stay_in_their_files():
 @pytest.mark.parametrize("folder", ["models", "training"])
 def test_scripts_use_public_names(folder):
     private = []
-    for path in [*(ROOT / folder).rglob("*.py"), ROOT / "train_cls.py"]:
+    for path in [*(ROOT / folder).rglob("*.py"), *ROOT.glob("train_*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             names = []
             if isinstance(node, ast.ImportFrom) and node.module:

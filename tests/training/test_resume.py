@@ -9,7 +9,7 @@ import torch
 from training.loop import Loop
 from training.weights import read_weights
 
-TIMES = ("seconds", "images_per_second")
+TIMES = ("seconds", "images_per_second", "train_cpu_seconds")
 OPTIONS = ["--epochs=4", "--ema.enabled", "--ema.decay=0.9", "--model.drop_path=0.2"]
 
 

@@ -18,7 +18,7 @@ from training.loop import Loop
 from training.weights import read_weights
 
 RPE = "rpe-2.0-product-ctx-1-k"
-TIMES = ("seconds", "images_per_second")
+TIMES = ("seconds", "images_per_second", "train_cpu_seconds")
 
 
 def records(folder: Path) -> list[dict]:

@@ -38,6 +38,9 @@ class TextConfig:
     """tokens of the byte pair encoding"""
     tokenizer: str | None = None
     """tokenizer.json of a byte-level encoding to use instead of a new one"""
+    folder: str | None = None
+    """folder of this text where byte pairs and tokens are kept for other runs; null: they are
+    made anew, and the tokens held in memory"""
 
 
 @dataclass(kw_only=True)
@@ -85,6 +88,18 @@ class ProtocolConfig:
 
 
 @dataclass(kw_only=True)
+class ExcerptConfig:
+    """Excerpts of files: which package is this from?"""
+
+    size: int = 512
+    """bytes of an excerpt"""
+    min_files: int = 8
+    """a package with fewer files is left out"""
+    per_class: int | None = None
+    """excerpts of a package in each split, at most; null: all"""
+
+
+@dataclass(kw_only=True)
 class QuestionConfig:
     """Questions whose answer is a span of their context, as in SQuAD."""
 
@@ -102,3 +117,11 @@ class QuestionConfig:
     """further keyword arguments of datasets.load_dataset"""
     context: int = 512
     """characters of a context made from the embedded text, at most"""
+    length: int = 640
+    """tokens that the model reads at once: question, context and three marks"""
+    stride: int = 256
+    """tokens from one part of a context that is longer to the next"""
+    longest_question: int = 100
+    """tokens that are kept of a question"""
+    longest_answer: int = 80
+    """tokens of an answer, at most"""

@@ -1,0 +1,240 @@
+"""What benchmarks/text.py writes: tables with the range over seeds, and pictures."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Line = dict[str, Any]
+COLOURS = ("#1f5fa8", "#d1761b", "#3a7d44", "#9a3b3b", "#6b5b95", "#222222")
+
+
+def report(lines: Sequence[Line], out: Path, command: str) -> Path:
+    """Write ``text.md`` and its pictures into ``out``, of what was measured so far."""
+    out.mkdir(parents=True, exist_ok=True)
+    parts = ["# Encodings of text", "", f"Written by `{command}`. Bits per byte, lower is better; "]
+    parts[-1] += "mean over seeds, and their range."
+    if any(line["quick"] for line in lines):
+        parts += ["", "**Toy sizes (`--quick`): this proves the script and nothing else.**"]
+    for name, section in SECTIONS.items():
+        own = [line for line in lines if line["experiment"] == name]
+        if own:
+            parts += ["", *section(own, out)]
+    machines = {str(line["machine"]["processor"]): line["machine"] for line in lines}
+    for facts in machines.values():
+        told = ", ".join(f"{key} {value}" for key, value in facts.items())
+        parts += ["", f"Machine: {told}."]
+    path = out / "text.md"
+    path.write_text("\n".join(parts) + "\n")
+    return path
+
+
+def bits(lines: Sequence[Line], protocol: str) -> dict[str, list[float]]:
+    """Bits per byte under a protocol, of all seeds, by the runs' names."""
+    found: dict[str, list[float]] = {}
+    for line in lines:
+        for score in line["scores"]:
+            if score["protocol"] == protocol:
+                found.setdefault(line["name"], []).append(score["bits_per_byte"])
+    return found
+
+
+def groups(values: dict[str, list[float]]) -> list[list[str]]:
+    """Names from the lowest mean on, in groups further apart than twice the seeds' spread."""
+    spread = max((max(found) - min(found) for found in values.values()), default=0.0)
+    made: list[list[str]] = []
+    last = None
+    for name in sorted(values, key=lambda name: statistics.mean(values[name])):
+        mean = statistics.mean(values[name])
+        if last is None or mean - last > 2 * spread:
+            made.append([])
+        made[-1].append(name)
+        last = mean
+    return made
+
+
+def _protocols(lines: Sequence[Line]) -> list[str]:
+    return list(dict.fromkeys(s["protocol"] for line in lines for s in line["scores"]))
+
+
+def _cell(values: Sequence[float] | None) -> str:
+    if not values:
+        return "-"
+    mean = statistics.mean(values)
+    few = len(values) < 2
+    return f"{mean:.3f}" if few else f"{mean:.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def _table(lines: Sequence[Line], protocols: Sequence[str]) -> list[str]:
+    by_protocol = [bits(lines, protocol) for protocol in protocols]
+    rows = [f"| | {' | '.join(protocols)} |", "| --- " * (len(protocols) + 1) + "|"]
+    for name in dict.fromkeys(line["name"] for line in lines):
+        cells = (_cell(found.get(name)) for found in by_protocol)
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return rows
+
+
+def _lengths(lines: Sequence[Line], out: Path) -> list[str]:
+    protocols = _protocols(lines)
+    parts = ["## Longer than in training", "", *_table(lines, protocols), ""]
+    parts.append("Groups whose means lie further apart than twice the largest range over seeds:")
+    parts.append("")
+    for protocol in protocols:
+        said = " < ".join("{" + ", ".join(group) + "}" for group in groups(bits(lines, protocol)))
+        parts.append(f"- {protocol}: {said}")
+    figure, axes = _figure(len(protocols) // 2, "window, bytes", "bits per byte")
+    for axis, kind in zip(axes, ("non-overlapping", "sliding window"), strict=False):
+        chosen = [protocol for protocol in protocols if protocol.startswith(kind)]
+        places = [int(protocol.rpartition(" ")[2]) for protocol in chosen]
+        by_protocol = [bits(lines, protocol) for protocol in chosen]
+        for number, name in enumerate(dict.fromkeys(line["name"] for line in lines)):
+            _interval(axis, places, [found.get(name, []) for found in by_protocol], name, number)
+        axis.set_title(kind)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(places, list(map(str, places)))
+    return [*parts, "", _saved(figure, axes[0], out, "lengths", "Bits per byte by window")]
+
+
+def _staged(lines: Sequence[Line], out: Path) -> list[str]:
+    parts = ["## Staged training", "", *_table(lines, _protocols(lines)), ""]
+    shares = {}
+    for seed in sorted({line["seed"] for line in lines}):
+        own = {line["name"]: line["curve"] for line in lines if line["seed"] == seed}
+        if "long" in own and "staged" in own:
+            shares[seed] = reached(own["staged"], own["long"])
+    said = ", ".join(
+        f"seed {seed}: {'never' if share is None else f'{share:.2f}'}"
+        for seed, share in shares.items()
+    )
+    parts.append(
+        "Share of the baseline's CPU time of training after which the staged run stands where the "
+        f"baseline ended (bar: 0.6): {said}."
+    )
+    figure, (axis,) = _figure(1, "CPU seconds of training", "bits per byte")
+    names = list(dict.fromkeys(line["name"] for line in lines))
+    for line in lines:
+        curve, number = line["curve"], names.index(line["name"])
+        axis.plot(
+            [point["train_cpu_seconds"] for point in curve],
+            [point["bits_per_byte"] for point in curve],
+            color=COLOURS[number],
+            label=line["name"] if line["seed"] == lines[0]["seed"] else None,
+        )
+    return [*parts, "", _saved(figure, axis, out, "staged", "Bits per byte by CPU time")]
+
+
+def reached(curve: Sequence[Line], baseline: Sequence[Line]) -> float | None:
+    """The share of a baseline's CPU time at which a curve first stands where that ended."""
+    goal, whole = baseline[-1]["bits_per_byte"], baseline[-1]["train_cpu_seconds"]
+    for point in curve:
+        if point["bits_per_byte"] <= goal:
+            return point["train_cpu_seconds"] / whole
+    return None
+
+
+def _shortformer(lines: Sequence[Line], out: Path) -> list[str]:
+    parts = ["## Position-infused attention and its memory", ""]
+    protocols = _protocols(lines)
+    rows = [
+        "| | protocol | bits per byte | trained, tokens a second |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name in dict.fromkeys(line["name"] for line in lines):
+        own = [line for line in lines if line["name"] == name]
+        pace = [line["curve"][-1]["tokens_per_second"] for line in own]
+        for protocol in protocols:
+            found = bits(own, protocol).get(name)
+            if found:
+                rows.append(
+                    f"| {name} | {protocol} | {_cell(found)} | {statistics.mean(pace):,.0f} |"
+                )
+    return [*parts, *rows]
+
+
+def _speed(lines: Sequence[Line], out: Path) -> list[str]:
+    parts = ["Time of a token that is generated, one text, with a 95 % interval:", ""]
+    parts += ["| | seed | ms | over PIA |", "| --- | --- | --- | --- |"]
+    for line in lines:
+        for name, row in line["rows"].items():
+            over = row["over_pia"]
+            told = f"{over['median']:.1f} ({over['low']:.1f} to {over['high']:.1f})"
+            parts.append(f"| {name} | {line['seed']} | {row['ms']:.2f} | {told} |")
+    return parts
+
+
+def _segments(lines: Sequence[Line], out: Path) -> list[str]:
+    protocols = _protocols(lines)
+    parts = ["## Segments of longer texts", "", *_table(lines, protocols), ""]
+    parts.append("Share of what training at twice the length gains over plain windows:")
+    parts.append("")
+    for encoding in dict.fromkeys(line["name"].split()[0] for line in lines):
+        for protocol in protocols:
+            found = bits(lines, protocol)
+            plain, chunk, twice = (
+                found.get(f"{encoding} {kind}") for kind in ("plain", "chunk", "twice")
+            )
+            if not (plain and chunk and twice) or "512" not in protocol:
+                continue
+            gains = [
+                (p - c) / (p - t) if p != t else float("nan")
+                for p, c, t in zip(plain, chunk, twice, strict=False)
+            ]
+            told = ", ".join(f"{gain:.0%}" for gain in gains)
+            parts.append(f"- {encoding}, {protocol}: {told}")
+    return parts
+
+
+def _memory(lines: Sequence[Line], out: Path) -> list[str]:
+    parts = ["Memory of a training step at its peak:", "", "| | MiB |", "| --- | --- |"]
+    return parts + [f"| {line['name']} | {line['mib']:.0f} |" for line in lines]
+
+
+SECTIONS = {
+    "lengths": _lengths,
+    "staged": _staged,
+    "shortformer": _shortformer,
+    "speed": _speed,
+    "segments": _segments,
+    "memory": _memory,
+}
+
+
+def _figure(columns: int, x: str, y: str) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    columns = max(1, min(columns, 2))
+    figure = Figure(figsize=(5 * columns, 4), layout="constrained", dpi=150)
+    axes = list(figure.subplots(1, columns, squeeze=False, sharey=True)[0])
+    for axis in axes:
+        axis.set_xlabel(x)
+        axis.grid(color="#dddddd", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel(y)
+    return figure, axes
+
+
+def _interval(
+    axis: Any, places: Sequence[int], values: Sequence[Sequence[float]], name: str, number: int
+) -> None:
+    """A line through means, and a bar over the range of seeds at each."""
+    there = [(place, found) for place, found in zip(places, values, strict=True) if found]
+    means = [statistics.mean(found) for _, found in there]
+    below = [mean - min(found) for mean, (_, found) in zip(means, there, strict=True)]
+    above = [max(found) - mean for mean, (_, found) in zip(means, there, strict=True)]
+    axis.errorbar(
+        [place for place, _ in there],
+        means,
+        yerr=[below, above],
+        color=COLOURS[number % len(COLOURS)],
+        linestyle="-" if number < len(COLOURS) else "--",
+        marker="o",
+        markersize=3,
+        capsize=3,
+        label=name,
+    )
+
+
+def _saved(figure: Any, axis: Any, out: Path, name: str, title: str) -> str:
+    axis.legend(frameon=False, fontsize=7)
+    figure.savefig(out / f"text_{name}.png")
+    return f"![{title}](text_{name}.png)"

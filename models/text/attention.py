@@ -1,0 +1,115 @@
+"""Self-attention over text that can go on from what it has seen before.
+
+Shapes: B texts, L tokens read now, S tokens seen in all, C channels, H heads of D.
+"""
+
+import torch
+from torch import Tensor, nn
+
+import irpe
+
+from .cache import Kept
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with position encodings, which are attributes of it.
+
+    Args:
+        dim: C. num_heads: H, divides C. causal: whether a query sees no later token.
+        drop: dropout on the attention probabilities. backend: see ``irpe.attention``.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, causal: bool, drop: float = 0.0, backend: str = "auto"
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise irpe.IrpeError(f"dim={dim} is no multiple of num_heads={num_heads}")
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.causal, self.drop, self.backend = causal, drop, backend
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        here: irpe.Geometry,
+        seen: irpe.Geometry,
+        past: Kept | None = None,
+        mask: Tensor | None = None,
+        terms: tuple[irpe.Term, ...] = (),
+    ) -> tuple[Tensor, Kept]:
+        """
+        Args:
+            x: ``[B, L, C]``. here: where its tokens are. seen: these as queries, and as keys all
+                S tokens, those of ``past`` first. mask: see ``irpe.attention``. terms: of an
+                encoding that all layers share.
+
+        Returns:
+            ``[B, L, C]``, and what to keep of all S tokens.
+        """
+        encodings = irpe.hooks(self)
+        # Keys of all tokens are projected, or those of x alone and the others were before.
+        project = past is None or past.inputs is not None
+        source, where = x, here
+        if past is not None and project:
+            source, where = torch.cat((past.inputs, x), 1), seen
+        q, k, v = self._projected(x, source)
+        q, k = encodings.transform(q, k, where)
+        q, waves = self._infused(q, where)
+        if not project:
+            k, v = torch.cat((past.k, k), 2), torch.cat((past.v, v), 2)
+            waves = None if waves is None else _joined(past.waves, waves)
+        out = irpe.attention(
+            q,
+            k if waves is None else k + waves,
+            v,
+            encodings.terms(seen) + terms,
+            mask=mask,
+            is_causal=self.causal,
+            dropout_p=self.drop if self.training else 0.0,
+            scale=self.head_dim**-0.5,
+            backend=self.backend,
+        )
+        if project and torch.is_grad_enabled():
+            kept = Kept(inputs=source.detach())
+        else:
+            kept = Kept(None, k.detach(), v.detach(), None if waves is None else waves.detach())
+        return self.proj(out.transpose(1, 2).flatten(2)), kept
+
+    def _projected(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of x, keys and values of a source that ends with x."""
+        if source is x:
+            q, k, v = self.qkv(x).chunk(3, -1)
+        else:
+            dim = x.shape[-1]
+            weight, bias = self.qkv.weight, self.qkv.bias
+            q = nn.functional.linear(x, weight[:dim], bias[:dim])
+            k, v = nn.functional.linear(source, weight[dim:], bias[dim:]).chunk(2, -1)
+        return self._heads(q), self._heads(k), self._heads(v)
+
+    def _infused(self, q: Tensor, where: irpe.Geometry) -> tuple[Tensor, Tensor | None]:
+        """Queries with their sinusoids, and what joins the keys, where the encoding is ``pia``.
+
+        A projection is linear, Wk (y + p) = Wk y + Wk p: the content's part of a key can be kept,
+        and placed anew.
+        """
+        pia = getattr(self, "pia", None)
+        if pia is None:
+            return q, None
+        on_q, on_k, _ = self.qkv.weight.chunk(3)
+        wave_q, wave_k = pia.waves(where, q)
+        waves = self._heads(nn.functional.linear(wave_k, on_k))
+        return q + self._heads(nn.functional.linear(wave_q, on_q)), waves
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """``[B, L, C]`` or ``[L, C]`` as ``[B | 1, H, L, D]``."""
+        x = x if x.dim() == 3 else x.unsqueeze(0)
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+
+def _joined(first: Tensor, second: Tensor) -> Tensor:
+    """One behind the other, ``[1 | B, H, S, D]``, where one of them may be for all texts."""
+    size = max(first.shape[0], second.shape[0])
+    parts = (part.expand(size, -1, -1, -1) for part in (first, second))
+    return torch.cat(list(parts), 2)

@@ -1,0 +1,60 @@
+"""What stands on a bidirectional body: classes of texts, and spans that answer questions.
+
+A body takes (tokens, types, seen) to hidden states ``[B, L, C]`` and says its ``dim``: ``Body`` or
+``Bert``.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .body import tables
+
+
+class Classifier(nn.Module):
+    """The class of a text, from the mean over its tokens."""
+
+    def __init__(self, body: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.body = body
+        self.head = nn.Linear(body.dim, num_classes)
+
+    def forward(self, tokens: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Tokens ``[B, L]``, ``seen`` False for padding, to logits ``[B, classes]``."""
+        hidden = self.body(tokens, None, seen)
+        if seen is None:
+            return self.head(hidden.mean(1))
+        counted = seen.unsqueeze(-1)
+        return self.head((hidden * counted).sum(1) / counted.sum(1).clamp(min=1))
+
+    def no_weight_decay(self) -> set[str]:
+        return tables(self)
+
+
+class SpanFinder(nn.Module):
+    """Where the answer to a question begins and ends in its context (Devlin et al., 2019)."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+        self.head = nn.Linear(body.dim, 2)
+
+    def forward(
+        self, tokens: Tensor, types: Tensor | None = None, seen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            tokens: question and context ``[B, L]``. types: 0 for the question, 1 for the context.
+            seen: bool ``[B, L]``, False for padding.
+
+        Returns:
+            Logits of each token to be the first and the last one, ``[B, L]`` each; those of
+            padding are the least there is.
+        """
+        logits = self.head(self.body(tokens, types, seen))
+        if seen is not None:
+            logits = logits.masked_fill(~seen.unsqueeze(-1), torch.finfo(logits.dtype).min)
+        start, end = logits.unbind(-1)
+        return start, end
+
+    def no_weight_decay(self) -> set[str]:
+        return tables(self)

@@ -1,0 +1,153 @@
+"""A causal language model, and text from it.
+
+Shapes: B texts, L tokens, V tokens there are.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+import irpe
+
+from .body import Body, Spec, tables
+from .cache import Cache, Memory
+
+# (state, tokens [B, L], positions [B, L]) -> (logits [B, L, V], state); see CausalLM.reader.
+Reader = Callable[[Cache | None, Tensor, Tensor], tuple[Tensor, Cache | None]]
+
+
+class CausalLM(nn.Module):
+    """Predicts, at each token, the next one.
+
+    Args:
+        vocab_size: V. encoding: an encoding's spec, several, or None.
+        tied: whether the output layer's weights are those of the embedding.
+        options: of ``Body``.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        encoding: Spec | Sequence[Spec] | None = "rope",
+        tied: bool = True,
+        **options: object,
+    ) -> None:
+        super().__init__()
+        self.body = Body(vocab_size, encoding=encoding, causal=True, **options)  # type: ignore[arg-type]
+        self.head = None
+        if not tied:
+            self.head = nn.Linear(self.body.dim, vocab_size, bias=False)
+            nn.init.normal_(self.head.weight, std=self.body.dim**-0.5)
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor | None = None, state: Cache | None = None
+    ) -> Tensor | tuple[Tensor, Cache]:
+        """Logits of the next token, at each token.
+
+        Args:
+            tokens: integers ``[B, L]``.
+            positions: of the tokens, ``[L]`` or ``[B, L]``, increasing; None: they go on after
+                those of the state, from 0 without one.
+            state: what was read before, of the same B texts; ``Cache()``: nothing.
+
+        Returns:
+            Logits ``[B, L, V]``; with a state, the state after these tokens too.
+
+        Raises:
+            irpe.IrpeError: for positions that do not increase, a state of other texts, or more
+                tokens than a table of positions has rows.
+        """
+        if state is None:
+            return self._logits(self.body(tokens, positions=positions))
+        if isinstance(state, Memory) and positions is not None:
+            raise irpe.IrpeError("a memory places its tokens itself: positions must be None")
+        hidden = []
+        for piece in tokens.split(list(state.pieces(tokens.shape[1])), 1):
+            out, state = self.body.read(piece, None, None, positions, state)
+            hidden.append(out)
+        return self._logits(torch.cat(hidden, 1)), state
+
+    def memory(self, block: int, size: int | None = None) -> Memory:
+        """An empty memory for texts that are read in blocks; see ``Memory``.
+
+        Args:
+            block: tokens of a block. size: tokens remembered from block to block; None: a block.
+
+        Raises:
+            irpe.IrpeError: where positions are part of what a layer remembers, so that it could
+                not be placed anew.
+        """
+        size = block if size is None else size
+        if block < 1 or size < 0:
+            raise irpe.IrpeError(f"block={block} and size={size} are no numbers of tokens")
+        if any(isinstance(m, irpe.Encoding) for m in self.body.at_input.children()):
+            raise irpe.IrpeError(
+                "a memory needs an encoding that acts in attention, as pia or rope; here positions "
+                "are added at the model's input, and layers remember them"
+            )
+        anew = any(hasattr(block.attn, "pia") for block in self.body.blocks)
+        return Memory(block=block, size=size, anew=anew)
+
+    def reader(self, block: int | None = None, size: int | None = None) -> Reader:
+        """This model as a function of a state, tokens and positions, for scoring texts.
+
+        Without ``block`` every call stands for itself, and no state comes back. With it the rows
+        are read block by block with a memory, which places tokens itself.
+        """
+
+        def alone(state: Cache | None, tokens: Tensor, positions: Tensor) -> tuple[Tensor, None]:
+            counted = torch.arange(tokens.shape[1], device=tokens.device)
+            return self(tokens, None if bool((positions == counted).all()) else positions), None
+
+        def reading(state: Cache | None, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Cache]:
+            return self(tokens, state=empty if state is None else state)
+
+        if block is None:
+            return alone
+        empty = self.memory(block, size)
+        return reading
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        if self.head is not None:
+            return self.head(hidden)
+        return nn.functional.linear(hidden, self.body.embedding.weight)
+
+    def no_weight_decay(self) -> set[str]:
+        return tables(self)
+
+
+@torch.no_grad()
+def generate(
+    model: CausalLM,
+    tokens: Tensor,
+    count: int,
+    *,
+    temperature: float = 1.0,
+    state: Cache | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Go on with texts, token by token.
+
+    Args:
+        tokens: ``[B, L]``, what the texts begin with. count: tokens to add.
+        temperature: divides the logits; 0: always the most likely token.
+        state: what was read before the tokens; None: nothing.
+        generator: of the draws, on the CPU.
+
+    Returns:
+        The new tokens, ``[B, count]``.
+    """
+    if temperature < 0:
+        raise irpe.IrpeError(f"temperature={temperature} is negative")
+    state, found, given = Cache() if state is None else state, [], tokens
+    for _ in range(count):
+        logits, state = model(given, state=state)
+        last = logits[:, -1].float().cpu()
+        if temperature:
+            given = torch.multinomial((last / temperature).softmax(-1), 1, generator=generator)
+        else:
+            given = last.argmax(-1, keepdim=True)
+        given = given.to(tokens.device)
+        found.append(given)
+    return torch.cat(found, 1) if found else tokens[:, :0]

@@ -1,0 +1,111 @@
+"""The options of train_lm.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from training.options import EmaConfig, OptimConfig, RunConfig, SchedConfig
+from training.text.options import (
+    ExcerptConfig,
+    ProtocolConfig,
+    QuestionConfig,
+    SegmentConfig,
+    StageConfig,
+    TextConfig,
+)
+
+
+@dataclass(kw_only=True)
+class LmModelConfig:
+    """The transformer."""
+
+    dim: int = 128
+    """channels of a token"""
+    depth: int = 4
+    """blocks"""
+    num_heads: int = 4
+    """attention heads; they divide dim"""
+    mlp_ratio: float = 4.0
+    """hidden channels of the MLP over dim"""
+    tied: bool = True
+    """language: the output layer's weights are those of the embedding"""
+    drop: float = 0.0
+    """dropout on embeddings and on what blocks add"""
+    attn_drop: float = 0.0
+    """dropout on attention probabilities"""
+    act_drop: float = 0.0
+    """dropout on the MLP's hidden channels"""
+    pretrained: str | None = None
+    """questions: folder of a released BERT (config.json, its weights and its vocab.txt or
+    tokenizer.json), which decides about all sizes; encoding must then be the one it has"""
+
+
+@dataclass(kw_only=True)
+class LmConfig:
+    """Train or evaluate a model of text, with any position encoding."""
+
+    # Tuples and not lists, of which jsonargparse would mix a later one with an earlier one.
+    task: Literal["language", "excerpts", "questions"] = "language"
+    """language: predict the next token; excerpts: say which package a text is from; questions:
+    find the span of a text that answers"""
+    encoding: str | list[str] | None = "rope"
+    """position encoding, such as rope, alibi, t5, shaw,clip=64, huang4,clip=64, sinusoidal,
+    learned,length=512 or pia; a list: several; null: none"""
+    attach: str | None = None
+    """a further encoding, put on a model that was trained without it (checkpoint): shaw, huang1 to
+    huang4 and t5 change nothing until they are trained"""
+    backend: str = "auto"
+    """backend of the attention: auto, reference, eager, sdpa or triton"""
+    epochs: int = 10
+    """language: parts of a run, with an evaluation and a checkpoint after each; else passes over
+    the texts"""
+    steps_per_epoch: int = 100
+    """language: optimiser steps of an epoch"""
+    budget: int = 8192
+    """language: tokens of a step, over all processes and accumulated batches together"""
+    stages: tuple[StageConfig, ...] = (StageConfig(length=256),)
+    """language: lengths of the training windows, one after the other"""
+    order: Literal["shuffled", "stripes"] = "shuffled"
+    """language: windows in random order, or each row of a batch reads on where it ended"""
+    memory: float = 0.0
+    """language: what each layer remembers from step to step, in windows (1: as many tokens as a
+    window has); with order: stripes, and an encoding that acts in attention"""
+    segments: SegmentConfig = field(default_factory=SegmentConfig)
+    protocols: tuple[ProtocolConfig, ...] = (ProtocolConfig(),)
+    """language: ways of scoring; the first one after each epoch, all of them at the end"""
+    eval_tokens: int | None = 65536
+    """language: tokens of the held-out text to score, from its beginning; null: all"""
+    sample: int = 400
+    """language: tokens of text to write when a run ends; without a memory no more than fill a
+    window"""
+    temperature: float = 0.8
+    """language: of that text; 0: always the most likely token"""
+    batch_size: int = 32
+    """excerpts, questions: texts per optimiser step, over all processes and accumulated batches
+    together"""
+    grad_accum_steps: int = 1
+    """forward passes that one step is split into"""
+    eval_batch_size: int = 32
+    """windows, or texts, per forward pass of each process in evaluation; with a memory, the
+    stripes that the text is cut into"""
+    split: Literal["validation", "test"] = "validation"
+    """language, excerpts: what to evaluate on"""
+    seed: int = 0
+    """seed of everything random"""
+    eval_only: bool = False
+    """evaluate the checkpoint and stop"""
+    checkpoint: str | None = None
+    """weights to start from, or to evaluate: .pth or .safetensors"""
+    resume: str | None = None
+    """go on with an interrupted run: its folder, or auto for the newest of this name"""
+    data: TextConfig = field(default_factory=TextConfig)
+    excerpts: ExcerptConfig = field(default_factory=ExcerptConfig)
+    questions: QuestionConfig = field(default_factory=QuestionConfig)
+    model: LmModelConfig = field(default_factory=LmModelConfig)
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(lr=2e-3, weight_decay=0.1, clip_grad=1.0)
+    )
+    sched: SchedConfig = field(default_factory=lambda: SchedConfig(warmup_epochs=1))
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    run: RunConfig = field(default_factory=RunConfig)

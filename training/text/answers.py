@@ -1,0 +1,266 @@
+"""Questions as a model reads them, and its answers as SQuAD scores them.
+
+A model reads the question and a part of the context between three marks, as BERT does; a context
+that does not fit is read in parts that overlap (Devlin et al., 2019; Rajpurkar et al., 2016).
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.errors import UserError
+from training.text.options import QuestionConfig
+from training.text.questions import Question
+from training.text.tokens import ByteTokens, PairTokens
+
+
+class Marked(Protocol):
+    """A code that tells where in a text each token stands, with three marks of its own.
+
+    ``encode`` returns tokens [n] and the characters [n, 2] that each begins and ends with.
+    """
+
+    vocab_size: int
+    begin: int
+    between: int
+    padding: int
+
+    def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+class MarkedBytes:
+    """Bytes, and three marks behind them."""
+
+    vocab_size, begin, between, padding = 259, 256, 257, 258
+
+    def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        ids = ByteTokens().encode(text).astype(np.int64)
+        # The first byte of a character is not 10xxxxxx.
+        number = np.cumsum((ids & 0xC0) != 0x80) - 1
+        return ids, np.stack([number, number + 1], 1)
+
+
+class MarkedPieces:
+    """A code of the ``tokenizers`` package, with marks of its own or three more behind it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        names = ("[CLS]", "[SEP]", "[PAD]")
+        found = [tokenizer.token_to_id(name) for name in names]
+        size = max(tokenizer.get_vocab().values()) + 1
+        if None in found:
+            found = [size, size + 1, size + 2]
+        self.begin, self.between, self.padding = found
+        self.vocab_size = max(size, *(number + 1 for number in found))
+
+    def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        encoded = self.tokenizer.encode(text, add_special_tokens=False)
+        ids = np.array(encoded.ids, dtype=np.int64)
+        return ids, np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2)
+
+
+def mark(tokens: ByteTokens | PairTokens) -> Marked:
+    """Return a code of ours with marks."""
+    return MarkedBytes() if isinstance(tokens, ByteTokens) else MarkedPieces(tokens.tokenizer)
+
+
+def read_released(folder: Path) -> MarkedPieces:
+    """Read the vocabulary beside a released BERT: tokenizer.json, or vocab.txt (uncased)."""
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise UserError(
+            "model.pretrained needs the tokenizers package: pip install tokenizers"
+        ) from error
+    whole, words = folder / "tokenizer.json", folder / "vocab.txt"
+    try:
+        if whole.is_file():
+            return MarkedPieces(tokenizers.Tokenizer.from_file(str(whole)))
+        if words.is_file():
+            return MarkedPieces(tokenizers.BertWordPieceTokenizer(str(words)))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise UserError(
+            f"model.pretrained: cannot read the vocabulary in {str(folder)!r}: {error}"
+        ) from error
+    raise UserError(f"model.pretrained: {str(folder)!r} holds no tokenizer.json and no vocab.txt")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A question and a part of its context.
+
+    Attributes:
+        question: its number.
+        tokens, types: [n]; types are 1 in the context and at the mark behind it.
+        spans: [n, 2] characters of the context that a token stands for; -1 outside of it.
+        start, end: tokens of the answer, both 0 where it is not in this part, or there is none.
+    """
+
+    question: int
+    tokens: np.ndarray
+    types: np.ndarray
+    spans: np.ndarray
+    start: int
+    end: int
+
+
+def make_readings(
+    questions: Iterable[Question], code: Marked, config: QuestionConfig
+) -> list[Reading]:
+    """Cut contexts into parts that fit; the first answer of each question is the one to learn.
+
+    Raises :class:`UserError` for a length that leaves no room, or a stride that skips tokens.
+    """
+    if config.longest_question < 1 or config.longest_answer < 1:
+        raise UserError("questions.longest_question and longest_answer are at least 1")
+    room = config.length - config.longest_question - 3
+    if not 1 <= config.stride <= room:
+        raise UserError(
+            f"questions.stride: {config.stride} is not from 1 to the {room} tokens that "
+            f"questions.length: {config.length} leaves beside questions.longest_question: "
+            f"{config.longest_question} and three marks"
+        )
+    readings = []
+    encode = functools.lru_cache(maxsize=1)(code.encode)  # many questions have one context
+    for number, question in enumerate(questions):
+        asked, _ = code.encode(question["question"].strip())
+        context, spans = encode(question["context"])
+        first, last = _answer(question, spans)
+        asked = asked[: config.longest_question]
+        fits = config.length - len(asked) - 3
+        for begin in range(0, max(len(context) - fits, 0) + config.stride, config.stride):
+            part = slice(begin, begin + fits)
+            before = len(asked) + 2
+            here = first is not None and begin <= first and last < begin + fits
+            tokens = [[code.begin], asked, [code.between], context[part], [code.between]]
+            outside = np.full((before, 2), -1)
+            readings.append(
+                Reading(
+                    number,
+                    np.concatenate(tokens).astype(np.int32),
+                    np.array([0] * before + [1] * (len(context[part]) + 1), dtype=np.uint8),
+                    np.concatenate([outside, spans[part], [[-1, -1]]]).astype(np.int32),
+                    first - begin + before if here else 0,
+                    last - begin + before if here else 0,
+                )
+            )
+            if begin + fits >= len(context):
+                break
+    return readings
+
+
+def _answer(question: Question, spans: np.ndarray) -> tuple[int | None, int | None]:
+    """Return the first and the last token of a question's first answer."""
+    answers = question["answers"]
+    if not answers["text"]:
+        return None, None
+    start = answers["answer_start"][0]
+    end = start + len(answers["text"][0])
+    touched = np.flatnonzero((spans[:, 0] < end) & (spans[:, 1] > start))
+    return (int(touched[0]), int(touched[-1])) if len(touched) else (None, None)
+
+
+@dataclass
+class ReadingBatch:
+    """B readings, padded: all [B, L], but ``start`` and ``end`` [B]."""
+
+    readings: Sequence[Reading]
+    tokens: Tensor
+    types: Tensor
+    seen: Tensor
+    start: Tensor
+    end: Tensor
+
+    def to(self, device: torch.device) -> ReadingBatch:
+        parts = (self.tokens, self.types, self.seen, self.start, self.end)
+        return ReadingBatch(self.readings, *(part.to(device, non_blocking=True) for part in parts))
+
+
+def pad(readings: Sequence[Reading], padding: int) -> ReadingBatch:
+    """Put readings into one batch, as long as the longest."""
+    shape = len(readings), max(len(reading.tokens) for reading in readings)
+    tokens, types = np.full(shape, padding, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    seen = np.zeros(shape, dtype=bool)
+    for row, reading in enumerate(readings):
+        size = len(reading.tokens)
+        tokens[row, :size], types[row, :size], seen[row, :size] = reading.tokens, reading.types, 1
+    ends = ([reading.start for reading in readings], [reading.end for reading in readings])
+    return ReadingBatch(
+        readings, *map(torch.from_numpy, (tokens, types, seen)), *map(torch.tensor, ends)
+    )
+
+
+@dataclass(frozen=True)
+class Found:
+    """A span that answers: its score, over that of no answer, and its characters."""
+
+    score: float
+    start: int
+    end: int
+
+
+def best_spans(start: Tensor, end: Tensor, batch: ReadingBatch, longest: int) -> list[Found]:
+    """Return the best span of each reading, at most ``longest`` tokens of the context.
+
+    Its score is that of its two ends, less that of the first mark, which stands for no answer.
+    """
+    inside = torch.zeros_like(batch.seen)
+    for row, reading in enumerate(batch.readings):
+        inside[row, : len(reading.spans)] = torch.from_numpy(reading.spans[:, 0] >= 0)
+    none = (start[:, 0] + end[:, 0]).double()
+    start, end = (x.double().masked_fill(~inside.to(x.device), -torch.inf) for x in (start, end))
+    size = min(longest, start.shape[1])
+    # [B, lengths, L]: the span of k + 1 tokens that begins at each token.
+    later = torch.nn.functional.pad(end, (0, size - 1), value=-torch.inf)
+    scores = start.unsqueeze(1) + torch.stack(
+        [later[:, more : more + start.shape[1]] for more in range(size)], 1
+    )
+    best, place = scores.flatten(1).max(1)
+    found = []
+    above = (best - none).tolist()
+    for reading, score, at in zip(batch.readings, above, place.tolist(), strict=True):
+        more, first = divmod(at, start.shape[1])
+        begin, end_of = reading.spans[first, 0], reading.spans[first + more, 1]
+        found.append(Found(score, int(begin), int(end_of)))
+    return found
+
+
+# --- SQuAD's scores -------------------------------------------------------------------------------
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalised(text: str) -> str:
+    """Lower case, without punctuation, articles and white space that is too much."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(answer: str, truths: Sequence[str]) -> float:
+    """1 if an answer is one of the true ones, normalised; no true ones: if it is empty."""
+    return float(any(normalised(answer) == normalised(truth) for truth in truths or [""]))
+
+
+def f1(answer: str, truths: Sequence[str]) -> float:
+    """The most overlap of words with a true answer: the harmonic mean of precision and recall."""
+    return max(
+        _f1(normalised(answer).split(), normalised(truth).split()) for truth in truths or [""]
+    )
+
+
+def _f1(answer: list[str], truth: list[str]) -> float:
+    if not answer or not truth:
+        return float(answer == truth)
+    common = sum((Counter(answer) & Counter(truth)).values())
+    return 2 * common / (len(answer) + len(truth))
