@@ -13,7 +13,7 @@ from training.answer import Answer
 from training.curves import ANSWERS
 from training.engine import make_accelerator, per_process_batch
 from training.errors import UserError
-from training.lm_model import build_span_finder, specs
+from training.lm_model import build_span_finder, released_config, specs
 from training.lm_options import LmConfig
 from training.optim import make_optimizer
 from training.runfolder import RunFolder
@@ -81,6 +81,8 @@ def _check(config: LmConfig) -> None:
     if config.eval_batch_size < 1:
         raise UserError(f"eval_batch_size: {config.eval_batch_size} is not at least 1")
     specs(config)
+    if config.model.pretrained is not None:
+        released_config(Path(config.model.pretrained))
 
 
 def _code(config: LmConfig) -> Marked:
