@@ -100,7 +100,7 @@ class Tiles:
             S = self.S if keys.index is None else keys.index.shape[0]
             # Few heads and many queries: what belongs to the keys stays in the cache as well.
             rows = min(self.L, CAUSAL_ROWS) if self.causal else self.L
-            many = max(2, self.size // max(1, rows * S))
+            many = max(1, self.size // max(1, rows * S))
             heads, step = min(self.H, many), max(1, many // self.H)
             for some in _split(images.start, images.stop, step):
                 for few in _split(0, self.H, heads):
