@@ -4,23 +4,21 @@ A tile of logits is made, turned into probabilities and used up while it is in t
 backward pass makes it again: nothing of size ``[B, H, L, S]`` is in memory.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..call import Call
-from . import workers
 from .band import Line
-from .groups import Grads, Plan
-from .part import Work, Writes
+from .groups import Grads, Group, Plan
+from .part import Work
 from .patterns import grouped, pattern_of
 from .rows import add_times, outer
-from .tiles import Part, Tiles
+from .tiles import Tile, Tiles
 
-SIZE = 2**19  # numbers of a tile: 2 MiB
+SIZE = 2**19  # numbers of a tile for each thread: 2 MiB
 KINDS = frozenset({"bias", "query", "key", "value"})
 
 
@@ -44,7 +42,8 @@ class Pass:
     """A forward or a backward pass, in float32 or better.
 
     Args:
-        qkv: of as many heads. seed: of the dropout; None without.
+        qkv: of as many heads. threads: that share a tile, as many in both passes. seed: of the
+            dropout; None without.
     """
 
     def __init__(
@@ -53,6 +52,7 @@ class Pass:
         plan: Plan,
         qkv: Sequence[Tensor],
         tables: Sequence[Tensor],
+        threads: int,
         seed: int | None,
     ) -> None:
         q, k, v = qkv
@@ -64,23 +64,24 @@ class Pass:
         self.k, self.v = (x.to(wide).contiguous() for x in (k, v))
         self.tables = [table.to(wide) for table in tables]
         pattern, groups = grouped(plan, self.tables, q.device, call.is_causal)
-        self.tiles = Tiles(call, pattern, SIZE)
-        self.of_queries = [(g, g.numbers(self.q)) for g in groups if g.owner == "query"]
-        self.of_keys = [(g, g.numbers(self.k * self.scale)) for g in groups if g.owner == "key"]
-        self.of_values = [g for g in groups if g.owner == "value"]
+        self.tiles = Tiles(call, pattern, SIZE * threads, threads)
+        self.logits = [(g, g.numbers(self._owner(g))) for g in groups if g.owner != "value"]
+        self.values = [g for g in groups if g.owner == "value"]
         self.kept = 1.0 - call.dropout_p
         # What dropout keeps makes up for the rest, unless it keeps nothing.
         self.growth = 1.0 / self.kept if self.kept else 1.0
         self.seed = seed
+        self._memory: dict[str, Tensor] = {}
 
     def forward(self) -> tuple[Tensor, list[Tensor]]:
         """The output ``[B, H, L, D]`` and, for each group of value terms, the mass by bucket."""
         B, H, L = self.shape
         out = self.q.new_zeros(B * H, L, self.v.shape[-1])
-        masses = [self.q.new_zeros(B * H, L, group.spread.size) for group in self.of_values]
-        self._run(lambda work: work.forward(out, masses))
+        masses = [self.q.new_zeros(B * H, L, group.spread.size) for group in self.values]
+        for work in self._works():
+            work.forward(out, masses)
         out = out.unflatten(0, (B, H))
-        for group, mass in zip(self.of_values, masses, strict=True):
+        for group, mass in zip(self.values, masses, strict=True):
             table = group.table("value")
             assert table is not None
             add_times(out, mass.unflatten(0, (B, H)), table)
@@ -89,29 +90,33 @@ class Pass:
     def backward(self, grad: Tensor, masses: Sequence[Tensor]) -> Grads:
         """Gradients of q, k, v and the tables."""
         upper = torch.mul(grad, self.growth, out=self.q.new_empty(grad.shape))
-        flows: Writes = [(group.spread.write, group.numbers(upper)) for group in self.of_values]
-        flat = upper.flatten(0, 1)
+        flows = [(group, group.numbers(upper)) for group in self.values]
         grad_q, grad_k, grad_v = inner = [torch.zeros_like(x) for x in (self.q, self.k, self.v)]
         into = [x.flatten(0, 1) for x in inner]
-        sums_q = [torch.zeros_like(numbers) for _, numbers in self.of_queries]
-        sums_k = [torch.zeros_like(numbers) for _, numbers in self.of_keys]
-        self._run(lambda work: work.backward(flat, flows, into, sums_q, sums_k))
+        sums = [torch.zeros_like(numbers) for _, numbers in self.logits]
+        flat = upper.flatten(0, 1)
+        for work in self._works():
+            work.backward(flat, flows, into, sums)
         grads: Grads = [None] * len(self.tables)
-        for (group, _), sums in zip(self.of_queries, sums_q, strict=True):
-            group.back(grads, self.q, grad_q, sums)
-        for (group, _), sums in zip(self.of_keys, sums_k, strict=True):
-            group.back(grads, self.k, grad_k, sums.mul_(self.scale))
-        for group, mass in zip(self.of_values, masses, strict=True):
+        for (group, _), total in zip(self.logits, sums, strict=True):
+            if group.owner == "query":
+                group.back(grads, self.q, grad_q, total)
+            else:
+                group.back(grads, self.k, grad_k, total.mul_(self.scale))
+        for group, mass in zip(self.values, masses, strict=True):
             mass, table = mass.unflatten(0, self.shape[:2]), group.table("value")
             assert table is not None
             group.give(grads, "value", outer(mass, upper, table))
         return [grad_q.mul_(self.scale), grad_k, grad_v, *grads]
 
+    def _owner(self, group: Group) -> Tensor:
+        return self.q if group.owner == "query" else self.k * self.scale
+
     def keep(self) -> Tensor:
         """What dropout keeps, bool ``[B, H, L, S]``; True where there is no tile."""
         every = torch.ones(*self.shape, self.k.shape[2], dtype=torch.bool, device=self.k.device)
 
-        def draw(work: Work) -> None:
+        for work in self._works():
             for tile in work.part.tiles:
                 own = every[tile.images, tile.heads, tile.rows]
                 kept = (work.keep(tile) != 0).view(tile.shape)
@@ -119,14 +124,17 @@ class Pass:
                     own[..., : tile.count] = kept
                 else:
                     own.index_copy_(-1, tile.keys.index, kept)
-
-        self._run(draw)
         return every
 
-    def _run(self, do: Callable[[Work], None]) -> None:
-        """Every part with a seed of its own: they may be done in any order."""
+    def _works(self) -> Iterator[Work]:
+        """Every part, one after another."""
+        for number, part in enumerate(self.tiles):
+            yield Work(self, part, None if self.seed is None else self.seed + number)
 
-        def job(number: int, part: Part) -> None:
-            do(Work(self, part, None if self.seed is None else self.seed + number))
-
-        workers.run([partial(job, number, part) for number, part in enumerate(self.tiles)])
+    def space(self, name: str, tile: Tile) -> Tensor:
+        """Memory ``[n, rows, keys]`` for a tile, the same for all tiles."""
+        nb, nh, rows, count = tile.shape
+        size = nb * nh * rows * count
+        if name not in self._memory or self._memory[name].numel() < size:
+            self._memory[name] = self.q.new_empty(size)
+        return self._memory[name][:size].view(nb * nh, rows, count)
