@@ -268,9 +268,9 @@ def test_dropout_keeps_what_it_says(tiles):
     q, k, v = (torch.randn(2, 3, 21, 4, dtype=F64) for _ in range(3))
     call = eager.Call(q, k, v, terms, seen("columns", 4, 5, 1), False, 0.3, 0.5)
     plan = [(t.kind, t.buckets) for t in terms]
-    given = (call, plan, (q, k, v), [t.table.detach() for t in terms], tiled.SIZE)
-    out = tiled.Pass(*given, 11).forward()[0]
-    keep = tiled.Pass(*given, 11).keep_all()
+    given = (call, plan, (q, k, v), [t.table.detach() for t in terms], 2, 11)
+    out = tiled.Pass(*given).forward()[0]
+    keep = tiled.Pass(*given).keep()
     assert 0.6 < keep.double().mean() < 0.9
     wanted = reference.attention(call, keep.double() / 0.7)
     torch.testing.assert_close(out, wanted.detach(), rtol=1e-10, atol=1e-10)

@@ -176,10 +176,10 @@ class _Tiled(torch.autograd.Function):
     def forward(
         ctx: Any, call: Call, plan: Plan, q: Tensor, k: Tensor, v: Tensor, *tables: Tensor
     ) -> Tensor:
-        ctx.size, ctx.seed = tiled.SIZE * torch.get_num_threads(), None
+        ctx.threads, ctx.seed = torch.get_num_threads(), None
         if call.dropout_p > 0.0:
-            ctx.seed = int(torch.empty((), dtype=torch.int64, device=q.device).random_())
-        work = tiled.Pass(call, plan, (q, k, v), tables, ctx.size, ctx.seed)
+            ctx.seed = int(torch.empty((), dtype=torch.int64, device=q.device).random_(2**62))
+        work = tiled.Pass(call, plan, (q, k, v), tables, ctx.threads, ctx.seed)
         out, masses = work.forward()
         ctx.save_for_backward(q, k, v, *tables, *masses)
         ctx.call, ctx.plan = _without_tensors(call), plan
@@ -195,11 +195,11 @@ class _Tiled(torch.autograd.Function):
         inputs, masses = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         recorded = torch.is_grad_enabled()
         with torch.no_grad():
-            work = tiled.Pass(ctx.call, ctx.plan, inputs[:3], inputs[3:], ctx.size, ctx.seed)
+            work = tiled.Pass(ctx.call, ctx.plan, inputs[:3], inputs[3:], ctx.threads, ctx.seed)
             if not recorded:
                 found = zip(work.backward(grad, masses), inputs, strict=True)
                 return None, None, *(None if x is None else x.to(y.dtype) for x, y in found)
-            keep = None if ctx.seed is None else work.keep_all()
+            keep = None if ctx.seed is None else work.keep()
         return _differentiable_backward(ctx, grad, inputs, keep)
 
 

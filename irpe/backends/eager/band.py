@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...buckets import BucketIds
 from ...geometry import Geometry
-from .prefixed import Prefixed, ends
+from .prefixed import Prefixed, around, ends
 from .spread import Keys, Pattern, Spread
 
 if TYPE_CHECKING:
@@ -34,16 +34,12 @@ class Line(Pattern):
         self.key_count = geometry.key_length - self.key_prefix
         self.step, self.start = step, start
 
-    def keys(self, seen: Tensor | None) -> Keys:
+    def keys(self, seen: Tensor) -> Keys:
         """The shortest stretch that holds all that are seen."""
-        if seen is None or bool(seen.all()):
-            return Keys()
         first, last = ends(seen[self.key_prefix :])
-        every = torch.arange(len(seen), device=seen.device)
-        inside = (every < self.key_prefix + last) & (every >= self.key_prefix + first)
-        index = (inside | (every < self.key_prefix)).nonzero().squeeze(1)
-        hidden = ~seen[index]
-        return Keys(index, hidden if bool(hidden.any()) else None, (first, last))
+        inside = torch.zeros_like(seen[self.key_prefix :])
+        inside[first:last] = True
+        return around(seen, self.key_prefix, inside, (first, last))
 
     def spread(
         self, buckets: BucketIds, owner: str, device: torch.device
@@ -51,11 +47,11 @@ class Line(Pattern):
         if owner == "key":
             return super().spread(buckets, owner, device)
         key = ("band", buckets.function, buckets.by_key, device)
-        return (
-            key,
-            lambda: buckets.geometry.remember(key, lambda: Band(self, buckets, device)),
-            None,
-        )
+
+        def make() -> Band:
+            return buckets.geometry.remember(key, lambda: Band(self, buckets, device))
+
+        return key, make, None
 
 
 def line(geometry: Geometry) -> Line | None:
@@ -87,27 +83,41 @@ class Band(Prefixed):
         self.start = int(inner[0][0]) if len(inner[0]) else len(self.ids)
         self.stop = int(inner[1][-1]) + 1 if len(inner[1]) else 0
 
-    def _write(self, out: Tensor, rows: Tensor, tile: Tile) -> None:
+    def _queries(self) -> int:
+        return self.prefix + self.queries
+
+    def _lay(self, numbers: Tensor, keys: Keys) -> Tensor:
+        return numbers
+
+    def _blank(self, like: Tensor, n: int, keys: Keys) -> Tensor:
+        return like.new_zeros(n, self._queries(), self.size)
+
+    def _write(self, out: Tensor, laid: Tensor, tile: Tile) -> None:
         n, queries, keys = out.shape
         first, start, stop, long = self._window(queries, keys, tile)
-        laid = rows.new_empty(n, queries, long)
-        laid[..., :start] = rows[..., self.first, None]
-        laid[..., stop:] = rows[..., self.last, None]
+        rows = laid[:, tile.rows]
+        line = rows.new_empty(n, queries, long)
+        line[..., :start] = rows[..., self.first, None]
+        line[..., stop:] = rows[..., self.last, None]
         if start < stop:
             ids = self.ids[first + start : first + stop].expand(n, queries, -1)
-            torch.gather(rows, -1, ids, out=laid[..., start:stop])
-        out.copy_(_slanted(laid, keys))
+            torch.gather(rows, -1, ids, out=line[..., start:stop])
+        out.copy_(_slanted(line, keys))
 
-    def _sum(self, sums: Tensor, x: Tensor, tile: Tile) -> None:
+    def _add(self, sums: Tensor, x: Tensor, tile: Tile) -> None:
         n, queries, keys = x.shape
         first, start, stop, long = self._window(queries, keys, tile)
-        laid = x.new_zeros(n, queries, long)
-        _slanted(laid, keys).copy_(x)
-        sums[..., self.first] += laid[..., :start].sum(-1)
-        sums[..., self.last] += laid[..., stop:].sum(-1)
+        line = x.new_zeros(n, queries, long)
+        _slanted(line, keys).copy_(x)
+        rows = sums[:, tile.rows]
+        rows[..., self.first] += line[..., :start].sum(-1)
+        rows[..., self.last] += line[..., stop:].sum(-1)
         if start < stop:
             ids = self.ids[first + start : first + stop].expand(n, queries, -1)
-            sums.scatter_add_(-1, ids, laid[..., start:stop])
+            rows.scatter_add_(-1, ids, line[..., start:stop])
+
+    def _lift(self, sums: Tensor, keys: Keys, out: Tensor) -> None:
+        out.copy_(sums)
 
     def _window(self, queries: int, keys: int, tile: Tile) -> tuple[int, int, int, int]:
         """Where the numbers of a tile start in ids, their band in them, and how many they are."""
@@ -118,10 +128,10 @@ class Band(Prefixed):
         return first, start, min(max(self.stop - first, start), long), long
 
 
-def _slanted(laid: Tensor, keys: int) -> Tensor:
+def _slanted(line: Tensor, keys: int) -> Tensor:
     """The view ``[n, queries, keys]`` of rows ``[n, queries, queries + keys - 1]``.
 
     The last query's starts with its row's first number, each one before it a number later.
     """
-    n, queries, long = laid.shape
-    return laid.as_strided((n, queries, keys), (queries * long, long - 1, 1), queries - 1)
+    n, queries, long = line.shape
+    return line.as_strided((n, queries, keys), (queries * long, long - 1, 1), queries - 1)

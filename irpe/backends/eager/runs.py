@@ -18,7 +18,7 @@ from torch import Tensor
 from ...buckets import BucketIds, ImageBuckets
 from ...buckets.piecewise import StepIndex
 from ...geometry import Grid
-from .prefixed import Prefixed, ends
+from .prefixed import Prefixed, around, ends
 from .spread import Keys, Pattern, Spread
 
 if TYPE_CHECKING:
@@ -33,18 +33,13 @@ class WholeGrid(Pattern):
     def __init__(self, grid: Grid) -> None:
         self.height, self.unit, self.prefix = grid.height, grid.width, grid.prefix
 
-    def keys(self, seen: Tensor | None) -> Keys:
+    def keys(self, seen: Tensor) -> Keys:
         """Those in the smallest rectangle of patches that holds all that are seen."""
-        if seen is None or bool(seen.all()):
-            return Keys()
         patches = seen[self.prefix :].view(self.height, self.unit)
         (top, bottom), (left, right) = (ends(patches.any(axis)) for axis in (1, 0))
         inside = torch.zeros_like(patches)
         inside[top:bottom, left:right] = True
-        index = torch.cat((torch.ones_like(seen[: self.prefix]), inside.flatten())).nonzero()
-        index = index.squeeze(1)
-        hidden = ~seen[index]
-        return Keys(index, hidden if bool(hidden.any()) else None, (top, bottom, left, right))
+        return around(seen, self.prefix, inside.flatten(), (top, bottom, left, right))
 
     def spread(
         self, buckets: BucketIds, owner: str, device: torch.device
@@ -57,10 +52,11 @@ class WholeGrid(Pattern):
             ("places", function, buckets.by_key, device), lambda: _places(function, buckets, device)
         )
 
+        kind = RunsByKey if owner == "key" else Runs
+
         def make() -> Runs:
-            return remember(
-                ("runs", function.index, device), lambda: Runs(self, function.index, device)
-            )
+            index = function.index
+            return remember((kind, index, device), lambda: kind(self, index, device))
 
         return function.index, make, places
 
@@ -79,123 +75,172 @@ def _places(function: ImageBuckets, buckets: BucketIds, device: torch.device) ->
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Window:
-    """The buckets of all offsets to the keys of a part.
+    """All offsets to the keys of a part, with one number for each query's grid row or column.
 
     Args:
         height, width: of the keys' rectangle. down: row buckets ``[H, height]``, ascending.
-            starts: where each of them starts, ``[H, side]``. across:
-            column buckets, ``[W, width]``.
+        across: column buckets ``[W, 1, width]``.
+        at: for each query and row of keys, which of all queries' row buckets that is, ``[L *
+            height]``. bags: for each query and row bucket, the first of all queries' rows of keys,
+            ``[L * side]``. every: the numbers of these rows.
     """
 
     height: int
     width: int
     down: Tensor
-    starts: Tensor
     across: Tensor
+    at: Tensor
+    bags: Tensor
+    every: Tensor
 
 
 class Runs(Prefixed):
-    """Buckets of offsets key - query, ordered by row bucket and then by column bucket."""
+    """Buckets of offsets key - query, ordered by row bucket and then by column bucket.
 
-    def __init__(self, pattern: WholeGrid, index: StepIndex, device: torch.device) -> None:
-        prefix = pattern.prefix
+    Rows of queries are laid out as ``[n * queries * side, width]``.
+    """
+
+    def __init__(
+        self,
+        pattern: WholeGrid,
+        index: StepIndex,
+        device: torch.device,
+        by_key: bool = False,
+    ) -> None:
+        self.index = index
         self.side = 2 * index.bound + 1
-        super().__init__(self.side**2 + (prefix > 0), prefix, prefix)
-        self.unit = pattern.unit
-        places = [torch.arange(n, device=device) for n in (pattern.height, pattern.unit)]
+        self.height, self.unit, prefix = pattern.height, pattern.unit, pattern.prefix
+        super().__init__(self.side**2 + (prefix > 0), prefix, prefix, by_key)
+        self.notes: dict[StepIndex, Window] = {}  # for all keys
+        places = [torch.arange(n, device=device) for n in (self.height, self.unit)]
         # [query's, key's] row or column -> bucket
         self.rows, self.columns = (index(p - p.unsqueeze(1)) + index.bound for p in places)
 
-    def _window(self, keys: Keys) -> Window:
-        if self not in keys.notes:
-            top, bottom, left, right = keys.box or (0, len(self.rows), 0, self.unit)
-            down = self.rows[:, top:bottom].contiguous()
-            sides = torch.arange(self.side, device=down.device).expand(len(down), -1).contiguous()
-            starts = torch.searchsorted(down, sides)
-            across = self.columns[:, left:right]
-            keys.notes[self] = Window(bottom - top, right - left, down, starts, across)
-        return keys.notes[self]
+    def window(self, keys: Keys) -> Window:
+        """What the tiles of all parts with these keys share."""
+        notes = keys.notes if keys.box else self.notes
+        if self.index not in notes:
+            notes[self.index] = self._made(keys)
+        return notes[self.index]
 
-    def _write(self, out: Tensor, rows: Tensor, tile: Tile) -> None:
-        window = self._window(tile.keys)
-        sides = self._sides(rows)
-        dealt = sides.gather(-1, window.across.unsqueeze(1).expand(*sides.shape[:-1], -1))
-        down = window.down[self._grid_rows(tile)]
+    def _made(self, keys: Keys) -> Window:
+        top, bottom, left, right = keys.box or (0, self.height, 0, self.unit)
+        height, width, device = bottom - top, right - left, self.rows.device
+        down = self.rows[:, top:bottom].contiguous()
+        sides = torch.arange(self.side, device=device).expand(self.height, -1).contiguous()
+        starts = torch.searchsorted(down, sides)
+        queries = torch.arange(self.height * self.unit, device=device)
+        queries = queries.view(self.height, self.unit, 1)
+        return Window(
+            height,
+            width,
+            down,
+            self.columns[:, left:right].unsqueeze(1),
+            (queries * self.side + down.unsqueeze(1)).flatten(),
+            (queries * height + starts.unsqueeze(1)).flatten(),
+            torch.arange(queries.numel() * height, device=device),
+        )
+
+    def _queries(self) -> int:
+        return self.prefix + self.height * self.unit
+
+    def _lay(self, numbers: Tensor, keys: Keys) -> Tensor:
+        window, sides = self.window(keys), self._sides(numbers)
+        dealt = sides.gather(-1, window.across.expand(*sides.shape[:-1], -1))
+        return dealt.view(-1, window.width)
+
+    def _blank(self, like: Tensor, n: int, keys: Keys) -> Tensor:
+        width = self.window(keys).width
+        return like.new_empty(n * self.height * self.unit * self.side, width)
+
+    def _write(self, out: Tensor, laid: Tensor, tile: Tile) -> None:
+        window, own = self.window(tile.keys), self._own(tile)
         if out.is_contiguous():
-            every = torch.arange(0, dealt.numel() // window.width, self.side, device=out.device)
-            at = (every.view(*sides.shape[:3], 1) + down.unsqueeze(1)).flatten()
-            flat = dealt.view(-1, window.width)
-            torch.index_select(flat, 0, at, out=out.view(-1, window.width))
-        else:
-            own = self._by_rows(out, window).unbind(1)
-            for here, there, at in zip(own, dealt.unbind(1), down, strict=True):
-                torch.index_select(there, 2, at, out=here)
+            at = window.at[own.start * window.height : own.stop * window.height]
+            at = _repeated(at, len(out), len(laid) // len(out))
+            torch.index_select(laid, 0, at, out=out.view(-1, window.width))
+            return
+        first, last = own.start // self.unit, own.stop // self.unit
+        sides = laid.view(len(out), self.height, self.unit, self.side, window.width)
+        here = out.view(len(out), -1, self.unit, window.height, window.width)
+        for row, x in zip(range(first, last), here.unbind(1), strict=True):
+            torch.index_select(sides[:, row], 2, window.down[row], out=x)
 
-    def _sum(self, sums: Tensor, x: Tensor, tile: Tile) -> None:
-        window, sides = self._window(tile.keys), self._sides(sums)
-        every = torch.arange(x.numel() // window.width, device=x.device)
-        first = every[:: window.height].view(*sides.shape[:3], 1)
-        bags = first + window.starts[self._grid_rows(tile)].unsqueeze(1)
+    def _add(self, sums: Tensor, x: Tensor, tile: Tile) -> None:
+        window, own, n = self.window(tile.keys), self._own(tile), len(x)
+        bags = window.bags[own.start * self.side : own.stop * self.side]
+        bags = _repeated(bags - own.start * window.height, n, x.shape[1] * window.height)
         x = x.reshape(-1, window.width)
-        dealt = F.embedding_bag(every, x, bags.flatten(), mode="sum").view(*sides.shape[:-1], -1)
-        sides.scatter_add_(-1, window.across.unsqueeze(1).expand_as(dealt), dealt)
+        every = window.every[: len(x)] if n == 1 else torch.arange(len(x), device=x.device)
+        dealt = F.embedding_bag(every, x, bags, mode="sum")
+        mine = slice(own.start * self.side, own.stop * self.side)
+        sums.view(n, -1, window.width)[:, mine] = dealt.view(n, -1, window.width)
 
-    def lay(self, numbers: Tensor, keys: Keys) -> tuple[Tensor, ...]:
-        window = self._window(keys)
-        inner = numbers[:, self.prefix :, : self.side**2]
-        inner = inner.view(-1, window.height, window.width, self.side, self.side)
-        inner = inner.permute(0, 1, 3, 4, 2).contiguous()
-        across = window.across.expand(*inner.shape[:3], -1, -1)
-        # [n, rows of keys * side, W, width]; and of each key the bucket of prefix tokens
-        return inner.gather(3, across).flatten(1, 2), numbers[..., -1].contiguous()
-
-    def write_laid(self, out: Tensor, laid: tuple[Tensor, ...], tile: Tile) -> None:
-        dealt, last = laid
-        ahead = self._ahead(tile)
-        if ahead:
-            out[..., :ahead] = last[:, None, :ahead]
-        if ahead < tile.count:
-            for own, at in self._laid_rows(out[..., ahead:], tile):
-                torch.index_select(dealt, 1, at, out=own)
-
-    def add_laid(self, sums: tuple[Tensor, ...], x: Tensor, tile: Tile) -> None:
-        dealt, last = sums
-        ahead = self._ahead(tile)
-        if ahead:
-            last[:, :ahead] += x[..., :ahead].sum(1)
-        if ahead < tile.count:
-            for own, at in self._laid_rows(x[..., ahead:], tile):
-                dealt.index_add_(1, at, own)
-
-    def lift(self, sums: tuple[Tensor, ...], keys: Keys) -> Tensor:
-        dealt, last = sums
-        window, n = self._window(keys), len(dealt)
-        inner = dealt.new_zeros(n, window.height, self.side, self.side, window.width)
-        across = window.across.expand(*inner.shape[:3], -1, -1)
-        inner.scatter_add_(3, across, dealt.view(across.shape))
-        numbers = dealt.new_zeros(*last.shape, self.size)
-        if self.prefix:
-            numbers[..., -1] = last
-        inner = inner.permute(0, 1, 4, 2, 3).reshape(n, -1, self.side**2)
-        numbers[:, self.prefix :, : self.side**2] = inner
-        return numbers
-
-    def _laid_rows(self, x: Tensor, tile: Tile) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each row of queries its ``[n, rows of keys, W, width]``, and their places."""
-        window = self._window(tile.keys)
-        own = self._by_rows(x, window).transpose(2, 3).unbind(1)
-        first = torch.arange(window.height, device=x.device) * self.side
-        return zip(own, (first + window.down[self._grid_rows(tile)]), strict=True)
+    def _lift(self, sums: Tensor, keys: Keys, out: Tensor) -> None:
+        window, sides = self.window(keys), self._sides(out)
+        dealt = sums.view(*sides.shape[:-1], window.width)
+        sides.scatter_add_(-1, window.across.expand_as(dealt), dealt)
 
     def _sides(self, rows: Tensor) -> Tensor:
-        """``[n, rows, N]`` -> ``[n, grid rows, W, side, side]``, a view."""
-        inner = rows[..., : self.side**2]
-        return inner.view(len(rows), -1, self.unit, self.side, self.side)
+        """``[n, L, N]`` -> ``[n, H, W, side, side]``, a view."""
+        inner = rows[:, self.prefix :, : self.side**2]
+        return inner.view(len(rows), self.height, -1, self.side, self.side)
 
-    def _by_rows(self, x: Tensor, window: Window) -> Tensor:
-        """``[n, rows, keys]`` -> ``[n, grid rows, W, height, width]``, a view."""
-        return x.view(len(x), -1, self.unit, window.height, window.width)
+    def _own(self, tile: Tile) -> slice:
+        """The queries of a tile, prefix tokens not counted."""
+        return slice(tile.rows.start - self.prefix, tile.rows.stop - self.prefix)
 
-    def _grid_rows(self, tile: Tile) -> slice:
-        start, stop = ((n - self.prefix) // self.unit for n in (tile.rows.start, tile.rows.stop))
-        return slice(start, stop)
+
+class RunsByKey(Runs):
+    """The same for rows of keys, laid out as ``[n, rows of keys * side, W, width]``."""
+
+    def __init__(self, pattern: WholeGrid, index: StepIndex, device: torch.device) -> None:
+        super().__init__(pattern, index, device, by_key=True)
+
+    def _lay(self, numbers: Tensor, keys: Keys) -> Tensor:
+        window, sides = self.window(keys), self._key_sides(numbers, keys)
+        sides = sides.permute(0, 1, 3, 4, 2).contiguous()
+        return sides.gather(3, self._across(window, sides)).flatten(1, 2)
+
+    def _blank(self, like: Tensor, n: int, keys: Keys) -> Tensor:
+        window = self.window(keys)
+        return like.new_zeros(n, window.height * self.side, self.unit, window.width)
+
+    def _write(self, out: Tensor, laid: Tensor, tile: Tile) -> None:
+        for own, at in self._by_rows(out, tile):
+            torch.index_select(laid, 1, at, out=own)
+
+    def _add(self, sums: Tensor, x: Tensor, tile: Tile) -> None:
+        for own, at in self._by_rows(x, tile):
+            sums.index_add_(1, at, own)
+
+    def _lift(self, sums: Tensor, keys: Keys, out: Tensor) -> None:
+        window, sides = self.window(keys), self._key_sides(out, keys)
+        inner = sums.new_zeros(sides.permute(0, 1, 3, 4, 2).shape)
+        across = self._across(window, inner)
+        inner.scatter_add_(3, across, sums.view(across.shape))
+        sides.copy_(inner.permute(0, 1, 4, 2, 3))
+
+    def _key_sides(self, rows: Tensor, keys: Keys) -> Tensor:
+        """``[n, keys, N]`` -> ``[n, height, width, side, side]``, a view."""
+        window, inner = self.window(keys), rows[:, self.prefix :, : self.side**2]
+        return inner.view(len(rows), window.height, window.width, self.side, self.side)
+
+    def _across(self, window: Window, sides: Tensor) -> Tensor:
+        """Column buckets ``[n, height, side, W, width]``."""
+        return window.across.squeeze(1).expand(*sides.shape[:3], -1, -1)
+
+    def _by_rows(self, x: Tensor, tile: Tile) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each row of queries its ``[n, height, W, width]``, and the places of its buckets."""
+        window, own = self.window(tile.keys), self._own(tile)
+        views = x.view(len(x), -1, self.unit, window.height, window.width).transpose(2, 3)
+        down = window.down[own.start // self.unit : own.stop // self.unit]
+        first = torch.arange(window.height, device=x.device) * self.side
+        return zip(views.unbind(1), (down + first).unbind(), strict=True)
+
+
+def _repeated(places: Tensor, n: int, step: int) -> Tensor:
+    """Places for each of n, a step further each time."""
+    if n == 1:
+        return places
+    return (places + torch.arange(n, device=places.device).unsqueeze(1) * step).flatten()

@@ -1,7 +1,7 @@
-"""How a row of numbers, one for each bucket, spreads over a tile, and how a tile is summed up.
+"""How rows of numbers, one for each bucket, spread over a tile, and how a tile is summed up.
 
-Rows belong to queries; to keys where the table meets the key. A pattern says what the places of
-the tokens have in common, and with it what is the fastest spread that is right for a term.
+The rows belong to queries, or to keys where the table meets the key. A pattern says what the places
+of the tokens have in common, and with it what is the fastest spread that is right for a term.
 """
 
 from __future__ import annotations
@@ -18,21 +18,25 @@ from ...buckets import BucketIds
 if TYPE_CHECKING:
     from .tiles import Tile
 
+Laid = tuple[Tensor, ...]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Keys:
     """The keys that a part of a call goes over.
 
     Args:
-        index: which ones, ascending; None for all. hidden: those among them that are not seen.
+        count: how many. index: which ones, ascending; None for all. hidden: those among them that
+            are not seen.
         box: of a grid: rows and columns, of a line: keys, from the first to past the last.
         notes: what spreads have found out about them.
     """
 
+    count: int
     index: Tensor | None = None
     hidden: Tensor | None = None
     box: tuple[int, ...] = ()
-    notes: dict[Spread, Any] = field(default_factory=dict)
+    notes: dict[Any, Any] = field(default_factory=dict)
 
     def take(self, x: Tensor) -> Tensor:
         """``[n, S, D]`` -> ``[n, keys, D]``."""
@@ -47,31 +51,27 @@ class Keys:
 
 
 class Spread(Protocol):
-    """Reads ``[N]`` numbers of a token at the buckets of its pairs, and the reverse.
+    """Reads the ``[N]`` numbers of a token at the buckets of its pairs, and the reverse.
 
-    ``size`` is N. Rows of queries are ``[B * H, L, N]``; rows of keys are laid out once for all
-    tiles that go over the same keys.
+    ``size`` is N. The rows of numbers are laid out once for all tiles of a part.
     """
 
     size: int
 
-    def write(self, out: Tensor, numbers: Tensor, tile: Tile) -> None:
-        """``out[n, i, j] = numbers[n, i, id(i, j)]``, out ``[n, rows, keys]``."""
+    def lay(self, numbers: Tensor, keys: Keys) -> Laid:
+        """Rows ``[n, L | keys, N]`` in the form that write reads."""
 
-    def sum(self, x: Tensor, tile: Tile) -> Tensor:
-        """The reverse: x summed by query and bucket, ``[n, rows, N]``."""
+    def write(self, out: Tensor, laid: Laid, tile: Tile) -> None:
+        """``out[n, i, j] = numbers[n, owner, id(i, j)]``, out ``[n, rows, keys]``."""
 
-    def lay(self, numbers: Tensor, keys: Keys) -> tuple[Tensor, ...]:
-        """Rows ``[n, keys, N]`` of keys in the form that ``write_laid`` reads."""
+    def blank(self, like: Tensor, n: int, keys: Keys) -> Laid:
+        """Rows of zeros, or of anything that add writes over, laid out likewise."""
 
-    def write_laid(self, out: Tensor, laid: tuple[Tensor, ...], tile: Tile) -> None:
-        """``out[n, i, j] = numbers[n, j, id(i, j)]``."""
+    def add(self, sums: Laid, x: Tensor, tile: Tile) -> None:
+        """The reverse of write: x is added to sums, each tile once."""
 
-    def add_laid(self, sums: tuple[Tensor, ...], x: Tensor, tile: Tile) -> None:
-        """The reverse: x is added to sums of the same form."""
-
-    def lift(self, sums: tuple[Tensor, ...], keys: Keys) -> Tensor:
-        """The reverse of lay."""
+    def lift(self, sums: Laid, keys: Keys, out: Tensor) -> None:
+        """The reverse of lay: sums are added to rows ``[n, L | keys, N]`` of zeros."""
 
 
 class Pattern:
@@ -82,9 +82,10 @@ class Pattern:
 
     unit, prefix = 1, 0
 
-    def keys(self, seen: Tensor | None) -> Keys:
-        """The keys to go over where ``seen [S]`` are visible, at least one of them."""
-        return Keys() if seen is None or bool(seen.all()) else Keys(seen.nonzero().squeeze(1))
+    def keys(self, seen: Tensor) -> Keys:
+        """The keys to go over where ``seen [S]`` are visible, not all of them but one at least."""
+        index = seen.nonzero().squeeze(1)
+        return Keys(len(index), index)
 
     def spread(
         self, buckets: BucketIds, owner: str, device: torch.device
@@ -95,37 +96,38 @@ class Pattern:
             A key, what makes the spread, and the id in the term's table for each of its N.
         """
         key = (buckets.function, buckets.by_key, id(buckets.geometry))
-        return key, lambda: Gathered(buckets, device), None
+        kind = GatheredByKey if owner == "key" else Gathered
+        return key, lambda: kind(buckets, device), None
 
 
 class Gathered:
     """By the map of all ids: right for every geometry and bucket function."""
 
+    axis = -1
+
     def __init__(self, buckets: BucketIds, device: torch.device) -> None:
         self.size = buckets.size
         self.ids = buckets.dense(device)
 
-    def write(self, out: Tensor, numbers: Tensor, tile: Tile) -> None:
-        rows = numbers[tile.lead, tile.rows].unflatten(0, tile.shape[:2])
-        torch.gather(rows, -1, self._index(tile), out=out.view(tile.shape))
+    def lay(self, numbers: Tensor, keys: Keys) -> Laid:
+        return (numbers,)
 
-    def sum(self, x: Tensor, tile: Tile) -> Tensor:
-        sums = x.new_zeros(*tile.shape[:3], self.size)
-        return sums.scatter_add_(-1, self._index(tile), x.view(tile.shape)).flatten(0, 1)
+    def blank(self, like: Tensor, n: int, keys: Keys) -> Laid:
+        return (like.new_zeros(n, self.ids.shape[-2], self.size),)
 
-    def lay(self, numbers: Tensor, keys: Keys) -> tuple[Tensor, ...]:
-        return (numbers.transpose(1, 2).contiguous(),)
+    def write(self, out: Tensor, laid: Laid, tile: Tile) -> None:
+        rows = self._own(laid[0], tile).unflatten(0, tile.shape[:2])
+        torch.gather(rows, self.axis, self._index(tile), out=out.view(tile.shape))
 
-    def write_laid(self, out: Tensor, laid: tuple[Tensor, ...], tile: Tile) -> None:
-        rows = laid[0][..., : tile.count].unflatten(0, tile.shape[:2])
-        torch.gather(rows, -2, self._index(tile), out=out.view(tile.shape))
+    def add(self, sums: Laid, x: Tensor, tile: Tile) -> None:
+        rows = self._own(sums[0], tile).unflatten(0, tile.shape[:2])
+        rows.scatter_add_(self.axis, self._index(tile), x.view(tile.shape))
 
-    def add_laid(self, sums: tuple[Tensor, ...], x: Tensor, tile: Tile) -> None:
-        own = sums[0][..., : tile.count].unflatten(0, tile.shape[:2])
-        own.scatter_add_(-2, self._index(tile), x.view(tile.shape))
+    def lift(self, sums: Laid, keys: Keys, out: Tensor) -> None:
+        out.copy_(sums[0])
 
-    def lift(self, sums: tuple[Tensor, ...], keys: Keys) -> Tensor:
-        return sums[0].transpose(1, 2)
+    def _own(self, laid: Tensor, tile: Tile) -> Tensor:
+        return laid[:, tile.rows]
 
     def _index(self, tile: Tile) -> Tensor:
         ids, index = self.ids[..., tile.rows, :], tile.keys.index
@@ -133,3 +135,21 @@ class Gathered:
             ids = ids[tile.images].unsqueeze(1)
         ids = ids[..., : tile.count] if index is None else ids.index_select(-1, index)
         return ids.expand(tile.shape)
+
+
+class GatheredByKey(Gathered):
+    """The same for rows of keys, laid out as columns ``[n, N, keys]``."""
+
+    axis = -2
+
+    def lay(self, numbers: Tensor, keys: Keys) -> Laid:
+        return (numbers.transpose(1, 2).contiguous(),)
+
+    def blank(self, like: Tensor, n: int, keys: Keys) -> Laid:
+        return (like.new_zeros(n, self.size, keys.count),)
+
+    def lift(self, sums: Laid, keys: Keys, out: Tensor) -> None:
+        out.copy_(sums[0].transpose(1, 2))
+
+    def _own(self, laid: Tensor, tile: Tile) -> Tensor:
+        return laid[..., : tile.count]

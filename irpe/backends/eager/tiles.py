@@ -45,16 +45,16 @@ class Tiles:
     """All tiles of a call, in the same order in every pass.
 
     Args:
-        pattern: of the terms. size: numbers of a tile, roughly.
+        pattern: of the terms. size: numbers of a tile, roughly. threads: that share a tile.
 
     ``mask`` is what the tiles have to hide, ``dead`` are the rows that see nothing, both of four
     axes or None. Queries and images that see nothing for a simpler reason have no tile.
     """
 
-    def __init__(self, call: Call, pattern: Pattern, size: int) -> None:
+    def __init__(self, call: Call, pattern: Pattern, size: int, threads: int) -> None:
         self.B, self.H, self.L = call.q.shape[:3]
         self.S = call.k.shape[-2]
-        self.pattern, self.size = pattern, size
+        self.pattern, self.size, self.threads = pattern, size, threads
         self.mask: Tensor | None = None
         self.dead: Tensor | None = None
         self.causal = call.is_causal and call.mask is None
@@ -96,11 +96,12 @@ class Tiles:
         for images, visible in seen:
             if visible is not None and not visible.any():
                 continue
-            keys = self.pattern.keys(visible)
-            S = self.S if keys.index is None else keys.index.shape[0]
+            every = visible is None or bool(visible.all())
+            keys = Keys(self.S) if visible is None or every else self.pattern.keys(visible)
+            S = keys.count
             # Few heads and many queries: what belongs to the keys stays in the cache as well.
             rows = min(self.L, CAUSAL_ROWS) if self.causal else self.L
-            many = max(2, self.size // max(1, rows * S))
+            many = max(self.threads, self.size // max(1, rows * S))
             heads, step = min(self.H, many), max(1, many // self.H)
             for some in _split(images.start, images.stop, step):
                 for few in _split(0, self.H, heads):
