@@ -66,6 +66,15 @@ def test_models(tmp_path):
         assert (row["peak_mib"] is None) == (name == "plain again")
 
 
+def test_text_attention(tmp_path):
+    given = ["--length", "48", "--dim", "16", "--batch", "1", "--rounds", "2"]
+    done = run("text_attention", *given, "--name", tmp_path / "figures")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert set(figures["specs"]) < set(figures["rows"])
+    assert figures["rows"]["shaw"]["over_materialised"]["median"] > 0
+
+
 def test_models_under_autocast(tmp_path):
     """What a GPU does, but for the GPU: several cases, and a row that cannot be."""
     (tmp_path / "irpe.py").write_text(STAND_IN.replace("with_kwargs", "mistyped"))
