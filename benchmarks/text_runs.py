@@ -109,7 +109,7 @@ def segments(seed: int) -> list[Run]:
     for name, spec in LONG.items():
         own = f"--encoding={spec}"
         base = (f"--encoding={BASES[name]}", "--segments.method=none")
-        base += ("--epochs=10", "--steps_per_epoch=150", "--optim.lr=0.003")
+        base += ("--epochs=10", "--steps_per_epoch=60", "--optim.lr=0.003")
         if name == "learned":  # its table ends at the length that it is trained at
             base += ("--protocols=[{length: 128}, {kind: sliding, length: 128, stride: 32}]",)
         runs.append(Run("segments", f"{name} base", seed, "segments", base))
