@@ -107,7 +107,21 @@ def test_a_page_of_lines(page, tmp_path):
     ]
     bits = {"plain": 3.0, "chunk": 2.6, "twice": 2.5}
     lines += [line("segments", f"rope {kind}", 0, {own[1]: value}) for kind, value in bits.items()]
+    lines += [
+        line("segments", "learned base", 0, {own[0]: 2.0}),
+        line("segments", "learned stretched", 0, {own[1]: 2.2}),
+    ]
+    for window, value in ((128, 2.3), (256, 2.2)):
+        curve = [{"train_cpu_seconds": 60.0}]
+        score = {f"token by token, window {window}": value}
+        lines.append(line("shortformer", f"sliding {window}", 0, score, curve=curve))
+    for name, mib in (("rope plain", 100.0), ("rope chunk", 104.0)):
+        lines.append(line("memory", name, 0, {}, mib=mib))
     text = page.report(lines, tmp_path, "a command").read_text()
+    assert "at its own length (bar: 15 % worse): +10.0%." in text
+    assert "Best of the sliding windows, token by token: sliding 256." in text
+    assert "| sliding 128 | token by token, window 128 | 2.300 | 60 |" in text
+    assert "| rope chunk | 104 | 1.040 |" in text
     assert "Written by `a command`" in text and "Toy" not in text
     assert "| rope | 2.005 (2.000 to 2.010) | 3.000 (3.000 to 3.000) |" in text
     assert f"- {own[0]}: {{rope}} < {{shaw}}" in text
