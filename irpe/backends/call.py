@@ -43,8 +43,9 @@ class Call:
         their output is set to zero afterwards, which leaves zero gradients.
         """
         mask = self.mask
-        if self.is_causal:
-            length, keys = self.q.shape[-2], self.k.shape[-2]
+        length, keys = self.q.shape[-2], self.k.shape[-2]
+        # A query by itself is the last one, as in decoding: it sees all keys.
+        if self.is_causal and (torch.jit.is_tracing() or length != 1):
             rows = torch.arange(length, device=self.q.device).unsqueeze(-1)
             causal = torch.arange(keys, device=self.q.device) <= rows + (keys - length)
             if mask is None:

@@ -188,16 +188,14 @@ def waves(
     _check_one_axis(spec, geometry)
 
     def build() -> tuple[Tensor, Tensor]:
+        def side(positions: Tensor, prefix: int) -> Tensor:
+            made = sinusoids(positions.squeeze(-1), dim, spec.form, spec.base, like.dtype)
+            return F.pad(made, (0, 0, prefix, 0))
+
         query, key = geometry.positions(like.device)
-        sides = ((query, geometry.prefix), (key, geometry.key_prefix))
-        on_q, on_k = (
-            F.pad(
-                sinusoids(positions.squeeze(-1), dim, spec.form, spec.base, like.dtype),
-                (0, 0, prefix, 0),
-            )
-            for positions, prefix in sides
-        )
-        return on_q, on_k
+        on_q = side(query, geometry.prefix)
+        alike = key is query and geometry.key_prefix == geometry.prefix
+        return on_q, on_q if alike else side(key, geometry.key_prefix)
 
     key = ("waves", spec.form, spec.base, dim, like.device, like.dtype)
     made: tuple[Tensor, Tensor] = geometry.remember(key, build)

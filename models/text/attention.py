@@ -97,10 +97,14 @@ class Attention(nn.Module):
         pia = getattr(self, "pia", None)
         if pia is None:
             return q, None
-        on_q, on_k, _ = self.qkv.weight.chunk(3)
-        wave_q, wave_k = pia.waves(where, q)
-        waves = self._heads(nn.functional.linear(wave_k, on_k))
-        return q + self._heads(nn.functional.linear(wave_q, on_q)), waves
+        (wave_q, wave_k), weight = pia.waves(where, q), self.qkv.weight
+        dim = wave_q.shape[-1]
+        if wave_k is wave_q:
+            on_q, on_k = nn.functional.linear(wave_q, weight[: 2 * dim]).chunk(2, -1)
+        else:
+            on_q = nn.functional.linear(wave_q, weight[:dim])
+            on_k = nn.functional.linear(wave_k, weight[dim : 2 * dim])
+        return q + self._heads(on_q), self._heads(on_k)
 
     def _heads(self, x: Tensor) -> Tensor:
         """``[B, L, C]`` or ``[L, C]`` as ``[B | 1, H, L, D]``."""
