@@ -95,7 +95,8 @@ def _draw_panel(axes: Any, panel: Panel, records: list[dict[str, Any]]) -> None:
     axes.grid(color=GRID, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK)
-    axes.margins(x=0.01)
+    axes.margins(x=0.01, y=0.12)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     if len(records) < 10:
         axes.set_xticks([record["epoch"] for record in records])
     axes.set_ylabel(panel.label)
@@ -106,10 +107,9 @@ def _draw_panel(axes: Any, panel: Panel, records: list[dict[str, Any]]) -> None:
         axes.annotate(
             f"{value:.2f} %",
             (epoch, value),
-            xytext=(-4, -14),
+            xytext=(0, 5),
             textcoords="offset points",
             ha="right",
-            va="top",
             color=colour,
         )
 
