@@ -4,10 +4,7 @@ A query's numbers by offset are one row of memory: the far ends, where all offse
 and between them a band. The rows of a tile are this row, each one place further on: a view.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,10 +12,8 @@ from torch import Tensor
 from ...buckets import BucketIds
 from ...geometry import Geometry
 from .prefixed import Prefixed, around, ends
-from .spread import Keys, Pattern, Spread
-
-if TYPE_CHECKING:
-    from .tiles import Tile
+from .spread import Pattern, Spread
+from .tile import Keys, Tile
 
 
 class Line(Pattern):

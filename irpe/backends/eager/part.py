@@ -1,19 +1,43 @@
 """The tiles of one part of a call: what is computed while it is in the cache."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .groups import Group
 from .spread import Laid, Spread
-from .tiles import Part, Tile
+from .tile import Part, Tile
+from .tiles import Tiles
 
-if TYPE_CHECKING:
-    from .tiled import Pass
+
+class Shared:
+    """What the parts of a pass have in common.
+
+    Attributes:
+        q, k, v: ``[B, H, L | S, D]``, q times the scale. tiles: of the call.
+        logits: groups of terms on the logits, with their rows of numbers. values: of value terms.
+        kept: share that dropout keeps.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    tiles: Tiles
+    logits: list[tuple[Group, Tensor]]
+    values: list[Group]
+    kept: float
+
+    def __init__(self) -> None:
+        self._memory: dict[str, Tensor] = {}
+
+    def space(self, name: str, tile: Tile) -> Tensor:
+        """Memory ``[n, rows, keys]`` for a tile, the same for all tiles."""
+        nb, nh, rows, count = tile.shape
+        size = nb * nh * rows * count
+        if name not in self._memory or self._memory[name].numel() < size:
+            self._memory[name] = self.q.new_empty(size)
+        return self._memory[name][:size].view(nb * nh, rows, count)
 
 
 class Work:
@@ -23,7 +47,7 @@ class Work:
         seed: of the dropout; None without.
     """
 
-    def __init__(self, given: Pass, part: Part, seed: int | None) -> None:
+    def __init__(self, given: Shared, part: Part, seed: int | None) -> None:
         self.given, self.part, self.keys = given, part, part.keys
         self.q = self._lead(given.q)
         self.k, self.v = (self.keys.take(self._lead(x)) for x in (given.k, given.v))

@@ -1,16 +1,10 @@
 """What spreads of ordered tokens share: prefix tokens, whose pairs have the last bucket."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from .spread import Keys, Laid
-
-if TYPE_CHECKING:
-    from .tiles import Tile
+from .spread import Laid
+from .tile import Keys, Tile
 
 
 class Prefixed:

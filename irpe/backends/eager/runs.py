@@ -5,11 +5,8 @@ keys then is a run of neighbouring numbers, copied in one go, and since buckets 
 from row to row, the reverse is a sum over neighbouring rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +16,8 @@ from ...buckets import BucketIds, ImageBuckets
 from ...buckets.piecewise import StepIndex
 from ...geometry import Grid
 from .prefixed import Prefixed, around, ends
-from .spread import Keys, Pattern, Spread
-
-if TYPE_CHECKING:
-    from .tiles import Tile
+from .spread import Pattern, Spread
+from .tile import Keys, Tile
 
 METHODS = ("product", "rows", "columns")
 

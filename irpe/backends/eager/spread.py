@@ -4,50 +4,16 @@ The rows belong to queries, or to keys where the table meets the key. A pattern 
 of the tokens have in common, and with it what is the fastest spread that is right for a term.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ...buckets import BucketIds
-
-if TYPE_CHECKING:
-    from .tiles import Tile
+from .tile import Keys, Tile
 
 Laid = tuple[Tensor, ...]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Keys:
-    """The keys that a part of a call goes over.
-
-    Args:
-        count: how many. index: which ones, ascending; None for all. hidden: those among them that
-            are not seen.
-        box: of a grid: rows and columns, of a line: keys, from the first to past the last.
-        notes: what spreads have found out about them.
-    """
-
-    count: int
-    index: Tensor | None = None
-    hidden: Tensor | None = None
-    box: tuple[int, ...] = ()
-    notes: dict[Any, Any] = field(default_factory=dict)
-
-    def take(self, x: Tensor) -> Tensor:
-        """``[n, S, D]`` -> ``[n, keys, D]``."""
-        return x if self.index is None else x.index_select(1, self.index)
-
-    def put(self, out: Tensor, x: Tensor) -> None:
-        """The reverse of take."""
-        if self.index is None:
-            out.copy_(x)
-        else:
-            out.index_copy_(1, self.index, x)
 
 
 class Spread(Protocol):

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ..call import Call
 from .band import Line
 from .groups import Grads, Group, Plan
-from .part import Work
+from .part import Shared, Work
 from .patterns import grouped, pattern_of
 from .rows import add_times, outer
-from .tiles import Tile, Tiles
+from .tiles import Tiles
 
 SIZE = 2**19  # numbers of a tile for each thread: 2 MiB
 KINDS = frozenset({"bias", "query", "key", "value"})
@@ -38,7 +38,7 @@ def least(call: Call) -> int:
     return 2**16 if isinstance(pattern_of(geometries, call.is_causal), Line) else 2**18
 
 
-class Pass:
+class Pass(Shared):
     """A forward or a backward pass, in float32 or better.
 
     Args:
@@ -55,6 +55,7 @@ class Pass:
         threads: int,
         seed: int | None,
     ) -> None:
+        super().__init__()
         q, k, v = qkv
         call = replace(call, q=q, k=k)
         self.shape, self.scale = q.shape[:3], call.scale
@@ -71,7 +72,6 @@ class Pass:
         # What dropout keeps makes up for the rest, unless it keeps nothing.
         self.growth = 1.0 / self.kept if self.kept else 1.0
         self.seed = seed
-        self._memory: dict[str, Tensor] = {}
 
     def forward(self) -> tuple[Tensor, list[Tensor]]:
         """The output ``[B, H, L, D]`` and, for each group of value terms, the mass by bucket."""
@@ -130,11 +130,3 @@ class Pass:
         """Every part, one after another."""
         for number, part in enumerate(self.tiles):
             yield Work(self, part, None if self.seed is None else self.seed + number)
-
-    def space(self, name: str, tile: Tile) -> Tensor:
-        """Memory ``[n, rows, keys]`` for a tile, the same for all tiles."""
-        nb, nh, rows, count = tile.shape
-        size = nb * nh * rows * count
-        if name not in self._memory or self._memory[name].numel() < size:
-            self._memory[name] = self.q.new_empty(size)
-        return self._memory[name][:size].view(nb * nh, rows, count)

@@ -2,43 +2,15 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..call import Call
-from .spread import Keys, Pattern
+from .spread import Pattern
+from .tile import Keys, Part, Tile
 
 CAUSAL_ROWS = 64  # queries of a tile: what it computes in vain grows with them
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Tile:
-    """Some queries of some images and heads, and the keys that they meet.
-
-    Args:
-        images, heads, rows: of ``[B, H, L]``. lead: images and heads in ``[B * H]``.
-        keys: of the part. count: how many of them, from the first one on.
-        shape: ``(images, heads, rows, count)``.
-    """
-
-    images: slice
-    heads: slice
-    lead: slice
-    rows: slice
-    keys: Keys
-    count: int
-    shape: tuple[int, int, int, int]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Part:
-    """Images and heads that go over the same keys together, and their tiles."""
-
-    lead: slice
-    keys: Keys
-    tiles: list[Tile]
 
 
 class Tiles:
