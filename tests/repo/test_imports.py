@@ -28,7 +28,8 @@ ALLOWED = {
 }
 OPTIONAL = {
     "timm": {"hosts/timm.py", "zoo.py"},
-    "torchvision": set(),
+    "torchvision": {"hosts/torchvision.py"},
+    "transformers": {"hosts/transformers.py"},
     "triton": {"backends/triton/"},
 }
 
