@@ -110,13 +110,14 @@ def compiles(make, run, attach=irpe.attach):
     fill(model)
     wanted = run(model)
     wanted.square().sum().backward()
-    grads = {n: p.grad for n, p in model.named_parameters()}
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     found = run(torch.compile(model, backend="aot_eager", fullgraph=True))
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
     found.square().sum().backward()
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, grads[name], rtol=1e-8, atol=1e-9, msg=name)
+    for name, grad in grads.items():
+        mine = model.get_parameter(name).grad
+        torch.testing.assert_close(mine, grad, rtol=1e-8, atol=1e-9, msg=name)
 
 
 def exports(make, run, args, kwargs=None, attach=irpe.attach):
@@ -142,31 +143,31 @@ def detach_undoes(make, run, attach=irpe.attach):
     torch.testing.assert_close(run(model), output, rtol=1e-9, atol=1e-10)
 
 
-def by_loops(module, projected, out, grid, prefix):
-    """What a layer's attention gives, by loops; and by the grid turned over, which must differ.
+def by_loops(module, projected, out, places):
+    """What a layer's attention gives, by loops; rows and columns swapped must give another thing.
 
     Args:
         module: holds rpe_q, rpe_k and rpe_v of the spec QKV. projected: q, k, v ``[B, H, L, D]``.
-        out: the output projection.
+        out: the output projection. places: (row, column) of each sample's tokens, None for prefix.
     """
     (function,) = plain.buckets(irpe.parse(QKV))
     names = [(on, getattr(module, f"rpe_{on}").table, function) for on in "qkv"]
     results = []
-    for rows, columns in (grid, grid[::-1]):
-        places = [plain.grid(rows, columns, prefix)] * projected[0].shape[0]
+    for sides in (1, -1):
+        turned = [[p and p[::sides] for p in sample] for sample in places]
         with torch.no_grad():
-            mixed = truth.attention(*projected, names, places, places)
+            mixed = truth.attention(*projected, names, turned, turned)
             results.append(out(mixed.transpose(1, 2).flatten(2)))
     assert not torch.allclose(*results, atol=1e-3), "rows and columns are alike here"
     return results[0]
 
 
 def seen_by(module, call):
-    """The first argument and the output of a module's forward pass while call() runs."""
+    """What enters and leaves a module while call() runs: first argument, keywords, output."""
     caught = []
     hook = module.register_forward_hook(
         lambda m, args, kwargs, output: caught.append(
-            (args[0] if args else kwargs["hidden_states"], output)
+            (args[0] if args else kwargs["hidden_states"], kwargs, output)
         ),
         with_kwargs=True,
     )

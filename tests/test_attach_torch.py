@@ -4,6 +4,7 @@ import hosting
 import pytest
 import torch
 from hosting import QK, QKV, fill
+from oracles.buckets import grid
 from torch import nn
 from torch.utils.checkpoint import checkpoint_sequential
 from torchvision.models import VisionTransformer
@@ -85,8 +86,8 @@ def test_a_compiled_encoder_knows_another_grid_of_the_same_length():
     model = encoder(0)
     attach_inside(model, QKV)
     compiled = torch.compile(fill(model), backend="aot_eager", fullgraph=True)
-    for grid in (GRID, irpe.Grid(5, 3, prefix=2), irpe.Grid(3, 5, prefix=2), irpe.Grid(1, 15, 2)):
-        with irpe.located(grid):
+    for shape in ((3, 5), (5, 3), (3, 5), (1, 15)):
+        with irpe.located(irpe.Grid(*shape, prefix=2)):
             torch.testing.assert_close(compiled(tokens()), model(tokens()))
 
 
@@ -115,8 +116,9 @@ def test_a_layer_by_loops_on_a_rectangle(case):
         def run(m):
             return by_hand(m, image(32, 128))
 
-    x, (found, _) = hosting.seen_by(module, lambda: run(model))
-    wanted = hosting.by_loops(module, _projected(module, x), module.out_proj, shape, prefix)
+    x, _, (found, _) = hosting.seen_by(module, lambda: run(model))
+    places = [grid(*shape, prefix)] * 2
+    wanted = hosting.by_loops(module, _projected(module, x), module.out_proj, places)
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
 

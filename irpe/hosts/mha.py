@@ -21,17 +21,20 @@ from .site import Site, misplaced, put_on, take_off
 
 
 def sites(model: nn.Module) -> Iterator[Site]:
-    """The self-attentions of a model; those inside decoders are refused."""
+    """The self-attentions of a model; those inside decoders are refused, pooling is passed over."""
     decoded: set[int] = set()
+    pooling: set[int] = set()
     encoders: dict[int, nn.TransformerEncoder] = {}
     for module in model.modules():
         inside = {id(m) for m in module.modules() if isinstance(m, nn.MultiheadAttention)}
         if "decoder" in type(module).__name__.lower():  # torch's, DETR's and their kin
             decoded |= inside
+        if type(module).__name__.lower().endswith(("pooler", "pooling", "poolinghead")):
+            pooling |= inside  # a learned query has no place
         if isinstance(module, nn.TransformerEncoder):
             encoders |= dict.fromkeys(inside, module)
     for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
+        if isinstance(module, nn.MultiheadAttention) and id(module) not in pooling:
             yield MhaSite(name, module, id(module) in decoded, encoders.get(id(module)))
 
 
@@ -165,14 +168,14 @@ class EquippedMultiheadAttention(nn.MultiheadAttention):
         x = self.out_proj(x.transpose(1, 2).flatten(2))
         given = None
         if need_weights:
-            given = _probabilities(q, k, terms, mask, scale)
+            given = probabilities(q, k, terms, mask, scale)
             given = given.mean(1) if average_attn_weights else given
         if not batched:
             return x.squeeze(0), None if given is None else given.squeeze(0)
         return (x if self.batch_first else x.transpose(0, 1)), given
 
 
-def _probabilities(
+def probabilities(
     q: Tensor, k: Tensor, terms: tuple[Term, ...], mask: Tensor | None, scale: float
 ) -> Tensor:
     """``[B, H, L, S]``: what attention gives to one-hot values."""
