@@ -7,7 +7,7 @@ from hosting import QK, QKV, fill
 from oracles.buckets import grid
 from torch import nn
 from torch.utils.checkpoint import checkpoint_sequential
-from torchvision.models import VisionTransformer
+from torchvision.models import VisionTransformer, resnet18
 
 import irpe
 
@@ -216,6 +216,8 @@ def test_wrong_use():
     on_image(model)
     with pytest.raises(irpe.IrpeError, match="no grid"):  # nothing is left over from the last pass
         model.encoder(torch.zeros(1, 17, 32, dtype=torch.float64))
+    with pytest.raises(irpe.IrpeError, match="ResNet has no attention.*irpe.RPEAttention"):
+        irpe.attach(resnet18(), QK)
     decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(32, 2, 48), 1)
     with pytest.raises(irpe.IrpeError, match="decoder.*where="):
         irpe.attach(decoder, QK)

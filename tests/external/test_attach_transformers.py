@@ -223,6 +223,19 @@ def test_both_towers_of_clip():
     assert model(input_ids=ids, pixel_values=image().float()).logits_per_image.isfinite().all()
 
 
+def test_a_decoder_of_images_is_left_alone():
+    torch.manual_seed(0)
+    small = {k: v for k, v in SMALL.items() if k != "hidden_dropout_prob"}
+    config = transformers.ViTMAEConfig(**small, decoder_hidden_size=16, decoder_num_hidden_layers=1,
+                                       decoder_num_attention_heads=2)  # fmt: skip
+    model = transformers.ViTMAEForPreTraining(config)
+    noise = torch.rand(2, 16)
+    before = model(image().float(), noise=noise).loss
+    report = irpe.attach(model, QKV)
+    assert len(report.modules) == 2 and all(name.startswith("vit.") for name in report.modules)
+    torch.testing.assert_close(model(image().float(), noise=noise).loss, before)
+
+
 def test_padding_masks():
     """What version 5 hands through: a mask of tokens."""
     if transformers.__version__ < "5":
