@@ -204,8 +204,13 @@ def test_other_shapes_of_torchvisions_encoder():
 
 def test_wrong_use():
     model = vit(0)
+    before = hosting.fingerprint(model)
     with pytest.raises(irpe.IrpeError, match="t5.*one axis"):
         irpe.attach(model, "t5,buckets=8,max=20")
+    narrow = nn.MultiheadAttention(12, 2)
+    with pytest.raises(irpe.IrpeError, match="6"):  # a head of 6 channels does not turn on two axes
+        irpe.attach(narrow, "rope-axial")
+    assert type(narrow) is nn.MultiheadAttention and hosting.fingerprint(model) == before
     with pytest.raises(irpe.IrpeError, match="'blocks.*' matches none.*encoder_layer_0"):
         irpe.attach(model, QK, where="blocks.*")
     irpe.attach(model, QK)

@@ -83,7 +83,6 @@ class MhaSite(Site):
 
     def equip(self, spec: Spec, backend: str) -> None:
         module, weight = self.module, self.module.in_proj_weight
-        module.__class__ = EquippedMultiheadAttention
         encodings = build(
             spec,
             dim=module.embed_dim,
@@ -92,6 +91,7 @@ class MhaSite(Site):
             device=weight.device,
             dtype=weight.dtype,
         )
+        module.__class__ = EquippedMultiheadAttention
         put_on(module, encodings)
         module.rpe_backend = backend
         # torch's encoder layers would go round forward() in evaluation, and so round the terms.

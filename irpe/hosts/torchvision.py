@@ -38,8 +38,8 @@ class VitSite(MhaSite):
         return super().obstacle(spec)
 
     def equip(self, spec: Spec, backend: str) -> None:
-        locate(self.vit.conv_proj, self.vit.encoder.layers, prefix=1)
         super().equip(spec, backend)
+        locate(self.vit.conv_proj, self.vit.encoder.layers, prefix=1)
 
     @property
     def prefix(self) -> bool:
