@@ -46,17 +46,7 @@ def build_model(config: ClsConfig, num_classes: int) -> nn.Module:
         options["drop_rate"] = config.model.drop
     if config.model.drop_path:
         options["drop_path_rate"] = config.model.drop_path
-    try:
-        model = timm.create_model(
-            config.model.name,
-            pretrained=config.model.pretrained,
-            **{**options, **config.model.kwargs},
-        )
-    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
-        raise UserError(
-            f"model {config.model.name!r} cannot be built with "
-            f"{ {**options, **config.model.kwargs} }: {error}"
-        ) from error
+    model = _create(config, {**options, **config.model.kwargs})
     if spec is not None:
         irpe.attach(model, spec, where=config.rpe_where, backend=config.rpe_backend)
     if config.model.grad_checkpointing:
@@ -64,6 +54,21 @@ def build_model(config: ClsConfig, num_classes: int) -> nn.Module:
             raise UserError(f"model.grad_checkpointing: {config.model.name!r} does not support it")
         model.set_grad_checkpointing(True)
     return model
+
+
+def _create(config: ClsConfig, options: dict[str, Any]) -> nn.Module:
+    name, pretrained = config.model.name, config.model.pretrained
+    # For other sizes timm resizes absolute embeddings, each time from the trained ones.
+    dynamic = {} if config.sizes is None else {"dynamic_img_size": True}
+    try:
+        try:
+            return timm.create_model(name, pretrained, **{**dynamic, **options})
+        except TypeError:  # a convolutional network takes any size as it is
+            if not dynamic:
+                raise
+            return timm.create_model(name, pretrained, **options)
+    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
+        raise UserError(f"model {name!r} cannot be built with {options}: {error}") from error
 
 
 def input_settings(config: ClsConfig, model: nn.Module) -> dict[str, Any]:
@@ -96,4 +101,6 @@ def input_settings(config: ClsConfig, model: nn.Module) -> dict[str, Any]:
         {key: value for key, value in given.items() if value is not None}, model=model
     )
     settings["input_size"] = (channels, *settings["input_size"][1:])
+    for name in ("mean", "std"):  # timm repeats a single value for the channels it expects
+        settings[name] = settings[name][:channels]
     return settings

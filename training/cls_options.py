@@ -128,6 +128,8 @@ class ClsConfig:
     """seed of everything random"""
     eval_only: bool = False
     """evaluate the checkpoint (or the pretrained model) and stop"""
+    sizes: str | None = None
+    """with eval_only: sizes to evaluate at, as 112,160,224,112x224 (height x width)"""
     checkpoint: str | None = None
     """weights to start from, or to evaluate: .pth or .safetensors"""
     resume: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from training.badimages import BadImages
 from training.classify import Classify, line, verdict
 from training.cls_model import build_model, check_name, input_settings
 from training.cls_options import ClsConfig
+from training.cls_sizes import Size, check_patches, measure_sizes, parse_sizes
 from training.curves import CLASSIFIER
 from training.data.loaders import make_loader
 from training.data.seeded import SeededDataset, SeededStream
@@ -23,25 +25,42 @@ from training.data.transforms import make_transform
 from training.engine import make_accelerator, per_process_batch
 from training.errors import UserError
 from training.optim import make_optimizer
+from training.resume import open_folder
 from training.seeding import derive
 from training.weights import apply_weights, read_weights
 
 
-def evaluate(config: ClsConfig) -> dict[str, float]:
-    """Evaluate ``config.checkpoint`` (or the pretrained weights), print and return its figures."""
+def evaluate(config: ClsConfig) -> list[dict[str, Any]]:
+    """Evaluate ``config.checkpoint`` (or the pretrained weights), print and return its figures.
+
+    With ``config.sizes``: at each of them, and leave a folder with the curve.
+    """
     if config.checkpoint is None and not config.model.pretrained:
         raise UserError("eval_only needs checkpoint: FILE or model.pretrained: true")
     _check(config)
     accelerator = make_accelerator(config.run)
     source = _open(config, accelerator, training=False)
     model, settings, num_classes = _prepare_model(config, source)
-    held_out = _loader(config, accelerator, settings, source, training=False)
+    model.to(accelerator.device)
     bad = BadImages(config.data.on_bad_image, print)
-    task = Classify(accelerator, (None, held_out), config.aug, num_classes, config.seed, bad)
-    (figures,) = task.evaluate([model.to(accelerator.device)])
-    if accelerator.is_main_process:
-        print(verdict(figures))
-    return figures
+    channels, *trained = settings["input_size"]
+
+    def measure(size: Size) -> dict[str, float]:
+        settings["input_size"] = (channels, *size)
+        held_out = _loader(config, accelerator, settings, source, training=False)
+        task = Classify(accelerator, (None, held_out), config.aug, num_classes, config.seed, bad)
+        return task.evaluate([model])[0]
+
+    if config.sizes is None:
+        figures = measure((trained[0], trained[1]))
+        if accelerator.is_main_process:
+            print(verdict(figures))
+        return [figures]
+    sizes = parse_sizes(config.sizes)
+    check_patches(model, sizes)
+    name = f"{config.model.name}-{config.rpe or 'plain'}-sizes"
+    folder, _ = open_folder(accelerator, replace(config, resume=None), name)
+    return measure_sizes(sizes, (trained[0], trained[1]), measure, folder)
 
 
 def train(config: ClsConfig) -> dict[str, Any]:
@@ -91,6 +110,10 @@ def train(config: ClsConfig) -> dict[str, Any]:
 def _check(config: ClsConfig) -> None:
     """Raise for figures out of range, before anything is built."""
     run.check_numbers(config)
+    if config.sizes is not None:
+        parse_sizes(config.sizes)
+        if not config.eval_only:
+            raise UserError(f"sizes: {config.sizes!r} needs eval_only: true; it does not train")
     # Before the data set is opened: these two are quick to tell.
     check_name(config.model.name)
     if config.rpe is not None:

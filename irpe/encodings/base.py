@@ -86,6 +86,7 @@ def located_buckets(
         raise IrpeError(
             f"{geometry!r} has {'a' if has_prefix else 'no'} prefix, but the {what} "
             f"table was built {'with' if prefix else 'without'} a bucket for one "
-            f"({function.size + prefix} buckets): build it with prefix={has_prefix}"
+            f"({function.size + prefix} buckets): build it with prefix={has_prefix}, "
+            "or attach inside `with irpe.located(grid):` of such a grid"
         )
     return BucketIds(function, geometry, by_key)

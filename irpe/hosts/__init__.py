@@ -2,6 +2,6 @@
 
 from .attach import Report, attach, detach
 from .groups import param_groups
-from .mha import located
+from .place import located
 
 __all__ = ["Report", "attach", "detach", "located", "param_groups"]

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from importlib import import_module
 
 from torch import nn
 
@@ -45,12 +46,14 @@ def attach(model: nn.Module, spec: str | Spec, where: str = "*", backend: str = 
     Tables start so that outputs stay the same, to rounding, until they are trained; rotary
     embeddings, ALiBi and what else has no tables to start with change outputs at once, and the
     report says so. Keys of the state_dict stay as they are and new ones are added. Positions come
-    from a timm model's own patch embedding, anew in each forward pass; for
-    ``nn.MultiheadAttention`` the caller tells them by ``with irpe.located(grid):``.
+    from an image model's own patch embedding, anew in each forward pass; for
+    ``nn.MultiheadAttention`` the caller tells them by ``with irpe.located(grid):``, around
+    ``attach`` too where prefix tokens stand before the others.
 
     Args:
-        model: a timm VisionTransformer or ``nn.MultiheadAttention``, or any module that holds
-            some; where a decoder does too, ``where`` chooses the encoder.
+        model: a timm or torchvision VisionTransformer, an image encoder of transformers or
+            ``nn.MultiheadAttention`` (``nn.TransformerEncoder``), or any module that holds some;
+            where a decoder does too, ``where`` chooses the encoder.
         spec: the encoding, as ``"rpe-2.0-product-ctx-1-k"`` or ``"rope-axial"``.
         where: a shell pattern for the paths of the attention modules, as ``"blocks.[0-5].*"``.
         backend: see ``irpe.attention``.
@@ -70,8 +73,8 @@ def attach(model: nn.Module, spec: str | Spec, where: str = "*", backend: str = 
     if not sites:
         raise IrpeError(
             f"{type(model).__name__} has no attention that can be equipped: "
-            "attach knows timm's VisionTransformer and what is built on it, and torch's "
-            "nn.MultiheadAttention; "
+            "attach knows timm's VisionTransformer and what is built on it, torchvision's, image "
+            "encoders of transformers (ViT, DeiT, DINOv2, CLIP, ...), and nn.MultiheadAttention; "
             "for a model of your own, use irpe.RPEAttention"
         )
     chosen = [site for site in sites if fnmatchcase(site.name, where)]
@@ -79,11 +82,12 @@ def attach(model: nn.Module, spec: str | Spec, where: str = "*", backend: str = 
         names = ", ".join(site.name for site in sites[:3])
         raise IrpeError(f"where={where!r} matches none of the attention modules ({names}, ...)")
     for site in chosen:
+        name = site.name or type(model).__name__
         if site.equipped:
-            raise IrpeError(f"{site.name} is equipped already: irpe.detach(model) undoes that")
+            raise IrpeError(f"{name} is equipped already: irpe.detach(model) undoes that")
         obstacle = site.obstacle(spec)
         if obstacle is not None:
-            raise IrpeError(f"{site.name} cannot be equipped: {obstacle}")
+            raise IrpeError(f"{name} cannot be equipped: {obstacle}")
     before = {name for name, _ in model.named_parameters()}
     for site in chosen:
         site.equip(spec, backend)
@@ -105,6 +109,13 @@ def detach(model: nn.Module) -> None:
             site.strip()
 
 
+# Modules that are imported where a model may hold something of theirs, and their hosts.
+_OTHERS = {
+    "torchvision.models.vision_transformer": "torchvision",
+    "transformers.modeling_utils": "transformers",
+}
+
+
 def _sites(model: nn.Module) -> list[Site]:
     if not isinstance(model, nn.Module):
         raise IrpeError(f"a model is a torch.nn.Module, not {type(model).__name__}")
@@ -116,4 +127,12 @@ def _find(model: nn.Module) -> Iterator[Site]:
         from . import timm
 
         yield from timm.sites(model)
-    yield from mha.sites(model)
+    known: set[int] = set()
+    for library, host in _OTHERS.items():
+        if library in sys.modules:
+            for site in import_module(f".{host}", __package__).sites(model):
+                known.add(id(site.module))
+                yield site
+    for site in mha.sites(model):
+        if id(site.module) not in known:
+            yield site

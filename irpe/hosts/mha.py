@@ -1,13 +1,11 @@
-"""torch's ``nn.MultiheadAttention``, and what is built on it: DETR-like encoders.
+"""torch's ``nn.MultiheadAttention``, and what is built on it: ``nn.TransformerEncoder``, DETR.
 
 Such a module does not know where its tokens are, so the caller says it, around the model's forward
 pass: ``with irpe.located(grid):``. Queries and keys may carry absolute positions, values need not.
 """
 
 import math
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,52 +14,47 @@ from torch import Tensor, nn
 from ..encodings import build, hooks
 from ..errors import IrpeError
 from ..functional import attention
-from ..geometry import Geometry
 from ..spec import Spec
 from ..terms import Term
+from .place import here
 from .site import Site, misplaced, put_on, take_off
 
 
-class _Place(threading.local):
-    geometry: Geometry | None = None
+def sites(model: nn.Module) -> Iterator[Site]:
+    """The self-attentions of a model; those inside decoders are refused, pooling is passed over."""
+    decoded: set[int] = set()
+    pooling: set[int] = set()
+    encoders: dict[int, nn.TransformerEncoder] = {}
+    for module in model.modules():
+        inside = {id(m) for m in module.modules() if isinstance(m, nn.MultiheadAttention)}
+        if "decoder" in type(module).__name__.lower():  # torch's, DETR's and their kin
+            decoded |= inside
+        if type(module).__name__.lower().endswith(("pooler", "pooling", "poolinghead")):
+            pooling |= inside  # a learned query has no place
+        if isinstance(module, nn.TransformerEncoder):
+            encoders |= dict.fromkeys(inside, module)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention) and id(module) not in pooling:
+            yield MhaSite(name, module, id(module) in decoded, encoders.get(id(module)))
 
 
-_PLACE = _Place()
-
-
-@contextmanager
-def located(geometry: Geometry) -> Iterator[None]:
-    """Say where the tokens are, for attached ``nn.MultiheadAttention`` modules called inside.
+class MhaSite(Site):
+    """One module.
 
     Args:
-        geometry: as ``irpe.Grid(25, 34)``; one for all modules and images of the batch. A backward
-            pass that recomputes (gradient checkpointing) belongs inside too.
+        decoder: whether a decoder holds it. encoder: the ``nn.TransformerEncoder`` that does.
     """
-    if not isinstance(geometry, Geometry):
-        raise IrpeError(f"geometry={geometry!r} is not a geometry: make an irpe.Grid")
-    before, _PLACE.geometry = _PLACE.geometry, geometry
-    try:
-        yield
-    finally:
-        _PLACE.geometry = before
 
-
-def sites(model: nn.Module) -> Iterator[Site]:
-    """The self-attentions of a model, those inside decoders and other hosts left out."""
-    inside: set[int] = set()
-    for module in model.modules():
-        if "decoder" in type(module).__name__.lower():  # torch's, DETR's and their kin
-            inside |= {id(m) for m in module.modules() if isinstance(m, nn.MultiheadAttention)}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            yield _MhaSite(name, module, id(module) in inside)
-
-
-class _MhaSite(Site):
-    def __init__(self, name: str, module: nn.Module, decoder: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        decoder: bool = False,
+        encoder: nn.TransformerEncoder | None = None,
+    ) -> None:
         super().__init__(name, module)
         self.module: Any = module
-        self.decoder = decoder
+        self.decoder, self.encoder = decoder, encoder
 
     @property
     def equipped(self) -> bool:
@@ -82,20 +75,31 @@ class _MhaSite(Site):
             return "it adds a key without a place (add_bias_kv or add_zero_attn)"
         return misplaced(spec)
 
+    @property
+    def prefix(self) -> bool:
+        """Whether prefix tokens stand before the others."""
+        place = here()
+        return place is not None and (place.prefix > 0 or place.key_prefix > 0)
+
     def equip(self, spec: Spec, backend: str) -> None:
         module, weight = self.module, self.module.in_proj_weight
-        module.__class__ = EquippedMultiheadAttention
         encodings = build(
             spec,
             dim=module.embed_dim,
             num_heads=module.num_heads,
+            prefix=self.prefix,
             device=weight.device,
             dtype=weight.dtype,
         )
+        module.__class__ = EquippedMultiheadAttention
         put_on(module, encodings)
         module.rpe_backend = backend
         # torch's encoder layers would go round forward() in evaluation, and so round the terms.
         module._qkv_same_embed_dim = False
+        encoder: Any = self.encoder
+        if encoder is not None and not hasattr(encoder, "rpe_nested"):
+            encoder.rpe_nested = encoder.use_nested_tensor  # of padded batches, in evaluation
+            encoder.use_nested_tensor = False
 
     def strip(self) -> None:
         module = self.module
@@ -103,6 +107,14 @@ class _MhaSite(Site):
         del module.rpe_backend
         module._qkv_same_embed_dim = True
         module.__class__ = nn.MultiheadAttention
+        encoder: Any = self.encoder
+        if encoder is not None and not _equipped(encoder):
+            encoder.use_nested_tensor = encoder.rpe_nested
+            del encoder.rpe_nested
+
+
+def _equipped(model: nn.Module) -> bool:
+    return any(isinstance(m, EquippedMultiheadAttention) for m in model.modules())
 
 
 class EquippedMultiheadAttention(nn.MultiheadAttention):
@@ -121,13 +133,18 @@ class EquippedMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        geometry = _PLACE.geometry
+        geometry = here()
         if geometry is None:
             raise IrpeError(
                 "no grid: call the model inside `with irpe.located(irpe.Grid(height, width)):`"
             )
         if is_causal and attn_mask is None:
             raise IrpeError("is_causal=True needs attn_mask, as in torch")
+        if query.is_nested:
+            raise IrpeError(
+                "a nested tensor has lost its grid: attach to the whole nn.TransformerEncoder, "
+                "which then keeps padded ones, or give it enable_nested_tensor=False"
+            )
         batched = query.dim() == 3
         if not batched:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
@@ -151,14 +168,14 @@ class EquippedMultiheadAttention(nn.MultiheadAttention):
         x = self.out_proj(x.transpose(1, 2).flatten(2))
         given = None
         if need_weights:
-            given = _probabilities(q, k, terms, mask, scale)
+            given = probabilities(q, k, terms, mask, scale)
             given = given.mean(1) if average_attn_weights else given
         if not batched:
             return x.squeeze(0), None if given is None else given.squeeze(0)
         return (x if self.batch_first else x.transpose(0, 1)), given
 
 
-def _probabilities(
+def probabilities(
     q: Tensor, k: Tensor, terms: tuple[Term, ...], mask: Tensor | None, scale: float
 ) -> Tensor:
     """``[B, H, L, S]``: what attention gives to one-hot values."""

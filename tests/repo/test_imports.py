@@ -28,7 +28,8 @@ ALLOWED = {
 }
 OPTIONAL = {
     "timm": {"hosts/timm.py", "zoo.py"},
-    "torchvision": set(),
+    "torchvision": {"hosts/torchvision.py"},
+    "transformers": {"hosts/transformers.py"},
     "triton": {"backends/triton/"},
 }
 
@@ -107,7 +108,7 @@ def test_irpe_runs_without_timm_torchvision_and_triton():
 import sys, torch  # torch looks for triton by itself
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"timm", "torchvision", "triton", "matplotlib"}:
+        if name.split(".")[0] in {"timm", "torchvision", "transformers", "triton", "matplotlib"}:
             raise ImportError("blocked: " + name)
 sys.meta_path.insert(0, Blocker())
 import irpe
@@ -128,7 +129,7 @@ except irpe.IrpeError:
 def test_import_is_light():
     code = (
         "import irpe, sys; "
-        "print([m for m in ('timm', 'torchvision', 'triton', 'matplotlib') if m in sys.modules])"
+        "print([m for m in ('timm', 'torchvision', 'transformers', 'triton') if m in sys.modules])"
     )
     run = [sys.executable, "-c", code]
     done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, check=True)

@@ -1,0 +1,177 @@
+"""What must hold for attach on any host; the tests of each host call these.
+
+A case is (make, run): make(seed) builds a float64 model in training mode, without dropout, and
+run(model) calls it, always on the same input.
+"""
+
+import copy
+import io
+import pickle
+
+import torch
+from oracles import attention as truth
+from oracles import buckets as plain
+from torch import nn
+
+import irpe
+
+QK, QKV = (f"rpe-1.9-product-ctx-1-{on}" for on in ("qk", "qkv"))
+
+
+def fill(model, seed=1):
+    """Random tables: from here on the encoding matters."""
+    torch.manual_seed(seed)
+    for name, p in model.named_parameters():
+        if "lookup_table" in name:
+            nn.init.normal_(p, std=0.5)
+    return model
+
+
+def fingerprint(model):
+    return {
+        name: (
+            type(m),
+            {
+                k: v
+                for k, v in vars(m).items()
+                if not k.startswith("_") or k == "_qkv_same_embed_dim"
+            },
+            *map(len, (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)),
+        )
+        for name, m in model.named_modules()
+    }
+
+
+def outputs_stay(make, run, attach=irpe.attach):
+    for training in (True, False):
+        for backend in ("auto", "reference", "eager", "sdpa"):
+            model = make(0).train(training)
+            before = run(model)
+            report = attach(model, QK if backend == "sdpa" else QKV, backend=backend)
+            assert report.parameters == sum(
+                p.numel() for n, p in model.named_parameters() if "lookup_table" in n
+            )
+            torch.testing.assert_close(run(model), before, rtol=1e-9, atol=1e-10)
+            with torch.no_grad():  # torch's own short cuts go round the modules then
+                torch.testing.assert_close(run(model), before, rtol=1e-9, atol=1e-10)
+                assert not torch.allclose(run(fill(model)), before, atol=1e-3), "not reached"
+
+
+def tables_learn(make, run, attach=irpe.attach):
+    """After one step from the start every new table has moved, and the model's own weights."""
+    model = make(0)
+    keys = attach(model, QKV).keys
+    optimizer = torch.optim.SGD(irpe.param_groups(model, lr=0.1, table_lr=1.0), lr=0.1)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    run(model).square().sum().backward()
+    optimizer.step()
+    after = dict(model.named_parameters())
+    assert keys and all(not torch.equal(after[n], before[n]) for n in keys)
+    assert sum(not torch.equal(after[n], before[n]) for n in before) > 2 * len(keys)
+
+
+def state_round_trip(make, run, attach=irpe.attach):
+    model, other = make(0), make(5)
+    own = list(model.state_dict())
+    report = attach(model, QKV)
+    attach(other, QKV)
+    assert set(model.state_dict()) == {*own, *report.keys}
+    fill(model)
+    assert not torch.allclose(run(other), run(model), atol=1e-3)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(run(other), run(model))
+
+
+def _saved(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def copies_are_independent(make, run, attach=irpe.attach):
+    model = make(0)
+    attach(model, QKV)
+    wanted = run(fill(model))
+    for copied in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _saved):
+        other = copied(model)
+        assert torch.equal(run(other), wanted)
+        fill(other, seed=9)
+        assert torch.equal(run(model), wanted) and not torch.allclose(run(other), wanted)
+        irpe.detach(other)
+        assert torch.equal(run(model), wanted)
+        attach(other, QK)
+
+
+def compiles(make, run, attach=irpe.attach):
+    """run(model) must be one graph, and its gradients those of the model itself."""
+    model = make(0)
+    attach(model, QKV)
+    fill(model)
+    wanted = run(model)
+    wanted.square().sum().backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    found = run(torch.compile(model, backend="aot_eager", fullgraph=True))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
+    found.square().sum().backward()
+    for name, grad in grads.items():
+        mine = model.get_parameter(name).grad
+        torch.testing.assert_close(mine, grad, rtol=1e-8, atol=1e-9, msg=name)
+
+
+def exports(make, run, args, kwargs=None, attach=irpe.attach):
+    model = make(0).eval()
+    attach(model, QKV)
+    wanted = run(fill(model))
+    for strict in (False, True):
+        program = torch.export.export(model, args, kwargs, strict=strict)
+        found = run(program.module())
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
+        assert torch.equal(run(model), wanted), "the export left something behind"
+
+
+def detach_undoes(make, run, attach=irpe.attach):
+    model = make(0)
+    before, state, output = fingerprint(model), list(model.state_dict()), run(model)
+    attach(model, QKV)
+    run(fill(model))
+    irpe.detach(model)
+    assert fingerprint(model) == before and list(model.state_dict()) == state
+    assert torch.equal(run(model), output)
+    attach(model, QK)  # and again
+    torch.testing.assert_close(run(model), output, rtol=1e-9, atol=1e-10)
+
+
+def by_loops(module, projected, out, places):
+    """What a layer's attention gives, by loops; rows and columns swapped must give another thing.
+
+    Args:
+        module: holds rpe_q, rpe_k and rpe_v of the spec QKV. projected: q, k, v ``[B, H, L, D]``.
+        out: the output projection. places: (row, column) of each sample's tokens, None for prefix.
+    """
+    (function,) = plain.buckets(irpe.parse(QKV))
+    names = [(on, getattr(module, f"rpe_{on}").table, function) for on in "qkv"]
+    results = []
+    for sides in (1, -1):
+        turned = [[p and p[::sides] for p in sample] for sample in places]
+        with torch.no_grad():
+            mixed = truth.attention(*projected, names, turned, turned)
+            results.append(out(mixed.transpose(1, 2).flatten(2)))
+    assert not torch.allclose(*results, atol=1e-3), "rows and columns are alike here"
+    return results[0]
+
+
+def seen_by(module, call):
+    """What enters and leaves a module while call() runs: first argument, keywords, output."""
+    caught = []
+    hook = module.register_forward_hook(
+        lambda m, args, kwargs, output: caught.append(
+            (args[0] if args else kwargs["hidden_states"], kwargs, output)
+        ),
+        with_kwargs=True,
+    )
+    with torch.no_grad():
+        call()
+    hook.remove()
+    return caught[0]
