@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 
 from training import config as configuration
-from training.cls_options import ClsConfig
-from training.cls_run import evaluate, train
+from training.cls.options import ClsConfig
+from training.cls.run import evaluate, train
 from training.errors import script
 
 

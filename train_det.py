@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 
 from training import config as configuration
-from training.det_options import DetConfig
-from training.det_run import evaluate, train
+from training.det.options import DetConfig
+from training.det.run import evaluate, train
 from training.errors import script
 
 

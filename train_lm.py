@@ -13,9 +13,10 @@ import sys
 from collections.abc import Sequence
 
 from training import config as configuration
-from training import excerpt_run, lm_run, question_run
 from training.errors import script
-from training.lm_options import LmConfig
+from training.lm import excerpt_run, question_run
+from training.lm import run as lm_run
+from training.lm.options import LmConfig
 
 RUNS = {"language": lm_run, "excerpts": excerpt_run, "questions": question_run}
 

@@ -15,12 +15,12 @@ from measure import interleaved, machine, peak_above, ratio, resident
 import train_lm
 from models.text import CausalLM
 from training import config as configuration
-from training import lm_run
 from training.engine import make_accelerator
-from training.language import Held, Language
-from training.lm_data import open_text
-from training.lm_model import build_language_model
-from training.lm_options import LmConfig
+from training.lm import run as lm_run
+from training.lm.data import open_text
+from training.lm.language import Held, Language
+from training.lm.model import build_language_model
+from training.lm.options import LmConfig
 
 ROOT = Path(__file__).parents[1]
 ENCODINGS = {

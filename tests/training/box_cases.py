@@ -77,7 +77,7 @@ def main(seed: str, path: str) -> None:
     """Evaluate this process's part, images in padding twice, and write what came out."""
     from accelerate import Accelerator
 
-    from training.average_precision import BoxEvaluation
+    from training.det.average_precision import BoxEvaluation
 
     accelerator = Accelerator(cpu=True)
     rank, world = accelerator.process_index, accelerator.num_processes

@@ -17,7 +17,7 @@ from processes import launch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from training.average_precision import NAMES, BoxEvaluation
+from training.det.average_precision import NAMES, BoxEvaluation
 from training.errors import UserError
 
 

@@ -11,8 +11,8 @@ from cls_command import ROOT
 
 import irpe
 from training import config
-from training.cls_model import build_model, check_name, input_settings
-from training.cls_options import ClsConfig
+from training.cls.model import build_model, check_name, input_settings
+from training.cls.options import ClsConfig
 from training.data.digits import MEAN, STD, Digits
 from training.data.transforms import make_transform
 from training.optim import learning_rate

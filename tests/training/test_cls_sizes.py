@@ -9,9 +9,9 @@ import torch
 
 import irpe
 from training import config
-from training.cls_model import input_settings
-from training.cls_options import ClsConfig
-from training.cls_sizes import parse_sizes
+from training.cls.model import input_settings
+from training.cls.options import ClsConfig
+from training.cls.sizes import parse_sizes
 from training.data.sources import open_source
 from training.data.transforms import make_transform
 from training.errors import UserError

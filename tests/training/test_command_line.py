@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from training import config
-from training.cls_options import ClsConfig
+from training.cls.options import ClsConfig
 from training.errors import UserError
 
 

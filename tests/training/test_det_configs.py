@@ -9,8 +9,8 @@ from cls_command import ROOT
 import irpe
 from training import config
 from training.data.det_transforms import SCALES
-from training.det_model import build_model, make_optimizer
-from training.det_options import DetConfig
+from training.det.model import build_model, make_optimizer
+from training.det.options import DetConfig
 
 CONFIGS = sorted((ROOT / "configs" / "det").glob("*.yaml"))
 PUBLISHED = {  # AP on COCO's val2017, from the paper

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from training.average_precision import PrecisionRecall
 from training.curves import DETECTOR, draw_curves
-from training.det_pictures import (
+from training.det.average_precision import PrecisionRecall
+from training.det.pictures import (
     COLOURS,
     Example,
     boxed,

@@ -7,10 +7,11 @@ import torch
 from cls_command import ROOT
 
 import irpe
-from training import config, lm_run
-from training.language import tokens_of
-from training.lm_model import build_classifier, build_language_model, build_span_finder, specs
-from training.lm_options import LmConfig
+from training import config
+from training.lm import run as lm_run
+from training.lm.language import tokens_of
+from training.lm.model import build_classifier, build_language_model, build_span_finder, specs
+from training.lm.options import LmConfig
 from training.text.answers import MarkedBytes, make_readings
 
 CONFIGS = sorted((ROOT / "configs" / "lm").glob("*.yaml"))
@@ -67,7 +68,7 @@ def test_config_builds(path: Path):
 def test_the_embedded_runs_are_of_stages_and_segments_as_they_say():
     got = load(ROOT / "configs/lm/staged.yaml")
     plan = lm_run.make_plan(got, 10**6)
-    assert plan.lengths == (128, 2048) and plan.ends == (360, 600)
+    assert plan.lengths == (128, 2048) and plan.ends == (180, 300)
     got = load(ROOT / "configs/lm/segments.yaml")
     plan = lm_run.make_plan(got, 10**6)
     assert plan.lengths == (128,) and plan.spans == (512,) and got.segments.alpha == 0.25

@@ -13,7 +13,7 @@ from cls_command import ROOT, TINY
 
 import irpe
 from training import config
-from training.cls_options import ClsConfig
+from training.cls.options import ClsConfig
 from training.loop import Loop
 from training.weights import read_weights
 

@@ -16,9 +16,9 @@ from processes import launch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from training.average_precision import NAMES
 from training.data.scenes import Scenes, make_scenes
-from training.detect import Detect
+from training.det.average_precision import NAMES
+from training.det.detect import Detect
 from training.loop import Loop
 from training.weights import read_weights
 

@@ -17,8 +17,8 @@ from processes import launch
 import irpe
 from models.text import CausalLM
 from training.config import parse
-from training.language import Held, Language
-from training.lm_options import LmConfig
+from training.lm.language import Held, Language
+from training.lm.options import LmConfig
 from training.loop import Loop
 from training.text.options import ProtocolConfig
 from training.text.tokens import ByteTokens

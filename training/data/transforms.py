@@ -9,7 +9,7 @@ from timm.data import create_transform
 from torch import Tensor
 from torchvision import transforms as tv
 
-from training.cls_options import AugConfig
+from training.cls.options import AugConfig
 from training.errors import UserError
 
 

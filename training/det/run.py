@@ -18,10 +18,10 @@ from training.data.det_transforms import evaluation_transform, training_transfor
 from training.data.detection import DetectionDataset, collate_detection
 from training.data.loaders import make_loader
 from training.data.scenes import make_scenes, scene_paths
-from training.det_model import build_model, make_criterion, make_optimizer
-from training.det_options import DetConfig
-from training.det_pictures import draw_detections, draw_precision_recall
-from training.detect import Detect
+from training.det.detect import Detect
+from training.det.model import build_model, make_criterion, make_optimizer
+from training.det.options import DetConfig
+from training.det.pictures import draw_detections, draw_precision_recall
 from training.engine import make_accelerator, per_process_batch
 from training.errors import UserError
 from training.runfolder import RunFolder

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from models.detr import DETR, Criterion, HungarianMatcher, build_detr
-from training.det_options import DetConfig
+from training.det.options import DetConfig
 from training.errors import UserError
 from training.seeding import derive
 from training.weights import apply_weights, read_weights

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
-from training.average_precision import PrecisionRecall
 from training.curves import EMA, GRID, HELD, INK, TRAIN
+from training.det.average_precision import PrecisionRecall
 
 # Light ones, that colour-blind people tell apart: names are written on them in black.
 COLOURS = ("#77AADD", "#EE8866", "#EEDD88", "#FFAABB", "#99DDFF", "#44BB99", "#BBCC33", "#AAAA00")

@@ -11,7 +11,7 @@ from torch import nn
 
 import irpe
 import irpe.zoo  # registers the published iRPE names with timm
-from training.cls_options import ClsConfig
+from training.cls.options import ClsConfig
 from training.errors import UserError
 
 

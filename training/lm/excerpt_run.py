@@ -9,14 +9,14 @@ from accelerate import Accelerator
 
 from training import run
 from training.badimages import BadImages
-from training.classify import Classify, line, verdict
-from training.cls_options import AugConfig
+from training.cls.classify import Classify, line, verdict
+from training.cls.options import AugConfig
 from training.curves import CLASSIFIER
 from training.data.loaders import Batch
 from training.engine import make_accelerator, per_process_batch
 from training.errors import UserError
-from training.lm_model import build_classifier, specs
-from training.lm_options import LmConfig
+from training.lm.model import build_classifier, specs
+from training.lm.options import LmConfig
 from training.optim import make_optimizer
 from training.text.corpus import SPLITS, open_corpus
 from training.text.excerpts import Excerpts, make_excerpts

@@ -21,7 +21,7 @@ from models.text import (
     released_weights,
 )
 from training.errors import UserError
-from training.lm_options import LmConfig
+from training.lm.options import LmConfig
 from training.seeding import derive
 from training.weights import apply_weights, read_weights
 

@@ -14,12 +14,12 @@ from torchvision.ops import box_convert
 from torchvision.transforms.functional import pil_to_tensor
 
 from models.detr import Criterion, detections
-from training.average_precision import BoxEvaluation
 from training.badimages import BadImages
 from training.data.coco import CocoSource
 from training.data.detection import DetectionBatch, collate_detection
 from training.data.loaders import set_epoch
-from training.det_pictures import Example
+from training.det.average_precision import BoxEvaluation
+from training.det.pictures import Example
 from training.errors import UserError
 from training.loop import Step
 from training.run import Task

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from training.badimages import BadImages
-from training.cls_options import AugConfig
+from training.cls.options import AugConfig
 from training.data.loaders import Batch, set_epoch
 from training.errors import UserError
 from training.loop import Step

@@ -15,10 +15,10 @@ from training import run
 from training.curves import LANGUAGE
 from training.engine import make_accelerator
 from training.errors import UserError
-from training.language import Held, Language, tokens_of
-from training.lm_data import open_text
-from training.lm_model import build_language_model, specs
-from training.lm_options import LmConfig
+from training.lm.data import open_text
+from training.lm.language import Held, Language, tokens_of
+from training.lm.model import build_language_model, specs
+from training.lm.options import LmConfig
 from training.optim import make_optimizer
 from training.runfolder import RunFolder
 from training.seeding import derive

@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader, IterableDataset
 import irpe
 from training import run
 from training.badimages import BadImages
-from training.classify import Classify, line, verdict
-from training.cls_model import build_model, check_name, input_settings
-from training.cls_options import ClsConfig
-from training.cls_sizes import Size, check_patches, measure_sizes, parse_sizes
+from training.cls.classify import Classify, line, verdict
+from training.cls.model import build_model, check_name, input_settings
+from training.cls.options import ClsConfig
+from training.cls.sizes import Size, check_patches, measure_sizes, parse_sizes
 from training.curves import CLASSIFIER
 from training.data.loaders import make_loader
 from training.data.seeded import SeededDataset, SeededStream

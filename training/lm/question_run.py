@@ -9,12 +9,12 @@ from accelerate import Accelerator
 from torch import nn
 
 from training import run
-from training.answer import Answer
 from training.curves import ANSWERS
 from training.engine import make_accelerator, per_process_batch
 from training.errors import UserError
-from training.lm_model import build_span_finder, released_config, specs
-from training.lm_options import LmConfig
+from training.lm.answer import Answer
+from training.lm.model import build_span_finder, released_config, specs
+from training.lm.options import LmConfig
 from training.optim import make_optimizer
 from training.runfolder import RunFolder
 from training.text.answers import Marked, make_readings, mark, read_released

@@ -1,0 +1,1 @@
+"""Text: options, models, the tasks that the loop trains, the runs."""
