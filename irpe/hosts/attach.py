@@ -58,8 +58,8 @@ def attach(
     ``nn.MultiheadAttention`` the caller tells them by ``with irpe.located(grid):``.
 
     Args:
-        model: a timm VisionTransformer or ``nn.MultiheadAttention``, or any module that holds
-            some; where a decoder does too, ``where`` chooses the encoder.
+        model: a vision transformer of timm's or ``nn.MultiheadAttention``, or any module that holds
+            some (docs/support.md); where a decoder does too, ``where`` chooses the encoder.
         spec: the encoding, as ``"rpe-2.0-product-ctx-1-k"`` or ``"rope-axial"``.
         where: a shell pattern for the paths of the attention modules, as ``"blocks.[0-5].*"``.
         backend: see ``irpe.attention``.
@@ -84,8 +84,8 @@ def attach(
     if not sites:
         raise IrpeError(
             f"{type(model).__name__} has no attention that can be equipped: "
-            "attach knows timm's VisionTransformer and what is built on it, and torch's "
-            "nn.MultiheadAttention; "
+            "attach knows timm's vision transformers and torch's nn.MultiheadAttention "
+            "(docs/support.md); "
             "for a model of your own, use irpe.RPEAttention"
         )
     chosen = [site for site in sites if fnmatchcase(site.name, where)]
