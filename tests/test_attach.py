@@ -12,7 +12,7 @@ from oracles import attention as truth
 from oracles import buckets as plain
 from timm.layers import Attention
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+from timm.models.vision_transformer import DiffParallelScalingBlock, VisionTransformer
 from torch import nn
 
 import irpe
@@ -219,7 +219,7 @@ def _fingerprint(model):
         (vit, K, "layers.*", "layers"),
         (lambda: nn.Sequential(nn.Linear(3, 3)), K, "*", "RPEAttention"),
         (lambda: timm.create_model("resnet10t"), K, "*", "ResNet"),
-        (lambda: vit(block_fn=ParallelScalingBlock), K, "*", "ParallelScalingBlock"),
+        (lambda: vit(block_fn=DiffParallelScalingBlock), K, "*", "DiffParallelScalingBlock"),
         (vit, "rpe-1.9-prodct-ctx-1-k", "*", "prodct"),
     ],
 )

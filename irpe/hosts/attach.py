@@ -22,25 +22,34 @@ class Report:
     Args:
         spec: the encoding. modules: paths of the attention modules that carry it now.
         parameters: number of parameters added. keys: their names in the state_dict.
+        own: whether the modules' own rotary embeddings and relative biases were kept.
     """
 
     spec: Spec
     modules: tuple[str, ...]
     parameters: int
     keys: tuple[str, ...]
+    own: str = "keep"
 
     def __str__(self) -> str:
         names = self.modules[0]
         if len(self.modules) > 1:
             names += f" ... {self.modules[-1]}"
+        same = self.spec.neutral and self.own == "keep"
         return (
             f"{self.spec} on {len(self.modules)} attention modules ({names}), "
             f"{self.parameters:,} parameters added; outputs "
-            + ("stay the same until trained" if self.spec.neutral else "change at once: train on")
+            + ("stay the same until trained" if same else "change at once: train on")
         )
 
 
-def attach(model: nn.Module, spec: str | Spec, where: str = "*", backend: str = "auto") -> Report:
+def attach(
+    model: nn.Module,
+    spec: str | Spec,
+    where: str = "*",
+    backend: str = "auto",
+    own: str = "keep",
+) -> Report:
     """Equip a model with an encoding, in place.
 
     Tables start so that outputs stay the same, to rounding, until they are trained; rotary
@@ -51,12 +60,15 @@ def attach(model: nn.Module, spec: str | Spec, where: str = "*", backend: str = 
     ``attach`` too where prefix tokens stand before the others.
 
     Args:
-        model: a timm or torchvision VisionTransformer, an image encoder of transformers or
-            ``nn.MultiheadAttention`` (``nn.TransformerEncoder``), or any module that holds some;
-            where a decoder does too, ``where`` chooses the encoder.
+        model: a vision transformer of timm's or torchvision's, an image encoder of transformers
+            or ``nn.MultiheadAttention`` (``nn.TransformerEncoder``), or any module that holds some
+            (docs/support.md); where a decoder does too, ``where`` chooses the encoder.
         spec: the encoding, as ``"rpe-2.0-product-ctx-1-k"`` or ``"rope-axial"``.
         where: a shell pattern for the paths of the attention modules, as ``"blocks.[0-5].*"``.
         backend: see ``irpe.attention``.
+        own: what becomes of an attention module's own rotary embedding or relative bias: "keep"
+            it, and the encoding is added; or "replace" it by the encoding, which changes outputs
+            at once. Its parameters stay in the model, unused, for ``detach``.
 
     Returns:
         What was changed; print it.
@@ -67,14 +79,16 @@ def attach(model: nn.Module, spec: str | Spec, where: str = "*", backend: str = 
     """
     spec = parse(spec)
     check_backend(backend)
+    if own not in ("keep", "replace"):
+        raise IrpeError(f"own={own!r} is not one of keep, replace")
     if not isinstance(where, str):
         raise IrpeError(f"where={where!r} is a shell pattern, as 'blocks.[0-5].*'")
     sites = _sites(model)
     if not sites:
         raise IrpeError(
             f"{type(model).__name__} has no attention that can be equipped: "
-            "attach knows timm's VisionTransformer and what is built on it, torchvision's, image "
-            "encoders of transformers (ViT, DeiT, DINOv2, CLIP, ...), and nn.MultiheadAttention; "
+            "attach knows vision transformers of timm and torchvision, image encoders of "
+            "transformers, and torch's nn.MultiheadAttention (docs/support.md); "
             "for a model of your own, use irpe.RPEAttention"
         )
     chosen = [site for site in sites if fnmatchcase(site.name, where)]
@@ -88,11 +102,17 @@ def attach(model: nn.Module, spec: str | Spec, where: str = "*", backend: str = 
         obstacle = site.obstacle(spec)
         if obstacle is not None:
             raise IrpeError(f"{name} cannot be equipped: {obstacle}")
+        if own == "replace" and site.possession() is None:
+            raise IrpeError(
+                f"own='replace', but {name} has no rotary embedding or relative bias of its "
+                "own: leave own='keep'"
+            )
+        site.own = own
     before = {name for name, _ in model.named_parameters()}
     for site in chosen:
         site.equip(spec, backend)
     added = {n: p.numel() for n, p in model.named_parameters() if n not in before}
-    return Report(spec, tuple(s.name for s in chosen), sum(added.values()), tuple(added))
+    return Report(spec, tuple(s.name for s in chosen), sum(added.values()), tuple(added), own)
 
 
 def detach(model: nn.Module) -> None:

@@ -14,7 +14,11 @@ class Site(ABC):
     Args:
         name: its path in the model that was handed to ``attach``.
         module: the attention module.
+
+    ``own``: "keep", or "replace" what it has itself to tell positions by.
     """
+
+    own: str = "keep"
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
@@ -23,6 +27,10 @@ class Site(ABC):
     @abstractmethod
     def equipped(self) -> bool:
         """Whether an encoding is attached already."""
+
+    def possession(self) -> str | None:
+        """What the module has itself to tell positions by, as a relative bias."""
+        return None
 
     @abstractmethod
     def obstacle(self, spec: Spec) -> str | None:

@@ -27,7 +27,7 @@ ALLOWED = {
     "tools": {"errors", "spec", "geometry", "buckets"},
 }
 OPTIONAL = {
-    "timm": {"hosts/timm.py", "zoo.py"},
+    "timm": {"hosts/timm/", "zoo.py"},
     "torchvision": {"hosts/torchvision.py"},
     "transformers": {"hosts/transformers.py"},
     "triton": {"backends/triton/"},

@@ -1,0 +1,5 @@
+"""timm's models."""
+
+from .places import sites
+
+__all__ = ["sites"]
