@@ -62,7 +62,7 @@ def attach(
     Args:
         model: a vision transformer of timm's or torchvision's, an image encoder of transformers
             or ``nn.MultiheadAttention`` (``nn.TransformerEncoder``), or any module that holds some
-            (docs/support.md); where a decoder does too, ``where`` chooses the encoder.
+            where a decoder does too, ``where`` chooses the encoder.
         spec: the encoding, as ``"rpe-2.0-product-ctx-1-k"`` or ``"rope-axial"``.
         where: a shell pattern for the paths of the attention modules, as ``"blocks.[0-5].*"``.
         backend: see ``irpe.attention``.
@@ -88,7 +88,7 @@ def attach(
         raise IrpeError(
             f"{type(model).__name__} has no attention that can be equipped: "
             "attach knows vision transformers of timm and torchvision, image encoders of "
-            "transformers, and torch's nn.MultiheadAttention (docs/support.md); "
+            "transformers, and torch's nn.MultiheadAttention; "
             "for a model of your own, use irpe.RPEAttention"
         )
     chosen = [site for site in sites if fnmatchcase(site.name, where)]
