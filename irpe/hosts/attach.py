@@ -61,7 +61,7 @@ def attach(
 
     Args:
         model: a vision transformer of timm's or torchvision's, an image encoder of transformers
-            or ``nn.MultiheadAttention`` (``nn.TransformerEncoder``), or any module that holds some
+            or ``nn.MultiheadAttention`` (``nn.TransformerEncoder``), or any module that holds some;
             where a decoder does too, ``where`` chooses the encoder.
         spec: the encoding, as ``"rpe-2.0-product-ctx-1-k"`` or ``"rope-axial"``.
         where: a shell pattern for the paths of the attention modules, as ``"blocks.[0-5].*"``.
