@@ -40,16 +40,21 @@ def bits(lines: Sequence[Line], protocol: str) -> dict[str, list[float]]:
 
 
 def groups(values: dict[str, list[float]]) -> list[list[str]]:
-    """Names from the lowest mean on, in groups further apart than twice the seeds' spread."""
-    spread = max((max(found) - min(found) for found in values.values()), default=0.0)
+    """Names from the lowest mean on, in groups that part.
+
+    They do where every pair across is further apart than twice the larger of its ranges over seeds.
+    """
+    names = sorted(values, key=lambda name: statistics.mean(values[name]))
+
+    def apart(low: str, high: str) -> bool:
+        gap = statistics.mean(values[high]) - statistics.mean(values[low])
+        return gap > 2 * max(max(values[n]) - min(values[n]) for n in (low, high))
+
     made: list[list[str]] = []
-    last = None
-    for name in sorted(values, key=lambda name: statistics.mean(values[name])):
-        mean = statistics.mean(values[name])
-        if last is None or mean - last > 2 * spread:
+    for place, name in enumerate(names):
+        if all(apart(low, high) for low in names[:place] for high in names[place:]):
             made.append([])
         made[-1].append(name)
-        last = mean
     return made
 
 
@@ -77,7 +82,9 @@ def _table(lines: Sequence[Line], protocols: Sequence[str]) -> list[str]:
 def _lengths(lines: Sequence[Line], out: Path) -> list[str]:
     protocols = _protocols(lines)
     parts = ["## Longer than in training", "", *_table(lines, protocols), ""]
-    parts.append("Groups whose means lie further apart than twice the largest range over seeds:")
+    parts.append(
+        "Groups that part: every pair across is further apart than twice the larger of its ranges."
+    )
     parts.append("")
     for protocol in protocols:
         said = " < ".join("{" + ", ".join(group) + "}" for group in groups(bits(lines, protocol)))
@@ -180,7 +187,7 @@ def _speed(lines: Sequence[Line], out: Path) -> list[str]:
 def _segments(lines: Sequence[Line], out: Path) -> list[str]:
     protocols = _protocols(lines)
     parts = ["## Segments of longer texts", "", *_table(lines, protocols), ""]
-    parts.append("Share of what training at twice the length gains over plain windows:")
+    parts.append("What chunks gain over plain windows, seed by seed, and twice the length does:")
     parts.append("")
     for encoding in dict.fromkeys(line["name"].split()[0] for line in lines):
         for protocol in protocols:
@@ -188,15 +195,15 @@ def _segments(lines: Sequence[Line], out: Path) -> list[str]:
             plain, chunk, twice = (
                 found.get(f"{encoding} {kind}") for kind in ("plain", "chunk", "twice")
             )
-            if not (plain and chunk and twice) or "512" not in protocol:
-                continue
-            gains = [
-                (p - c) / (p - t) if p != t else float("nan")
-                for p, c, t in zip(plain, chunk, twice, strict=False)
-            ]
-            told = ", ".join(f"{gain:.0%}" for gain in gains)
-            parts.append(f"- {encoding}, {protocol}: {told}")
+            if plain and chunk and twice and "512" in protocol:
+                told = map(_gain, plain, chunk, twice)
+                parts.append(f"- {encoding}, {protocol}: {', '.join(told)}")
     return parts + _stretched(lines)
+
+
+def _gain(plain: float, chunk: float, twice: float) -> str:
+    share = f" ({(plain - chunk) / (plain - twice):.0%})" if twice < plain else ""
+    return f"{plain - chunk:+.3f} against {plain - twice:+.3f}{share}"
 
 
 def _stretched(lines: Sequence[Line]) -> list[str]:
@@ -269,6 +276,6 @@ def _interval(
 
 
 def _saved(figure: Any, axis: Any, out: Path, name: str, title: str) -> str:
-    axis.legend(frameon=False, fontsize=7)
+    axis.legend(frameon=False, fontsize=7, handlelength=4)
     figure.savefig(out / f"text_{name}.png")
     return f"![{title}](text_{name}.png)"

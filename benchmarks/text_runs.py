@@ -105,11 +105,11 @@ def shortformer(seed: int) -> list[Run]:
 
 def segments(seed: int) -> list[Run]:
     """(4) Chunks of a text four times as long, beside windows that are plain, twice, or whole."""
-    runs = []
+    first = ("--segments.method=none", "--epochs=10", "--steps_per_epoch=60", "--optim.lr=0.003")
+    runs = [Run("segments", "none base", seed, "segments", ("--encoding=null", *first))]
     for name, spec in LONG.items():
         own = f"--encoding={spec}"
-        base = (f"--encoding={BASES[name]}", "--segments.method=none")
-        base += ("--epochs=10", "--steps_per_epoch=60", "--optim.lr=0.003")
+        base = (f"--encoding={BASES[name]}", *first)
         if name == "learned":  # its table ends at the length that it is trained at
             base += ("--protocols=[{length: 128}, {kind: sliding, length: 128, stride: 32}]",)
         runs.append(Run("segments", f"{name} base", seed, "segments", base))

@@ -89,6 +89,9 @@ def test_groups(page):
     values = {"a": [2.0, 2.1], "b": [2.2, 2.25], "c": [2.9, 2.95], "d": [3.0, 3.0]}
     assert page.groups(values) == [["a", "b"], ["c", "d"]]
     assert page.groups({"a": [1.0], "b": [2.0]}) == [["a"], ["b"]]
+    unsure = {"a": [1.0, 1.1], "b": [2.0, 2.1], "c": [2.5, 2.9]}
+    assert page.groups(unsure) == [["a"], ["b", "c"]]
+    assert page.groups({**unsure, "c": [2.0, 5.0]}) == [["a", "b", "c"]]  # a may be like c
 
 
 def test_share_of_the_baseline(page):
@@ -126,6 +129,6 @@ def test_a_page_of_lines(page, tmp_path):
     assert "| rope | 2.005 (2.000 to 2.010) | 3.000 (3.000 to 3.000) |" in text
     assert f"- {own[0]}: {{rope}} < {{shaw}}" in text
     assert f"- {own[1]}: {{shaw}} < {{rope}}" in text
-    assert "- rope, non-overlapping, window 512: 80%" in text
+    assert "- rope, non-overlapping, window 512: +0.400 against +0.500 (80%)" in text
     assert "Machine: processor one of two, threads 2." in text
     assert (tmp_path / "text_lengths.png").exists()
