@@ -10,7 +10,6 @@ import argparse
 import copy
 import math
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ A plain timm ViT (8x8 digits, patches of 2, 3 blocks of width 48) is trained for
 from its weights, {more} epochs more with `{spec}` attached or without, over the
 same batches. Learning rate {lr:g}, tables {table_lr:g} without weight decay (`irpe.param_groups`).
 Held out: 360 images; means over {seeds} seeds with their 95 % intervals (Student).
-{processor}, {threads} thread, torch {torch}, {date}, {seconds} s in all.
+{processor}, {threads} thread, torch {torch}, {date}.
 
 | | accuracy, % | cross entropy |
 |---|---|---|"""
@@ -111,10 +110,10 @@ def spread(values: list[float], form: str) -> tuple[str, bool]:
     return f"{mean:{form}} ± {half:{form.removeprefix('+')}}", abs(mean) <= half
 
 
-def page(runs: list[Figures], given: argparse.Namespace, seconds: float) -> str:
+def page(runs: list[Figures], given: argparse.Namespace) -> str:
     """The results as a page."""
     trained, without, tables = runs[0]
-    numbers = {**vars(given), **machine(), "seconds": round(seconds)}
+    numbers = {**vars(given), **machine()}
     lines = [TEXT.format(**numbers, spec=SPEC, lr=GENTLE, table_lr=TABLES)]
     for name in (trained, without, tables):
         figures = [spread([r[name][i] for r in runs], f)[0] for i, f in ((0, ".2f"), (1, ".4f"))]
@@ -141,12 +140,12 @@ def main() -> None:
     if given.seeds < 3 or given.epochs < 1 or given.more < 1:
         parser.error("--seeds is at least 3, --epochs and --more at least 1")
     torch.set_num_threads(1)
-    start, runs = time.perf_counter(), []
+    runs = []
     for seed in range(given.seeds):
         runs.append(run(seed, given.epochs, given.more))
         print(seed, {name: f"{a:.2f} % {b:.4f}" for name, (a, b) in runs[-1].items()}, flush=True)
     given.page.parent.mkdir(parents=True, exist_ok=True)
-    given.page.write_text(page(runs, given, time.perf_counter() - start), encoding="utf-8")
+    given.page.write_text(page(runs, given), encoding="utf-8")
     print(given.page.read_text(encoding="utf-8"))
 
 

@@ -58,8 +58,8 @@ def test_verdicts(script):
             for n, b in enumerate(base)
         ]
 
-    better = script.page(runs(1.0, -0.1), given, 1.0)
+    better = script.page(runs(1.0, -0.1), given)
     assert better.count("better with tables") == 2
-    worse = script.page(runs(-1.0, 0.1), given, 1.0)
+    worse = script.page(runs(-1.0, 0.1), given)
     assert worse.count("worse with tables") == 2
-    assert script.page(runs(-0.01, -0.001), given, 1.0).count("a tie") == 3  # once explained
+    assert script.page(runs(-0.01, -0.001), given).count("a tie") == 3  # once explained
