@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 
+import irpe.zoo  # noqa: F401  registers the models
 from irpe.tools.complexity import multiply_adds, parameters
 
 PRODUCT = "_patch16_224_ctx_product_50_shared_"

@@ -116,7 +116,7 @@ def answered(
     """scaled_dot_product_attention with a core for its mask; ``[B, H, L, D]``."""
     module, geometry = attn_mask.module, attn_mask.geometry
     if scale is None:  # of the channels that the host made: an encoding may add some
-        scale = q.shape[-1] ** -0.5
+        scale = width(module) ** -0.5
     encodings = hooks(module)
     q, k = encodings.transform(q, k, geometry)
     return attention(
