@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from common import TILES
+from hosting import fill, fingerprint
 from oracles import attention as truth
 from oracles import buckets as plain
 from timm.layers import Attention
@@ -39,15 +40,6 @@ def vit(cls=VisionTransformer, seed=0, **options):
         attn = getattr(block, "attn", None)
         for part in () if attn is None else (attn.qkv, attn.proj):
             nn.init.normal_(part.weight, std=0.25)
-    return model
-
-
-def fill(model, seed=1):
-    """Random tables: from here on the encoding matters."""
-    torch.manual_seed(seed)
-    for name, p in model.named_parameters():
-        if "lookup_table" in name:
-            nn.init.normal_(p, std=0.5)
     return model
 
 
@@ -202,17 +194,6 @@ def test_a_second_attach_raises_and_changes_nothing():
     assert list(model.state_dict()) == keys, "blocks.0 was equipped before blocks.1 refused"
 
 
-def _fingerprint(model):
-    return {
-        name: (
-            type(m),
-            {k: v for k, v in vars(m).items() if not k.startswith("_")},
-            *map(len, (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)),
-        )
-        for name, m in model.named_modules()
-    }
-
-
 @pytest.mark.parametrize(
     ("make", "spec", "where", "says"),
     [
@@ -225,21 +206,21 @@ def _fingerprint(model):
 )
 def test_what_cannot_be_equipped_is_left_alone(make, spec, where, says):
     model = make()
-    before = _fingerprint(model)
+    before = fingerprint(model)
     with pytest.raises(irpe.IrpeError, match=says):
         irpe.attach(model, spec, where=where)
-    assert _fingerprint(model) == before
+    assert fingerprint(model) == before
 
 
 @pytest.mark.parametrize("options", [{}, {"patch_drop_rate": 0.5, "reg_tokens": 2}])
 def test_detach_restores_exactly(options):
     model = vit(**options).eval()
-    before, state = _fingerprint(model), list(model.state_dict())
+    before, state = fingerprint(model), list(model.state_dict())
     output = model(image())
     irpe.attach(model, QKV)
     fill(model)(image())
     irpe.detach(model)
-    assert _fingerprint(model) == before and list(model.state_dict()) == state
+    assert fingerprint(model) == before and list(model.state_dict()) == state
     assert torch.equal(model(image()), output)
     with pytest.raises(irpe.IrpeError, match="nothing is attached"):
         irpe.detach(model)

@@ -5,7 +5,8 @@ import pickle
 
 import pytest
 import torch
-from test_attach import _fingerprint, gradients, image, vit
+from hosting import fingerprint
+from test_attach import gradients, image, vit
 from torch import nn
 
 import irpe
@@ -45,7 +46,7 @@ def test_models_deit_is_attach(spec, size):
 @pytest.mark.parametrize("spec", ON_GRIDS)
 def test_report_detach_and_copies(spec, options):
     model = vit(**options, qk_norm=True).eval()
-    before, state = _fingerprint(model), list(model.state_dict())
+    before, state = fingerprint(model), list(model.state_dict())
     output = model(image())
     report = irpe.attach(model, spec)
     assert report.spec == irpe.parse(spec) and len(report.modules) == 2
@@ -55,7 +56,7 @@ def test_report_detach_and_copies(spec, options):
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(image()), changed)
     irpe.detach(model)
-    assert _fingerprint(model) == before and list(model.state_dict()) == state
+    assert fingerprint(model) == before and list(model.state_dict()) == state
     assert torch.equal(model(image()), output)
 
 
@@ -97,10 +98,10 @@ def test_dropped_patches_keep_their_positions(spec):
 )
 def test_what_makes_no_sense_on_a_grid_is_refused(spec, says):
     model = vit()
-    before = _fingerprint(model)
+    before = fingerprint(model)
     with pytest.raises(irpe.IrpeError, match=f"blocks.0.attn cannot be equipped: {spec}.*{says}"):
         irpe.attach(model, spec)
-    assert _fingerprint(model) == before
+    assert fingerprint(model) == before
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -13,10 +13,11 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from hosting import fill, fingerprint
 from oracles import attention as truth
 from oracles import buckets as plain
 from oracles import text as rotary
-from test_attach import _fingerprint, gradients
+from test_attach import gradients
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.maxxvit import MaxxVit, MaxxVitCfg, MaxxVitTransformerCfg
@@ -187,14 +188,6 @@ def counted(out, given):
     return tokens[F.pad(valid, (prefix, 0), value=True)]
 
 
-def fill(model, seed=1):
-    torch.manual_seed(seed)
-    for path, p in model.named_parameters():
-        if "lookup_table" in path:
-            nn.init.normal_(p, std=0.5)
-    return model
-
-
 def unfused(model):
     for m in model.modules():
         if hasattr(m, "fused_attn"):
@@ -330,7 +323,7 @@ def test_one_step_reaches_every_table(name):
 def test_state_copies_and_detach(name):
     family = FAMILIES[name]
     model = build(family)
-    before, state = _fingerprint(model), list(model.state_dict())
+    before, state = fingerprint(model), list(model.state_dict())
     with torch.no_grad():
         output = run(model, family)
         report = irpe.attach(model, BIAS)
@@ -345,11 +338,11 @@ def test_state_copies_and_detach(name):
         with pytest.raises(irpe.IrpeError, match="equipped already"):
             irpe.attach(model, BIAS)
         irpe.detach(model)
-        assert _fingerprint(model) == before and list(model.state_dict()) == state
+        assert fingerprint(model) == before and list(model.state_dict()) == state
         assert torch.equal(run(model, family), output)
     with pytest.raises(irpe.IrpeError, match="where='nothing.*'"):
         irpe.attach(model, BIAS, where="nothing.*")
-    assert _fingerprint(model) == before
+    assert fingerprint(model) == before
 
 
 @EACH

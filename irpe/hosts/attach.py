@@ -11,7 +11,6 @@ from torch import nn
 from ..errors import IrpeError
 from ..functional import check_backend
 from ..spec import Spec, parse
-from . import mha
 from .site import Site
 
 
@@ -129,10 +128,13 @@ def detach(model: nn.Module) -> None:
             site.strip()
 
 
-# Modules that are imported where a model may hold something of theirs, and their hosts.
-_OTHERS = {
+# A library's module, which is imported where a model may hold something of that library's, and its
+# host here; the first that knows an attention module has it.
+_HOSTS = {
+    "timm": "timm",
     "torchvision.models.vision_transformer": "torchvision",
     "transformers.modeling_utils": "transformers",
+    "torch": "mha",
 }
 
 
@@ -143,16 +145,10 @@ def _sites(model: nn.Module) -> list[Site]:
 
 
 def _find(model: nn.Module) -> Iterator[Site]:
-    if "timm" in sys.modules:  # else no module of this model can be timm's
-        from . import timm
-
-        yield from timm.sites(model)
     known: set[int] = set()
-    for library, host in _OTHERS.items():
+    for library, host in _HOSTS.items():
         if library in sys.modules:
-            for site in import_module(f".{host}", __package__).sites(model):
-                known.add(id(site.module))
-                yield site
-    for site in mha.sites(model):
-        if id(site.module) not in known:
-            yield site
+            sites = import_module(f".{host}", __package__).sites(model)
+            found = [site for site in sites if id(site.module) not in known]
+            known |= {id(site.module) for site in found}
+            yield from found

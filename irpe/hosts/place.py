@@ -49,13 +49,25 @@ def here() -> Geometry | None:
 
 
 class Slot(threading.local):
-    """Carries a grid from the patch projection to the layers of the same forward pass."""
+    """Carries a geometry from the patch embedding to the layers of the same forward pass."""
 
-    geometry: Grid | None = None
+    geometry: Geometry | None = None
 
-    def take(self) -> Grid | None:
+    def take(self) -> Geometry | None:
         geometry, self.geometry = self.geometry, None
         return geometry
+
+    def keep(self, kept: Tensor | None) -> None:
+        """Only the patches ``kept``, int64 ``[B, L']``, go on."""
+        geometry = self.geometry
+        if kept is None or geometry is None:
+            return
+        if isinstance(geometry, Grid):
+            self.geometry = geometry.select(kept)
+            return
+        places, _ = geometry.positions(kept.device)
+        places = places.gather(1, kept.unsqueeze(-1).expand(-1, -1, places.shape[-1]))
+        self.geometry = Geometry(places, prefix=geometry.prefix)
 
     def __reduce__(self) -> tuple[type["Slot"], tuple[()]]:
         return Slot, ()
@@ -70,6 +82,13 @@ class ReadGrid:
     def __call__(self, projection: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         height, width = output.shape[-2:]
         self.slot.geometry = Grid(height, width, self.prefix)
+
+
+def unhook(module: nn.Module, kind: type) -> None:
+    """Take the forward hooks of a kind off."""
+    for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, kind)]:
+        del module._forward_hooks[key]
+        module._forward_hooks_with_kwargs.pop(key, None)
 
 
 class BoundLayer:
@@ -134,9 +153,7 @@ def forget(projection: nn.Module, layers: nn.Module) -> None:
     """Undo ``locate``."""
     layers.__class__ = {new: old for old, new in _KINDS.items()}[type(layers)]
     del layers.slot
-    hooks = projection._forward_hooks
-    for key in [key for key, hook in hooks.items() if isinstance(hook, ReadGrid)]:
-        del hooks[key]
+    unhook(projection, ReadGrid)
 
 
 def placeable(layers: nn.Module) -> bool:

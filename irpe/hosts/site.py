@@ -68,3 +68,10 @@ def misplaced(spec: Spec) -> str | None:
     if spec.at_input:
         return f"{spec} is added to the tokens at a model's input, and not in its attention"
     return None
+
+
+def misplaced_on_image(spec: Spec) -> str | None:
+    """The same for the attention modules of an image model."""
+    if 2 not in spec.axes and not spec.at_input:
+        return f"{spec} is for positions on one axis, and an image's are (row, column)"
+    return misplaced(spec)

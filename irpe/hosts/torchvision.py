@@ -12,6 +12,7 @@ from torchvision.models import VisionTransformer
 from ..spec import Spec
 from .mha import MhaSite
 from .place import forget, locate, placeable
+from .site import misplaced_on_image
 
 
 def sites(model: nn.Module) -> Iterator["VitSite"]:
@@ -33,9 +34,7 @@ class VitSite(MhaSite):
     def obstacle(self, spec: Spec) -> str | None:
         if not placeable(self.vit.encoder.layers):
             return f"its layers are a {type(self.vit.encoder.layers).__name__}, not a Sequential"
-        if 2 not in spec.axes and not spec.at_input:
-            return f"{spec} is for positions on one axis, and an image's are (row, column)"
-        return super().obstacle(spec)
+        return super().obstacle(spec) or misplaced_on_image(spec)
 
     def equip(self, spec: Spec, backend: str) -> None:
         super().equip(spec, backend)

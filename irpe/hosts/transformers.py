@@ -20,8 +20,8 @@ from ..functional import attention
 from ..geometry import Geometry
 from ..spec import Spec
 from .mha import probabilities
-from .place import Slot, forget, here, locate, located, placeable
-from .site import Site, misplaced, put_on, take_off
+from .place import Slot, forget, here, locate, located, placeable, unhook
+from .site import Site, misplaced_on_image, put_on, take_off
 
 # What stands before the patches, in the order of the embeddings' own forward pass.
 PREFIX: dict[str, tuple[str, ...]] = {
@@ -91,9 +91,7 @@ class EncoderSite(Site):
             return "the forward pass of its layer is wrapped already: attach before that"
         if "ALL_ATTENTION_FUNCTIONS" not in forward.__code__.co_names:
             return f"{type(self.module).__name__} does not use transformers' AttentionInterface"
-        if 2 not in spec.axes and not spec.at_input:
-            return f"{spec} is for positions on one axis, and an image's are (row, column)"
-        return misplaced(spec)
+        return misplaced_on_image(spec)
 
     def equip(self, spec: Spec, backend: str) -> None:
         tokens = [getattr(self.embeddings, name) for name in PREFIX[type(self.embeddings).__name__]]
@@ -134,9 +132,7 @@ class EncoderSite(Site):
             layer.__class__ = layer.host_class()
         if not _holds_equipped(self.layers):
             forget(self.projection, self.layers)
-            kept = self.embeddings._forward_hooks
-            for key in [key for key, hook in kept.items() if isinstance(hook, ReadKept)]:
-                del kept[key]
+            unhook(self.embeddings, ReadKept)
 
 
 def _settle(layer: nn.Module) -> None:
@@ -173,8 +169,8 @@ class ReadKept:
     def __call__(self, embeddings: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> None:
         tokens, _, restore = output
         if self.slot.geometry is not None:
-            kept = restore.argsort(dim=1)[:, : tokens.shape[1] - self.slot.geometry.prefix]
-            self.slot.geometry = self.slot.geometry.select(kept)
+            patches = tokens.shape[1] - self.slot.geometry.prefix
+            self.slot.keep(restore.argsort(dim=1)[:, :patches])
 
 
 class LocatedLayer(nn.Module):

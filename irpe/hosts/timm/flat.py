@@ -11,7 +11,9 @@ from torch import Tensor
 from .core import Core, Equipped, answered, opened
 
 
-class EquippedAttention(Equipped, Attention):
+class _Masked(Equipped):
+    """Handed a mask, and nothing else to tell positions by."""
+
     argument = "attn_mask"
 
     def forward(self, x: Tensor, attn_mask: Any = None, is_causal: bool = False) -> Tensor:
@@ -20,15 +22,12 @@ class EquippedAttention(Equipped, Attention):
         return super().forward(x, attn_mask=core, is_causal=is_causal)
 
 
-class EquippedParallelScalingBlock(Equipped, ParallelScalingBlock):
+class EquippedAttention(_Masked, Attention):
+    pass
+
+
+class EquippedParallelScalingBlock(_Masked, ParallelScalingBlock):
     """A block that is its own attention."""
-
-    argument = "attn_mask"
-
-    def forward(self, x: Tensor, attn_mask: Any = None, is_causal: bool = False) -> Tensor:
-        place = opened(attn_mask)
-        core = Core(self, place.geometry, place.carried)
-        return super().forward(x, attn_mask=core, is_causal=is_causal)
 
 
 class _Rotated(Equipped):

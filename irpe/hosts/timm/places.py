@@ -8,7 +8,7 @@ from torch import nn
 
 from ...encodings import build
 from ...spec import Spec
-from ..site import Site, misplaced, put_on, take_off
+from ..site import Site, misplaced_on_image, put_on, take_off
 from . import flat, travel, windows
 from .core import Equipped, width
 
@@ -59,9 +59,7 @@ class _TimmSite(Site):
                 f"{kind.__name__} computes its attention in its own way; "
                 "timm's Attention can be equipped"
             )
-        if 2 not in spec.axes and not spec.at_input:
-            return f"{spec} is for positions on one axis, and an image's are (row, column)"
-        return misplaced(spec)
+        return misplaced_on_image(spec)
 
     def possession(self) -> str | None:
         own = ("relative_position_bias_table", "rel_pos", "cpb_mlp", "meta_mlp")

@@ -6,7 +6,6 @@ as an argument. So a block that is recomputed in a backward pass (gradient check
 with the grid of its own forward pass, whatever ran in between.
 """
 
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +17,7 @@ from timm.layers.patch_dropout import (
 from torch import Tensor, nn
 
 from ...geometry import Geometry, Grid
+from ..place import Slot, unhook
 from .core import Equipped, Located
 
 
@@ -33,31 +33,6 @@ class LocatedBlock:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._block, name)
-
-
-class Slot(threading.local):
-    """Carries a geometry from the patch embedding to the blocks of the same forward pass."""
-
-    geometry: Geometry | None = None
-
-    def take(self) -> Geometry | None:
-        geometry, self.geometry = self.geometry, None
-        return geometry
-
-    def keep(self, kept: Tensor | None) -> None:
-        """Only the patches ``kept``, int64 ``[B, L']``, go on."""
-        geometry = self.geometry
-        if kept is None or geometry is None:
-            return
-        if isinstance(geometry, Grid):
-            self.geometry = geometry.select(kept)
-            return
-        places, _ = geometry.positions(kept.device)
-        places = places.gather(1, kept.unsqueeze(-1).expand(-1, -1, places.shape[-1]))
-        self.geometry = Geometry(places, prefix=geometry.prefix)
-
-    def __reduce__(self) -> tuple[type["Slot"], tuple[()]]:
-        return Slot, ()
 
 
 class _LocatedBlocks:
@@ -195,5 +170,4 @@ def forget(model: Any) -> None:
             del module.slot
     del model.blocks.argument
     embed = model.patch_embed if hasattr(model, "patch_embed") else model.embeds
-    for key in [k for k, hook in embed._forward_hooks.items() if isinstance(hook, ReadGrid)]:
-        del embed._forward_hooks[key], embed._forward_hooks_with_kwargs[key]
+    unhook(embed, ReadGrid)
