@@ -15,7 +15,7 @@ from training.curves import CLASSIFIER
 from training.data.loaders import Batch
 from training.engine import make_accelerator, per_process_batch
 from training.errors import UserError
-from training.lm.model import build_classifier, specs
+from training.lm.model import build_classifier, encoding_name, specs
 from training.lm.options import LmConfig
 from training.optim import make_optimizer
 from training.text.corpus import SPLITS, open_corpus
@@ -64,7 +64,7 @@ def train(config: LmConfig) -> dict[str, Any]:
     parts = _excerpts(config)
     task = _task(config, accelerator, parts)
     model = build_classifier(config, task.num_classes).to(accelerator.device)
-    spec = "+".join(map(str, specs(config))) or "none"
+    spec = encoding_name(config)
     return run.train(
         config,
         accelerator,

@@ -35,6 +35,11 @@ def specs(config: LmConfig) -> list[irpe.Spec]:
     return [irpe.parse(text) for text in [*given, config.attach] if text is not None]
 
 
+def encoding_name(config: LmConfig) -> str:
+    """Say which encodings a config asks for, as in a run's name."""
+    return "+".join(map(str, specs(config))) or "none"
+
+
 def build_language_model(config: LmConfig, vocab_size: int) -> CausalLM:
     """Create the language model and load ``config.checkpoint`` into it."""
     options = _sizes(config)

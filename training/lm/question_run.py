@@ -13,7 +13,7 @@ from training.curves import ANSWERS
 from training.engine import make_accelerator, per_process_batch
 from training.errors import UserError
 from training.lm.answer import Answer
-from training.lm.model import build_span_finder, released_config, specs
+from training.lm.model import build_span_finder, encoding_name, released_config, specs
 from training.lm.options import LmConfig
 from training.optim import make_optimizer
 from training.runfolder import RunFolder
@@ -52,7 +52,7 @@ def train(config: LmConfig) -> dict[str, Any]:
             # In the form that SQuAD's own script reads.
             folder.write_json("predictions.json", answers)
 
-    spec = "+".join(map(str, specs(config))) or "none"
+    spec = encoding_name(config)
     return run.train(
         config,
         accelerator,

@@ -17,7 +17,7 @@ from training.engine import make_accelerator
 from training.errors import UserError
 from training.lm.data import open_text
 from training.lm.language import Held, Language, tokens_of
-from training.lm.model import build_language_model, specs
+from training.lm.model import build_language_model, encoding_name, specs
 from training.lm.options import LmConfig
 from training.optim import make_optimizer
 from training.runfolder import RunFolder
@@ -76,7 +76,7 @@ def train(config: LmConfig) -> dict[str, Any]:
             folder.write_text("sample.txt", text + "\n")
             print(f"a sample, after {PROMPT} tokens of held-out text:\n{text}\n")
 
-    spec = "+".join(map(str, specs(config))) or "none"
+    spec = encoding_name(config)
     return run.train(
         config,
         accelerator,
