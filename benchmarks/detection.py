@@ -9,23 +9,19 @@ not repeated. Writes benchmarks/results/detection_digits.json and docs/results/d
 
 import argparse
 import json
-import math
-import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from measure import machine, save
+from measure import machine, save, student
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "configs/det/digits.yaml"
 CELLS = {"k": [], "plain": ["--enc_rpe2d=null"]}
 TITLES = {"k": "`rpe-2.0-product-ctx-1-k`", "plain": "none"}
 FIGURES = ("AP", "AP50", "AP75")
-# Of Student's distribution, 95 % both sides, by degrees of freedom.
-STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 
 
 def run(cell: str, seed: int, output: Path, arguments: list[str]) -> dict[str, Any]:
@@ -47,8 +43,8 @@ def run(cell: str, seed: int, output: Path, arguments: list[str]) -> dict[str, A
 def summary(rows: list[dict[str, Any]], cell: str, name: str) -> str:
     """Mean, 95 % interval of the mean, and range, in points."""
     values = [100 * row[name] for row in rows if row["cell"] == cell]
-    half = STUDENT[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):.1f} ± {half:.1f} ({min(values):.1f} to {max(values):.1f})"
+    mean, half = student(values)
+    return f"{mean:.1f} ± {half:.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
 def page(rows: list[dict[str, Any]], facts: dict[str, Any], seeds: int) -> str:
@@ -73,8 +69,7 @@ def page(rows: list[dict[str, Any]], facts: dict[str, Any], seeds: int) -> str:
         for b in rows
         if (a["cell"], b["cell"]) == ("k", "plain") and a["seed"] == b["seed"]
     ]
-    half = STUDENT[len(pairs) - 1] * statistics.stdev(pairs) / math.sqrt(len(pairs))
-    mean = statistics.mean(pairs)
+    mean, half = student(pairs)
     verdict = "the intervals do not part: a tie" if abs(mean) <= half else "they part"
     lines += [
         "",

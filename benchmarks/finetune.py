@@ -8,7 +8,6 @@ same batches, and writes docs/results/finetune.md. Another seed: another split, 
 
 import argparse
 import copy
-import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from measure import machine
-from scipy import stats
+from measure import machine, student
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.optim import param_groups_weight_decay
@@ -105,8 +103,7 @@ def run(seed: int, epochs: int, more: int) -> Figures:
 
 def spread(values: list[float], form: str) -> tuple[str, bool]:
     """Mean and 95 % interval of the mean (Student), and whether that holds 0."""
-    mean = statistics.mean(values)
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    mean, half = student(values)
     return f"{mean:{form}} ± {half:{form.removeprefix('+')}}", abs(mean) <= half
 
 

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import math
 import platform
 import random
 import re
@@ -10,7 +11,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,14 @@ def ratio(times: list[float], base: list[float], draws: int = 4000) -> dict[str,
         "low": medians[int(0.025 * len(medians))],
         "high": medians[int(0.975 * len(medians))],
     }
+
+
+def student(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half of its 95 % interval (Student)."""
+    from scipy import stats
+
+    share = stats.t.ppf(0.975, len(values) - 1) / math.sqrt(len(values))
+    return statistics.mean(values), share * statistics.stdev(values)
 
 
 def compared(times: dict[str, list[float]], peaks: dict[str, Any]) -> dict[str, dict[str, Any]]:

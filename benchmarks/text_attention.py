@@ -14,7 +14,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import CONTROL, difference, interleaved, machine, quiet, ratio, save
+from measure import (
+    CONTROL,
+    compared,
+    difference,
+    interleaved,
+    machine,
+    quiet,
+    ratio,
+    save,
+    table,
+)
 from torch import Tensor
 
 import irpe
@@ -28,7 +38,7 @@ SPECS = {
 }
 BARS = {"rope": 1.15, "alibi": 1.2}  # over plain causal attention
 MASKED_BARS = {"t5": 0.6, "shaw": 0.6}  # over their own materialised form
-MASKED = " materialised"
+MASKED = ", whole"
 
 
 class Cell:
@@ -41,6 +51,7 @@ class Cell:
         self.grad = torch.randn(shape)
         self.holder = torch.nn.Module()
         self.where = irpe.Sequence(L)
+        self.late = torch.ones(L, L, dtype=torch.bool).triu(1)
         if spec is not None:
             made = irpe.build(spec, dim=H * D, num_heads=H, head_dim=D, causal=True)
             for name, encoding in made.items():
@@ -60,7 +71,6 @@ class Cell:
         """The bias of all terms made whole, hidden keys in it, as an attention mask."""
         q, k, v = self.qkv
         (B, H, L, _), scale = q.shape, q.shape[-1] ** -0.5
-        late = torch.ones(L, L, dtype=torch.bool).triu(1)
         bias = q.new_zeros(())
         for term in irpe.hooks(self.holder).terms(self.where):
             ids = term.buckets.dense(q.device)
@@ -71,8 +81,7 @@ class Cell:
                 bias = bias + rows.gather(-1, ids.expand(B, H, L, L))
             else:
                 raise ValueError(f"no materialised form of a {term.kind} term")
-        bias = bias.masked_fill(late, float("-inf"))
-        bias = bias.expand(B, H, L, L)
+        bias = bias.masked_fill(self.late, float("-inf")).expand(B, H, L, L)
         self._back(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale))
 
     def plain(self) -> None:
@@ -116,12 +125,9 @@ def main() -> None:
             cells[name + MASKED] = cell.materialised
     times = interleaved(cells, arguments.rounds)
 
-    rows: dict[str, dict[str, Any]] = {}
-    for name, seconds in times.items():
-        rows[name] = {"ms": 1e3 * sorted(seconds)[len(seconds) // 2]}
-        rows[name]["ratio"] = ratio(seconds, times["plain"])
-        if name + MASKED in times:
-            rows[name]["over_materialised"] = ratio(seconds, times[name + MASKED])
+    rows: dict[str, dict[str, Any]] = compared(times, {})
+    for name in MASKED_BARS:
+        rows[name]["over_materialised"] = ratio(times[name], times[name + MASKED])
     figures = {
         "command": "python benchmarks/text_attention.py " + " ".join(sys.argv[1:]),
         "machine": machine(), "shape": list(shape), "rounds": arguments.rounds,
@@ -135,18 +141,11 @@ def main() -> None:
 def report(figures: dict[str, Any]) -> None:
     B, H, L, D = figures["shape"]
     print(f"causal attention, B={B} H={H} L={L} D={D}, float32, {figures['machine']}")
-    print(f"{'':20}{'ms':>7}{'over plain':>12}{'95 % interval':>17}{'bar':>6}  over materialised")
-    for name, row in figures["rows"].items():
-        r, bar = row["ratio"], figures["bars"].get(name, "")
-        interval = f"{r['low']:.3f} - {r['high']:.3f}"
-        line = f"{name:20}{row['ms']:7.1f}{r['median']:12.3f}{interval:>17}{bar:>6}"
-        if "over_materialised" in row:
-            m = row["over_materialised"]
-            line += f"  {m['median']:.3f} ({m['low']:.3f} - {m['high']:.3f})"
-            line += f", bar {figures['bars_over_materialised'][name]}"
-        print(line)
-    if not figures["quiet"]:
-        print("too noisy: plain against plain does not read 0.98 to 1.02")
+    table(figures["rows"], BARS)
+    for name, bar in MASKED_BARS.items():
+        over = figures["rows"][name]["over_materialised"]
+        interval = f"{over['low']:.3f} to {over['high']:.3f}"
+        print(f"{name} over its materialised form: {over['median']:.3f} ({interval}), bar {bar}")
 
 
 if __name__ == "__main__":

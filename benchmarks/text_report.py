@@ -14,6 +14,12 @@ def report(lines: Sequence[Line], out: Path, command: str) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     parts = ["# Encodings of text", "", f"Written by `{command}`. Bits per byte, lower is better; "]
     parts[-1] += "mean over seeds, and their range."
+    seeds: dict[str, set[str]] = {}
+    for line in lines:
+        if "seed" in line:
+            seeds.setdefault(line["experiment"], set()).add(str(line["seed"]))
+    told = (f"{name} {', '.join(sorted(found))}" for name, found in seeds.items())
+    parts += ["", f"Seeds: {'; '.join(told)}."]
     if any(line["quick"] for line in lines):
         parts += ["", "**Toy sizes (`--quick`): this proves the script and nothing else.**"]
     for name, section in SECTIONS.items():
@@ -155,26 +161,22 @@ def _shortformer(lines: Sequence[Line], out: Path) -> list[str]:
                 rows.append(
                     f"| {name} | {protocol} | {_cell(found)} | {statistics.mean(spent):,.0f} |"
                 )
-    windows = {name: min(found) for name, found in _token_by_token(lines).items()}
+    windows = {
+        name: statistics.mean(values)
+        for protocol in protocols
+        if protocol.startswith("token by token")
+        for name, values in bits(lines, protocol).items()
+        if name.startswith("sliding")
+    }
     best = min(windows, key=lambda name: windows[name], default="none")
-    said = f"Best of the sliding windows, token by token: {best}."
-    return [*parts, *rows, "", said]
-
-
-def _token_by_token(lines: Sequence[Line]) -> dict[str, list[float]]:
-    """Mean bits per byte over seeds of the baselines of sliding windows."""
-    found: dict[str, list[float]] = {}
-    for protocol in _protocols(lines):
-        if protocol.startswith("token by token"):
-            for name, values in bits(lines, protocol).items():
-                if name.startswith("sliding"):
-                    found.setdefault(name, []).append(statistics.mean(values))
-    return found
+    return [*parts, *rows, "", f"Best of the sliding windows, token by token: {best}."]
 
 
 def _speed(lines: Sequence[Line], out: Path) -> list[str]:
-    parts = ["Time of a token that is generated, one text, with a 95 % interval (bar over PIA, for"]
-    parts[0] += " the best window: 5):"
+    parts = [
+        "Time of a token that is generated, one text, with a 95 % interval (bar over PIA, for the "
+        "best window: 5):"
+    ]
     parts += ["", "| | seed | ms | over PIA |", "| --- | --- | --- | --- |"]
     for line in lines:
         for name, row in line["rows"].items():
