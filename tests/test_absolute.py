@@ -186,6 +186,13 @@ def test_pia_values_carry_no_position():
     torch.testing.assert_close(layer(x[:, order], irpe.Sequence(6)), found, rtol=1e-12, atol=1e-12)
 
 
+def test_pia_leaves_the_prefix_of_each_side_alone():
+    like = torch.zeros(1, dtype=F64)
+    on_q, on_k = embedding("pia").waves(irpe.Sequence(4, prefix=1, key_prefix=3), like)
+    assert not on_q[:1].any() and not on_k[:3].any()
+    assert torch.equal(on_q[1:], on_k[3:]) and on_q[1:].any()
+
+
 def test_pia_with_memory_block_by_block_is_token_by_token():
     """One layer: cached inputs take positions anew, 0 to M - 1, and new tokens those after."""
     layer = pia_layer()
