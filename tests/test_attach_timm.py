@@ -19,15 +19,30 @@ from oracles import buckets as plain
 from oracles import text as rotary
 from test_attach import gradients
 from timm.models.beit import Beit
+from timm.models.crossvit import CrossVit
+from timm.models.davit import DaVit
+from timm.models.deepseek_vit import DeepseekVitEncoder
 from timm.models.eva import Eva
+from timm.models.fastvit import FastVit
+from timm.models.hieradet_sam2 import HieraDet
 from timm.models.maxxvit import MaxxVit, MaxxVitCfg, MaxxVitTransformerCfg
+from timm.models.mobilevit import MobileVitBlock
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
+from timm.models.nest import Nest
+from timm.models.pit import PoolingVisionTransformer
+from timm.models.pvt_v2 import PyramidVisionTransformerV2
+from timm.models.qwen3_vit import Qwen3VitEncoder
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr, WindowMultiHeadAttention
+from timm.models.tiny_vit import TinyVit
+from timm.models.twins import Twins
+from timm.models.visformer import Visformer
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
+from timm.models.vision_transformer_sam import VisionTransformerSAM
+from timm.models.volo import VOLO
 from torch import nn
 
 import irpe
@@ -47,6 +62,9 @@ class Family:
     has_own: bool = True
     exact: bool = True  # bit-equal to the host's unfused path on the reference
     given: object = None  # the model's inputs, if not an image
+    where: str = "*"
+    before: int = 0  # calls of attention before the equipped ones
+    fold: object = None  # to [B, H, L, D] and back, where the host has other axes
 
 
 def eva(**options):
@@ -85,6 +103,25 @@ def maxvit(blocks="M", **options):
     )
     size = (16, 24)
     return partial(MaxxVit, cfg, img_size=size, num_classes=5, drop_path_rate=0.0)
+
+
+def blocks_inside(x):
+    """``[B, H, T, L, D]``."""
+    return x.transpose(1, 2).flatten(0, 1), lambda y: y.unflatten(0, x.shape[:3:2]).transpose(1, 2)
+
+
+def blocks_outside(x):
+    """``[B, T, H, L, D]``, or no blocks."""
+    return (
+        (x, lambda y: y)
+        if x.dim() == 4
+        else (x.flatten(0, 1), lambda y: y.unflatten(0, x.shape[:2]))
+    )
+
+
+def heads_outside(x):
+    """``[B * 2, L, D]``."""
+    return x.unflatten(0, (-1, 2)), lambda y: y.flatten(0, 1)
 
 
 def row(prefix, height=2, width=3):
@@ -143,6 +180,146 @@ FAMILIES = {
     "coatnet": Family(
         maxvit("T", rel_pos_type="mlp"), row(0, 4, 6)[:1], size=(16, 24), exact=False
     ),
+    "pit": Family(
+        partial(
+            PoolingVisionTransformer,
+            **{"img_size": (16, 24), "patch_size": 4, "stride": 4, "base_dims": (16, 16)},
+            **{"depth": (1, 1), "heads": (1, 2), "mlp_ratio": 2.0, "num_classes": 5},
+        ),
+        [*row(1, 4, 6)[:1], *row(1, 2, 3)[:1]],
+        size=(16, 24),
+        has_own=False,
+    ),
+    "crossvit": Family(
+        partial(
+            CrossVit,
+            **{"img_size": (32, 48), "img_scale": (1.0, 0.5), "patch_size": (16, 8)},
+            **{"embed_dim": (16, 16), "depth": ((1, 2, 1),), "num_heads": (2, 2)},
+        ),
+        row(1) + row(1)[:1],
+        has_own=False,
+    ),
+    "mobilevit": Family(
+        partial(
+            MobileVitBlock, 3, 8, transformer_dim=16, num_heads=2, transformer_depth=2, patch_size=2
+        ),
+        row(0),
+        size=(3, 6),
+        has_own=False,
+    ),
+    "deepseek": Family(
+        partial(DeepseekVitEncoder, (32, 48), 16, 3, 8, embed_dim=32, depth=2, num_heads=2), row(0)
+    ),
+    "qwen3": Family(
+        partial(Qwen3VitEncoder, (32, 48), 16, embed_dim=32, depth=2, num_heads=2), row(0)
+    ),
+    "davit": Family(
+        partial(
+            DaVit, depths=(1,), embed_dims=(16,), num_heads=(2,), window_size=(2, 3), num_classes=5
+        ),
+        row(0)[:1],
+        size=(16, 24),
+        has_own=False,
+    ),
+    "volo": Family(
+        partial(
+            VOLO,
+            [1, 1],
+            **{"img_size": (16, 24), "patch_size": 4, "stem_hidden_dim": 8, "embed_dims": [16, 16]},
+            **{"num_heads": [2, 2], "downsamples": (True, False), "post_layers": None},
+            **{"outlook_attention": (True, False), "use_aux_head": False, "global_pool": "avg"},
+        ),
+        row(0)[:1],
+        size=(16, 24),
+        has_own=False,
+        where="network.2.*",
+    ),
+    "fastvit": Family(
+        partial(
+            FastVit,
+            layers=(1, 1),
+            token_mixers=("repmixer", "attention"),
+            **{"embed_dims": (16, 64), "mlp_ratios": (2, 2), "downsamples": (False, True)},
+            **{"se_downsamples": (False, False), "pos_embs": (None, None), "num_classes": 5},
+        ),
+        row(0)[:1],
+        size=(16, 24),
+        has_own=False,
+    ),
+    "visformer": Family(
+        partial(
+            Visformer,
+            **{"img_size": (32, 48), "init_channels": 8, "embed_dim": 16, "depth": (0, 1, 0)},
+            **{"num_heads": 2, "attn_stage": "010", "spatial_conv": "000", "group": 1},
+        ),
+        row(0)[:1],
+        has_own=False,
+        exact=False,
+    ),
+    "nest": Family(
+        partial(
+            Nest,
+            **{"img_size": 16, "patch_size": 4, "num_levels": 2, "embed_dims": (16, 16)},
+            **{"num_heads": (2, 2), "depths": (1, 1), "drop_path_rate": 0.0},
+        ),
+        row(0, 2, 2),
+        size=(16, 16),
+        has_own=False,
+        fold=blocks_inside,
+    ),
+    "tiny vit": Family(
+        partial(
+            TinyVit,
+            **{"embed_dims": (8, 16), "depths": (1, 1), "num_heads": (1, 2)},
+            **{"window_sizes": (3, 2), "drop_path_rate": 0.0},
+        ),
+        row(0, 2, 2)[:1],
+        size=(16, 32),
+    ),
+    "twins": Family(
+        partial(
+            Twins,
+            **{"img_size": (16, 24), "embed_dims": (16,), "num_heads": (2,), "mlp_ratios": (2,)},
+            **{"depths": (2,), "sr_ratios": (1,), "wss": (2,), "patch_size": 4},
+        ),
+        [*row(0, 2, 2)[:1], *row(0, 4, 6)[:1]],
+        size=(16, 24),
+        has_own=False,
+        fold=blocks_outside,
+    ),
+    "pvt v2": Family(
+        partial(
+            PyramidVisionTransformerV2,
+            **{"depths": (1, 1), "embed_dims": (16, 16), "num_heads": (2, 2)},
+            **{"sr_ratios": (2, 1), "mlp_ratios": (2, 2)},
+        ),
+        row(0)[:1],
+        size=(16, 24),
+        has_own=False,
+        where="stages.1.*",
+        before=1,
+    ),
+    "sam": Family(
+        partial(
+            VisionTransformerSAM,
+            **{"img_size": (32, 48), "embed_dim": 32, "depth": 2, "num_heads": 2},
+            **{"use_rel_pos": True, "neck_chans": 8, "window_size": 0},
+        ),
+        row(0),
+        fold=heads_outside,
+    ),
+    "sam 2": Family(
+        partial(
+            HieraDet,
+            **{"embed_dim": 16, "num_heads": 2, "q_pool": 1, "stages": (1, 2)},
+            **{"global_pos_size": (4, 6), "window_spec": (2, 2), "global_att_blocks": (2,)},
+        ),
+        row(0)[:1],
+        size=(16, 24),
+        has_own=False,
+        where="blocks.2.*",
+        before=2,
+    ),
     "naflex image": Family(naflex(), row(1), has_own=False),
     "naflex": Family(naflex(class_token=False), [MIXED] * 2, has_own=False, given=patches),
     "naflex rope": Family(
@@ -176,11 +353,14 @@ def inputs(family, dtype=torch.float32):
 def run(model, family):
     dtype = next(model.parameters()).dtype
     args, given = inputs(family, dtype)
-    return counted(model.forward_features(*args, **given), given)
+    forward = getattr(model, "forward_features", model)
+    return counted(forward(*args, **given), given)
 
 
 def counted(out, given):
     """Tokens that count; what fills up a smaller image does not, and paths differ there."""
+    if isinstance(out, tuple | list):  # branches
+        return torch.cat([x.flatten() for x in out])
     if not isinstance(out, dict):
         return out
     tokens, valid = out["patches"], given["patch_valid"]
@@ -204,7 +384,9 @@ def test_outputs_stay_until_trained(name):
         slow = run(unfused(copy.deepcopy(model)), family)
         for backend in ("auto", "reference"):
             equipped = copy.deepcopy(model)
-            report = irpe.attach(equipped, QKV, backend=backend)
+            report = irpe.attach(equipped, QKV, family.where, backend)
+            if backend == "reference":
+                unfused(equipped)  # what is left out, as the host does it unfused too
             after = run(equipped, family)
             torch.testing.assert_close(after, before, rtol=1e-5, atol=5e-6)
             if backend == "reference" and family.exact:
@@ -238,13 +420,20 @@ def cosine(self, x, mask=None):
 class Loops:
     """scaled_dot_product_attention by loops, call after call, each with its tables."""
 
-    def __init__(self, spec, model, report, grids):
-        self.spec, self.grids, self.calls = irpe.parse(spec), grids, 0
+    def __init__(self, spec, model, report, family):
+        self.spec, self.grids, self.calls = irpe.parse(spec), family.grids, -family.before
+        self.fold, self.theirs = family.fold, F.scaled_dot_product_attention
         self.modules = [model.get_submodule(path) for path in report.modules]
 
     def __call__(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
-        module, grids = self.modules[self.calls], self.grids[self.calls]
         self.calls += 1
+        if self.calls <= 0:
+            return self.theirs(q, k, v, attn_mask, dropout_p, is_causal, scale)
+        module, grids = self.modules[self.calls - 1], self.grids[self.calls - 1]
+        back = lambda x: x  # noqa: E731
+        if self.fold is not None:
+            (q, back), (k, _), (v, _) = (self.fold(x) for x in (q, k, v))
+            attn_mask = None if attn_mask is None else self.fold(attn_mask)[0]
         assert not is_causal and dropout_p == 0.0
         grids = grids * q.shape[0] if len(grids) == 1 else grids
         mask = None
@@ -263,7 +452,7 @@ class Loops:
         else:  # rope-axial: every token turned by its own place
             planes = rotary.axial(q.shape[-1], self.spec.base, self.spec.order)
             q, k = (self.turned(x, grids, planes) for x in (q, k))
-        return truth.attention(q, k, v, tables, grids, grids, mask=mask, scale=scale)
+        return back(truth.attention(q, k, v, tables, grids, grids, mask=mask, scale=scale))
 
     def turned(self, x, grids, planes):
         out = x.clone()
@@ -279,10 +468,10 @@ class Loops:
 def check_oracle(family, spec, own, monkeypatch):
     model = build(family).double()
     equipped = copy.deepcopy(model)
-    report = irpe.attach(equipped, spec, own=own)
+    report = irpe.attach(equipped, spec, family.where, own=own)
     fill(equipped)
     found = run(equipped, family)
-    loops = Loops(spec, equipped, report, family.grids)
+    loops = Loops(spec, equipped, report, family)
     for m in model.modules():
         if hasattr(m, "fused_attn"):
             m.fused_attn = True
@@ -307,7 +496,7 @@ def test_one_step_reaches_every_table(name):
     family = FAMILIES[name]
     model = build(family).double().train()
     other = copy.deepcopy(model)
-    irpe.attach(model, BIAS.replace("bias", "ctx").replace("-k", "-qkv"))
+    irpe.attach(model, BIAS.replace("bias", "ctx").replace("-k", "-qkv"), family.where)
     for each in (model, other):
         torch.manual_seed(3)
         run(each, family).square().sum().backward()
@@ -326,17 +515,17 @@ def test_state_copies_and_detach(name):
     before, state = fingerprint(model), list(model.state_dict())
     with torch.no_grad():
         output = run(model, family)
-        report = irpe.attach(model, BIAS)
+        report = irpe.attach(model, BIAS, family.where)
         changed = run(fill(model), family)
         assert set(model.state_dict()) - set(state) == set(report.keys)
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(run(other, family), changed)
         fresh = build(family, seed=5)
-        irpe.attach(fresh, BIAS)
+        irpe.attach(fresh, BIAS, family.where)
         fresh.load_state_dict(model.state_dict())
         torch.testing.assert_close(run(fresh, family), changed, rtol=1e-5, atol=1e-6)
         with pytest.raises(irpe.IrpeError, match="equipped already"):
-            irpe.attach(model, BIAS)
+            irpe.attach(model, BIAS, family.where)
         irpe.detach(model)
         assert fingerprint(model) == before and list(model.state_dict()) == state
         assert torch.equal(run(model, family), output)
@@ -351,11 +540,11 @@ def test_own_positions_are_replaced_if_told(name, monkeypatch):
     model = build(family)
     if not family.has_own:
         with pytest.raises(irpe.IrpeError, match="own='replace'.*own='keep'"):
-            irpe.attach(model, QKV, own="replace")
+            irpe.attach(model, QKV, family.where, own="replace")
         return
     with torch.no_grad():
         before = run(model, family)
-        report = irpe.attach(model, QKV, own="replace")
+        report = irpe.attach(model, QKV, family.where, own="replace")
         assert "change at once" in str(report)
         after = run(model, family)
         assert (after - before).abs().max() > 1e-4
@@ -363,7 +552,7 @@ def test_own_positions_are_replaced_if_told(name, monkeypatch):
             if any(part in path for part in ("rel_pos", "relative_position", "cpb_mlp", "rope")):
                 nn.init.normal_(p)
         torch.testing.assert_close(run(model, family), after)
-        irpe.attach(build(family), "rope-axial", own="replace")
+        irpe.attach(build(family), "rope-axial", family.where, own="replace")
 
 
 @EACH
@@ -371,7 +560,7 @@ def test_compiles_and_exports(name):
     family = FAMILIES[name]
     model = build(family)
     args, given = inputs(family)
-    irpe.attach(model, QKV)
+    irpe.attach(model, QKV, family.where)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wanted = counted(fill(model)(*args, **given), given)
@@ -391,13 +580,14 @@ def test_checkpointed_blocks_know_their_own_grid(name):
     """Gradients with checkpointing are those without, another grid run in between where it can."""
     family = FAMILIES[name]
     model = build(family).double().train()
-    irpe.attach(model, QKV)
+    irpe.attach(model, QKV, family.where)
     fill(model)
     torch.manual_seed(3)
     run(model, family).square().sum().backward()
     wanted = gradients(model)
     model.zero_grad()
-    model.set_grad_checkpointing()
+    if name not in ("pit", "crossvit", "twins", "mobilevit"):  # they have no such thing
+        model.set_grad_checkpointing()
     torch.manual_seed(3)
     out = run(model, family)
     run(model, family)

@@ -68,6 +68,14 @@ class Equipped(nn.Module):
         """The probability of dropout now."""
         return self.attn_drop.p if self.training else 0.0
 
+    def folded(self, x: Tensor) -> Tensor:
+        """Queries, keys, values or a mask as ``[B, H, L, D]``, where the host has other axes."""
+        return x
+
+    def unfolded(self, x: Tensor, like: Tensor) -> Tensor:
+        """Undo ``folded``; ``like``: the queries before it."""
+        return x
+
     def grid(self, height: int, width: int) -> Grid:
         """The grid of a window; the last one is held, since windows hardly ever change."""
         sizes = isinstance(height, int) and isinstance(width, int)
@@ -117,19 +125,21 @@ def answered(
     module, geometry = attn_mask.module, attn_mask.geometry
     if scale is None:  # of the channels that the host made: an encoding may add some
         scale = width(module) ** -0.5
-    encodings = hooks(module)
+    encodings, before, mask = hooks(module), q, attn_mask.mask
+    q, k, v = (module.folded(x) for x in (q, k, v))
     q, k = encodings.transform(q, k, geometry)
-    return attention(
+    out = attention(
         q,
         k,
         v,
         encodings.terms(geometry),
-        mask=attn_mask.mask,
+        mask=None if mask is None else module.folded(mask),
         is_causal=is_causal,
         dropout_p=dropout_p,
         scale=scale,
         backend=module.rpe_backend,
     )
+    return module.unfolded(out, before)
 
 
 def opened(argument: Any) -> Located:
@@ -148,7 +158,9 @@ def opened(argument: Any) -> Located:
 
 def width(module: Any) -> int:
     """D, the channels of a head, which hosts name as they like."""
-    for name in ("head_dim", "dim_head"):
+    for name in ("head_dim", "dim_head", "key_dim"):
         if hasattr(module, name):
             return int(getattr(module, name))
-    return int(module.qkv.weight.shape[0]) // (3 * module.num_heads)
+    if hasattr(module, "qkv"):
+        return int(module.qkv.weight.shape[0]) // (3 * module.num_heads)
+    return int(module.q.weight.shape[0]) // module.num_heads

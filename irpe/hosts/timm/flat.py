@@ -8,7 +8,7 @@ from timm.models.vision_transformer import ParallelScalingBlock
 from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor
 
-from .core import Core, Equipped, answered, opened
+from .core import Core, Equipped, Located, answered, opened
 
 
 class _Masked(Equipped):
@@ -38,9 +38,10 @@ class _Rotated(Equipped):
     def forward(
         self, x: Tensor, rope: Any = None, attn_mask: Any = None, is_causal: bool = False
     ) -> Tensor:
-        place = opened(attn_mask)
-        core = Core(self, place.geometry, place.carried)
-        rope = rope if self.keeps else None
+        told = isinstance(rope, Located)  # by a block that hands no mask through
+        place = opened(rope if told else attn_mask)
+        core = Core(self, place.geometry, attn_mask if told else place.carried)
+        rope = (place.carried if told else rope) if self.keeps else None
         return super().forward(x, rope=rope, attn_mask=core, is_causal=is_causal)
 
 

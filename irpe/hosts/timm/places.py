@@ -1,44 +1,123 @@
 """Where timm's models can be equipped."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-from timm.models import beit, eva, naflexvit, vision_transformer, vision_transformer_relpos
+from timm.models import (
+    beit,
+    crossvit,
+    deepseek_vit,
+    eva,
+    mobilevit,
+    naflexvit,
+    pit,
+    qwen3_vit,
+    vision_transformer,
+    vision_transformer_relpos,
+)
 from torch import nn
 
 from ...encodings import build
 from ...spec import Spec
-from ..site import Site, misplaced_on_image, put_on, take_off
-from . import flat, travel, windows
+from ..site import Site, misplaced, put_on, take_off
+from . import flat, maps, travel, windows
 from .core import Equipped, width
+from .refused import reason
 
-# Models that keep their tokens in one row.
-ROWS = (
-    vision_transformer.VisionTransformer,
-    beit.Beit,
-    eva.Eva,
-    naflexvit.NaFlexVit,
-    vision_transformer_relpos.VisionTransformerRelPos,
-)
-KINDS: dict[type, type[Equipped]] = {**flat.KINDS, **windows.KINDS}
+# Models that keep their tokens in one row, and the argument that their blocks hand through.
+ROWS: dict[type, str | None] = {
+    vision_transformer.VisionTransformer: None,
+    beit.Beit: None,
+    deepseek_vit.DeepseekVitEncoder: "rope",
+    eva.Eva: None,
+    naflexvit.NaFlexVit: None,
+    qwen3_vit.Qwen3VitEncoder: None,
+    vision_transformer_relpos.VisionTransformerRelPos: None,
+}
+_HOSTS: Any = tuple(ROWS)
+KINDS: dict[type, type[Equipped]] = {**flat.KINDS, **windows.KINDS, **maps.KINDS}
 _BACK = {equipped: plain for plain, equipped in KINDS.items()}
-_WINDOWS: Any = tuple(windows.KINDS)
+_FLAT = (*flat.KINDS, *flat.KINDS.values())
+# What hosts call their own relative biases, of a module or shared by all.
+_BIASES = (
+    "relative_position_bias_table",
+    "rel_pos",
+    "rel_pos_bias",
+    "shared_rel_pos",
+    "rel_pos_h",
+    "cpb_mlp",
+    "meta_mlp",
+    "attention_biases",
+)
 
 
 def sites(model: nn.Module) -> Iterator[Site]:
-    """The attention modules of a model."""
-    known = (*flat.KINDS, *flat.KINDS.values())
+    """The attention modules of a model, those that cannot be equipped too."""
+    rows = dict(_in_rows(model))
     named: list[tuple[str, Any]] = list(model.named_modules())
-    for path, host in named:
-        if isinstance(host, ROWS):
-            for number, block in host.blocks._modules.items():
-                base = ".".join(filter(None, (path, "blocks", number)))
-                found = {n: m for n, m in block.named_modules() if isinstance(m, known)}
-                chosen: dict[str, Any] = found or {"": block}
-                for name, module in chosen.items():
-                    yield _RowSite(".".join(filter(None, (base, name))), module, block, host)
-        elif isinstance(host, _WINDOWS):
-            yield _TimmSite(path, host)
+    for path, module in named:
+        kind = type(module)
+        if id(module) in rows:
+            yield _RowSite(path, module, *rows[id(module)])
+        elif kind in _FLAT:
+            yield _Refused(path, module, f"the model around this {kind.__name__} is not known")
+        elif kind in KINDS or kind in _BACK:
+            yield _TimmSite(path, module)
+        else:
+            why = reason(module)
+            if why is not None:
+                yield _Refused(path, module, why)
+
+
+def _in_rows(model: nn.Module) -> Iterator[tuple[int, tuple[nn.Module, travel.Row]]]:
+    """Attention modules by id, each with its block and what its tokens go through."""
+    for host in model.modules():
+        for row in _rows(host):
+            for block in row.blocks._modules.values():
+                found = [m for m in block.modules() if isinstance(m, _FLAT)]
+                other = [m for m in block.modules() if reason(m) is not None]
+                for module in found or other or [block]:
+                    yield id(module), (block, row)
+
+
+def _rows(host: Any) -> Iterator[travel.Row]:
+    """What keeps its tokens in one row here: a model, its stages or branches."""
+    if isinstance(host, _HOSTS):
+        argument = next(a for kind, a in ROWS.items() if isinstance(host, kind))
+        embed = host.patch_embed if hasattr(host, "patch_embed") else host.embeds
+        yield travel.Row(host, host.blocks, embed, host.num_prefix_tokens, argument)
+    elif isinstance(host, pit.PoolingVisionTransformer):
+        for stage in host.transformers._modules.values():
+            embed = host.patch_embed if stage.pool is None else stage.pool
+            prefix = host.cls_token.shape[1]
+            yield travel.Row(stage, stage.blocks, embed, prefix, reader=travel.ReadMap)
+    elif isinstance(host, crossvit.CrossVit):
+        for block in host.blocks._modules.values():
+            for blocks, embed in zip(block.blocks, host.patch_embed, strict=True):
+                yield travel.Row(block, blocks, embed.proj, 1, reader=travel.ReadMap)
+    elif isinstance(host, mobilevit.MobileVitBlock):
+        reader = partial(travel.ReadMap, patch=host.patch_size)
+        yield travel.Row(host, host.transformer, host.conv_1x1, 0, reader=reader)
+
+
+class _Refused(Site):
+    """Attention that cannot be equipped, as its host is known to be."""
+
+    equipped = False
+
+    def __init__(self, name: str, module: nn.Module, why: str) -> None:
+        super().__init__(name, module)
+        self.why = why
+
+    def obstacle(self, spec: Spec) -> str | None:
+        return f"{self.why}; where= can choose others"
+
+    def equip(self, spec: Spec, backend: str) -> None:
+        raise NotImplementedError
+
+    def strip(self) -> None:
+        raise NotImplementedError
 
 
 class _TimmSite(Site):
@@ -55,15 +134,14 @@ class _TimmSite(Site):
     def obstacle(self, spec: Spec) -> str | None:
         kind = type(self.module)
         if kind not in KINDS and kind not in _BACK:
-            return (
-                f"{kind.__name__} computes its attention in its own way; "
-                "timm's Attention can be equipped"
-            )
-        return misplaced_on_image(spec)
+            why = reason(self.module) or f"{kind.__name__} computes its attention in its own way"
+            return f"{why}; where= can choose others"
+        if 2 not in spec.axes and not spec.at_input:
+            return f"{spec} is for positions on one axis, and an image's are (row, column)"
+        return maps.obstacle(self.module) or misplaced(spec)
 
     def possession(self) -> str | None:
-        own = ("relative_position_bias_table", "rel_pos", "cpb_mlp", "meta_mlp")
-        held = any(getattr(self.module, name, None) is not None for name in own)
+        held = any(getattr(self.module, name, None) is not None for name in _BIASES)
         return "relative bias" if held else None
 
     def equip(self, spec: Spec, backend: str) -> None:
@@ -92,18 +170,20 @@ class _TimmSite(Site):
 class _RowSite(_TimmSite):
     """A module of a model that keeps its tokens in one row."""
 
-    def __init__(self, name: str, module: nn.Module, block: nn.Module, host: nn.Module) -> None:
+    def __init__(self, name: str, module: nn.Module, block: nn.Module, row: travel.Row) -> None:
         super().__init__(name, module)
         self.block = block
-        self.host: Any = host
+        self.row = row
 
     def obstacle(self, spec: Spec) -> str | None:
-        return super().obstacle(spec) or travel.obstacle(self.host)
+        return super().obstacle(spec) or travel.obstacle(self.row)
 
     def possession(self) -> str | None:
-        if getattr(self.host, "rope", None) is not None:
+        if getattr(self.row.model, "rope", None) is not None:
             return "rotary embedding"
-        shared = (getattr(self.host, name, None) for name in ("rel_pos_bias", "shared_rel_pos"))
+        shared = (
+            getattr(self.row.model, name, None) for name in ("rel_pos_bias", "shared_rel_pos")
+        )
         if any(part is not None for part in shared):
             return "relative bias"
         return super().possession()
@@ -113,14 +193,14 @@ class _RowSite(_TimmSite):
         for module in self.block.modules():
             if type(module) in flat.KINDS:
                 _prepare(module)
-        travel.locate(self.host, self.module.argument)
-        self._equip(spec, backend, prefix=self.host.num_prefix_tokens > 0)
+        travel.locate(self.row, self.module.argument)
+        self._equip(spec, backend, prefix=self.row.prefix > 0)
 
     def strip(self) -> None:
         for module in self.block.modules():
             if isinstance(module, Equipped):
                 _restore(module)
-        travel.forget(self.host)
+        travel.forget(self.row)
 
 
 def _prepare(module: Any) -> None:

@@ -6,7 +6,8 @@ as an argument. So a block that is recomputed in a backward pass (gradient check
 with the grid of its own forward pass, whatever ran in between.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from timm.layers.patch_dropout import (
@@ -118,6 +119,39 @@ class ReadGrid:
         self.slot.geometry = Grid(height, width, self.prefix)
 
 
+class ReadMap(ReadGrid):
+    """Of a map ``[B, C, height, width]``, or one that is cut into patches of a size."""
+
+    def __init__(self, slot: Slot, prefix: int, patch: tuple[int, int] = (1, 1)) -> None:
+        super().__init__(slot, prefix)
+        self.patch = patch
+
+    def __call__(
+        self, embed: Any, inputs: tuple[Tensor, ...], given: dict[str, Any], output: Any
+    ) -> None:
+        output = output[0] if isinstance(output, tuple) else output  # PiT: class tokens beside it
+        height, width = (-(-n // p) for n, p in zip(output.shape[2:], self.patch, strict=True))
+        self.slot.geometry = Grid(height, width, self.prefix)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A model, or a stage of one, that keeps its tokens in one row.
+
+    Args:
+        model: itself. blocks: what positions travel to. embed: whose output tells the grid.
+        prefix: tokens before the patches. argument: through which of a block's arguments positions
+            travel; None: as its attention says. reader: the hook that reads the grid.
+    """
+
+    model: Any
+    blocks: Any
+    embed: Any
+    prefix: int
+    argument: str | None = None
+    reader: Callable[[Slot, int], ReadGrid] = ReadGrid
+
+
 _LOCATED: dict[type, type] = {
     nn.Sequential: LocatedSequential,
     nn.ModuleList: LocatedModuleList,
@@ -130,9 +164,13 @@ def takes_geometry(block: nn.Module) -> bool:
     return any(isinstance(module, Equipped) for module in block.modules())
 
 
-def obstacle(model: Any) -> str | None:
+def _carriers(row: Row) -> tuple[Any, ...]:
+    return row.blocks, getattr(row.model, "patch_drop", None)
+
+
+def obstacle(row: Row) -> str | None:
     """Why positions cannot travel in a model; None if they can."""
-    blocks, drop = map(type, _carriers(model))
+    blocks, drop = map(type, _carriers(row))
     if blocks not in (nn.Sequential, nn.ModuleList, *_LOCATED.values()):
         return f"its blocks are a {blocks.__name__}, not a Sequential"
     if drop not in (type(None), nn.Identity, *_LOCATED, *_LOCATED.values()):
@@ -140,34 +178,30 @@ def obstacle(model: Any) -> str | None:
     return None
 
 
-def _carriers(model: Any) -> tuple[Any, ...]:
-    return model.blocks, getattr(model, "patch_drop", None)
-
-
-def locate(model: Any, argument: str) -> None:
+def locate(row: Row, argument: str) -> None:
     """Let positions travel from the patch embedding to the blocks."""
-    if isinstance(model.blocks, _LocatedBlocks):
+    if isinstance(row.blocks, _LocatedBlocks):
         return
     slot = Slot()
-    for module in _carriers(model):
+    for module in _carriers(row):
         if type(module) in _LOCATED:
             module.__class__ = _LOCATED[type(module)]
             module.slot = slot
-    model.blocks.argument = argument
-    embed = model.patch_embed if hasattr(model, "patch_embed") else model.embeds
-    hook = ReadGrid(slot, model.num_prefix_tokens)
-    embed.register_forward_hook(hook, with_kwargs=True)
+    row.blocks.argument = row.argument or argument
+    row.embed.register_forward_hook(row.reader(slot, row.prefix), with_kwargs=True)
 
 
-def forget(model: Any) -> None:
+def forget(row: Row) -> None:
     """Undo ``locate``, once no block takes a geometry any more."""
-    if any(takes_geometry(block) for block in model.blocks._modules.values()):
+    if any(takes_geometry(block) for block in row.blocks._modules.values()):
         return
+    given = row.embed._forward_hooks
+    ours = [k for k, h in given.items() if isinstance(h, ReadGrid) and h.slot is row.blocks.slot]
+    for key in ours:
+        del given[key], row.embed._forward_hooks_with_kwargs[key]
     back = {located: plain for plain, located in _LOCATED.items()}
-    for module in _carriers(model):
+    for module in _carriers(row):
         if type(module) in back:
             module.__class__ = back[type(module)]
             del module.slot
-    del model.blocks.argument
-    embed = model.patch_embed if hasattr(model, "patch_embed") else model.embeds
-    unhook(embed, ReadGrid)
+    del row.blocks.argument

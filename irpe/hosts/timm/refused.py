@@ -1,0 +1,45 @@
+"""Attention in timm's models that cannot be equipped, and why: nothing is left out silently."""
+
+import re
+from typing import Any
+
+from torch import nn
+
+from .core import Equipped
+
+# What is one query (class attention, pooling) or goes over channels has no pairs of places.
+_PLACELESS = re.compile(
+    "ChannelAttention|ChannelAttentionV2|CrossCovarianceAttn|XCA|ClassAttn|ClassAttention|"
+    "LayerScaleBlockClassAttn|CrossAttention|AttentionPool.*|RotAttentionPool2d|SpatialAttention"
+)
+_NAMED = re.compile("Attention|Attn|MHSA|XCA|Lambda")
+# Gates of convolutional networks, by names of their files.
+_GATES = re.compile(
+    r"timm\.layers\.(?!attention2d|bottleneck_attn|halo_attn|diff_attention|lambda_layer|attention$)"
+)
+_REASONS = {
+    "TalkingHeadAttn": "it mixes heads before and after its softmax",
+    "DiffAttention": "it takes the difference of two softmaxes",
+    "OutlookAttention": "it has no keys",
+    "MultiQueryAttention2d": "its keys are summaries of several patches, in no one place",
+    "MaskUnitAttention": "its tokens come in an order of their own (mask units)",
+    "LinearSelfAttention": "its cost is linear, so it has no logits to add to",
+    "FactorAttnConvRelPosEnc": "its cost is linear, so it has no logits to add to",
+    "EfficientAdditiveAttention": "its cost is linear, so it has no logits to add to",
+}
+
+
+def reason(module: nn.Module) -> str | None:
+    """Why a module of timm's, an attention by its name, cannot be equipped; None for any other."""
+    kind: Any = type(module)
+    if not kind.__module__.startswith("timm.") or _GATES.match(kind.__module__):
+        return None
+    if isinstance(module, Equipped) or not _NAMED.search(kind.__name__):
+        return None
+    if _PLACELESS.fullmatch(kind.__name__):
+        return None
+    inside = (m for m in module.modules() if m is not module)
+    if any(isinstance(m, Equipped) or _NAMED.search(type(m).__name__) for m in inside):
+        return None  # it holds the attention and is none
+    why = _REASONS.get(kind.__name__, "it computes its attention in its own way")
+    return f"{kind.__name__} of {kind.__module__}: {why}"
