@@ -18,9 +18,10 @@ from timm.models import (
 )
 from torch import nn
 
-from ...encodings import build
+from ...encodings import Encoding, build
+from ...errors import IrpeError
 from ...spec import Spec
-from ..site import Site, misplaced, put_on, take_off
+from ..site import Site, misplaced_on_image, put_on, take_off
 from . import flat, maps, travel, windows
 from .core import Equipped, width
 from .refused import reason
@@ -61,7 +62,9 @@ def sites(model: nn.Module) -> Iterator[Site]:
         if id(module) in rows:
             yield _RowSite(path, module, *rows[id(module)])
         elif kind in _FLAT:
-            yield _Refused(path, module, f"the model around this {kind.__name__} is not known")
+            yield _Refused(
+                path, module, f"positions do not reach this {kind.__name__} through its model"
+            )
         elif kind in KINDS or kind in _BACK:
             yield _TimmSite(path, module)
         else:
@@ -133,35 +136,39 @@ class _TimmSite(Site):
 
     def obstacle(self, spec: Spec) -> str | None:
         kind = type(self.module)
+        why = maps.obstacle(self.module)
         if kind not in KINDS and kind not in _BACK:
             why = reason(self.module) or f"{kind.__name__} computes its attention in its own way"
+        if why is not None:
             return f"{why}; where= can choose others"
-        if 2 not in spec.axes and not spec.at_input:
-            return f"{spec} is for positions on one axis, and an image's are (row, column)"
-        return maps.obstacle(self.module) or misplaced(spec)
+        why = misplaced_on_image(spec)
+        if why is None:
+            try:  # a width of heads that the encoding cannot have shows before anything is changed
+                self._built(spec, device="meta")
+            except IrpeError as error:
+                why = str(error)
+        return why
 
     def possession(self) -> str | None:
         held = any(getattr(self.module, name, None) is not None for name in _BIASES)
         return "relative bias" if held else None
 
-    def equip(self, spec: Spec, backend: str) -> None:
-        self._equip(spec, backend, prefix=False)
+    @property
+    def prefix(self) -> bool:
+        """Whether tokens without a place stand before the others."""
+        return False
 
-    def _equip(self, spec: Spec, backend: str, prefix: bool) -> None:
-        module, weight = self.module, next(self.module.parameters())
-        _prepare(module)
-        head_dim = width(module)
-        encodings = build(
-            spec,
-            dim=module.num_heads * head_dim,
-            num_heads=module.num_heads,
-            head_dim=head_dim,
-            prefix=prefix,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-        put_on(module, encodings)
-        module.rpe_backend, module.rpe_own = backend, self.own
+    def equip(self, spec: Spec, backend: str) -> None:
+        weight = next(self.module.parameters())
+        encodings = self._built(spec, device=weight.device, dtype=weight.dtype)
+        _prepare(self.module)
+        put_on(self.module, encodings)
+        self.module.rpe_backend, self.module.rpe_own = backend, self.own
+
+    def _built(self, spec: Spec, **made: Any) -> dict[str, Encoding]:
+        heads, head_dim = self.module.num_heads, width(self.module)
+        sizes = {"dim": heads * head_dim, "num_heads": heads, "head_dim": head_dim}
+        return build(spec, **sizes, prefix=self.prefix, **made)
 
     def strip(self) -> None:
         _restore(self.module)
@@ -188,13 +195,17 @@ class _RowSite(_TimmSite):
             return "relative bias"
         return super().possession()
 
+    @property
+    def prefix(self) -> bool:
+        return self.row.prefix > 0
+
     def equip(self, spec: Spec, backend: str) -> None:
         # The whole block is handed the geometry, so every attention in it must understand it.
         for module in self.block.modules():
             if type(module) in flat.KINDS:
                 _prepare(module)
         travel.locate(self.row, self.module.argument)
-        self._equip(spec, backend, prefix=self.row.prefix > 0)
+        super().equip(spec, backend)
 
     def strip(self) -> None:
         for module in self.block.modules():

@@ -12,7 +12,7 @@ _PLACELESS = re.compile(
     "ChannelAttention|ChannelAttentionV2|CrossCovarianceAttn|XCA|ClassAttn|ClassAttention|"
     "LayerScaleBlockClassAttn|CrossAttention|AttentionPool.*|RotAttentionPool2d|SpatialAttention"
 )
-_NAMED = re.compile("Attention|Attn|MHSA|XCA|Lambda")
+_NAMED = re.compile("Attention|Attn|MHSA|SHMA|SHSA|XCA|Lambda")
 # Gates of convolutional networks, by names of their files.
 _GATES = re.compile(
     r"timm\.layers\.(?!attention2d|bottleneck_attn|halo_attn|diff_attention|lambda_layer|attention$)"

@@ -18,7 +18,7 @@ from timm.layers.patch_dropout import (
 from torch import Tensor, nn
 
 from ...geometry import Geometry, Grid
-from ..place import Slot, unhook
+from ..place import Slot
 from .core import Equipped, Located
 
 
@@ -33,6 +33,8 @@ class LocatedBlock:
         return self._block(*args, **{**kwargs, self._argument: located})
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_block":  # a compiler looks at one that holds nothing yet
+            raise AttributeError(name)
         return getattr(self._block, name)
 
 
