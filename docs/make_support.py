@@ -111,8 +111,9 @@ def problem(found):
 
 HEAD = """# What attach equips
 
-`python docs/make_support.py` wrote this table with timm {timm} and torch {torch}: it builds every name
-in timm's registry without weights on the meta device, attaches `{spec}`, and runs the model there.
+`python docs/make_support.py` wrote this table with timm {timm} and torch {torch}: it builds every
+name in timm's registry without weights on the meta device, attaches `{spec}`, and runs the
+model there.
 *Left alone* is attention that has no pairs of places: one query for all keys (class attention,
 pooling), or a softmax over channels, states or branches. A refused model's error names the module;
 `where=` may still choose others. Families in bold (some by `where=`) are compared with loops,
