@@ -9,11 +9,17 @@ Data flows one way: geometry -> buckets -> terms -> attention. See ``irpe.parse`
 from .buckets import bucket_ids
 from .encodings import Encoding, build, build_rpe, hooks, stretch
 from .errors import IrpeError
-from .functional import attention, explain, lookup
+from .functional import (
+    LinearState,
+    attention,
+    explain,
+    linear_attention,
+    linear_step,
+    lookup,
+)
 from .geometry import Geometry, Grid, Sequence
 from .hosts import attach, detach, located, param_groups
 from .layers import RPEAttention
-from .linear import LinearState, linear_attention, linear_step
 from .spec import RPE, Spec, parse
 from .terms import Term
 

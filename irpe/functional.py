@@ -3,18 +3,28 @@
 Shapes: B batch, H heads, L queries, S keys, D head dim, N buckets.
 """
 
-import contextlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .backends import eager, reference, sdpa, triton
-from .backends.call import Call, autocasting, check_ids, debugging, transformed
+from .backends.call import Call, autocasting, check_ids, debugging, transformed, without_autocast
 from .backends.choose import BACKENDS, Facts, choose, obstacle
 from .backends.triton import lookup as fused_lookup
 from .errors import IrpeError
+from .linear import LinearState, linear_attention, linear_step
 from .terms import Term
+
+__all__ = [
+    "LinearState",
+    "attention",
+    "check_backend",
+    "explain",
+    "linear_attention",
+    "linear_step",
+    "lookup",
+]
 
 _RUN: dict[str, Callable[[Call], Tensor]] = {
     "reference": reference.attention,
@@ -236,10 +246,3 @@ def _named(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)}"
     return f"{type(value).__name__} {value!r}"
-
-
-def without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
-    """Autocast off, for what chooses its own precision."""
-    if autocasting(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()

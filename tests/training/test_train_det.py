@@ -15,6 +15,7 @@ from PIL import Image
 from processes import launch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from run_files import files
 
 from training.data.scenes import Scenes, make_scenes
 from training.det.average_precision import NAMES
@@ -96,7 +97,7 @@ def test_a_run_leaves_everything(det, tmp_path: Path, scenes: Path):
     assert f"run folder: {folder}" in out
     assert "held-out AP" in out
     assert "epoch 2/2" in err
-    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    found = files(folder)
     assert found == {
         "config.yaml",
         "metrics.jsonl",
@@ -109,7 +110,9 @@ def test_a_run_leaves_everything(det, tmp_path: Path, scenes: Path):
         "checkpoints/best.safetensors",
         "checkpoints/last.safetensors",
         "checkpoints/last-ema.safetensors",
-        "checkpoints/last-state.pt",
+        "checkpoints/state-epoch1-step3.pt",
+        "checkpoints/state-epoch2-step6.pt",
+        "progress.json",
     }
     first, last = records(folder)
     assert last["count"] == last["ema_count"] == 10
@@ -282,7 +285,7 @@ def test_non_finite_loss_stops_the_run_and_names_the_images(det, tmp_path: Path,
     assert "the loss became nan in epoch 1, by step 2" in err
     noted = json.loads((tmp_path / "runs" / "x" / "nonfinite.json").read_text())
     assert str(tmp_path / "runs" / "x" / "nonfinite.json") in err
-    assert [batch["step"] for batch in noted["batches"]] == [1]
+    assert [batch["step"] for batch in noted["batches"]] == [2]
     assert len(noted["batches"][0]["names"]) == 8
     assert not (tmp_path / "runs" / "x" / "checkpoints").exists()
 

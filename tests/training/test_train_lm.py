@@ -13,6 +13,7 @@ import torch
 from cls_command import ROOT
 from lm_command import STAGED, TINY, records, same, weights
 from processes import launch
+from run_files import files, newest_state
 
 import irpe
 from models.text import CausalLM
@@ -69,7 +70,7 @@ def test_a_run_leaves_everything(lm, tmp_path: Path, book: Path):
     assert f"run folder: {folder}" in out
     assert "epoch 4/4, step 12" in err and "tokens/s" in err
     assert "tokens to train on" in err
-    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    found = files(folder)
     assert found == {
         "config.yaml",
         "metrics.jsonl",
@@ -79,7 +80,9 @@ def test_a_run_leaves_everything(lm, tmp_path: Path, book: Path):
         "checkpoints/best.safetensors",
         "checkpoints/last.safetensors",
         "checkpoints/last-ema.safetensors",
-        "checkpoints/last-state.pt",
+        "checkpoints/state-epoch3-step9.pt",
+        "checkpoints/state-epoch4-step12.pt",
+        "progress.json",
     }
     first, *_, last = records(folder)
     assert last["ema_bits_per_byte"] < first["ema_bits_per_byte"] < 8
@@ -231,7 +234,7 @@ def test_the_optimiser_and_the_schedule_go_on_across_the_switch(lm, tmp_path: Pa
     assert lm("--run.experiment=plain")[0] == 0
     assert len(set(optimisers[:12])) == 1
     assert staged == rates and len(set(rates)) > 8
-    state = torch.load(tmp_path / "runs/lm-rope-seed0/checkpoints/last-state.pt", weights_only=True)
+    state = newest_state(tmp_path / "runs/lm-rope-seed0")
     steps = {int(group["step"]) for group in state["optimizer"]["state"].values()}
     assert steps == {12}
 
@@ -326,8 +329,8 @@ def test_two_processes_are_one_run(tmp_path: Path, book: Path):
         output = launch(processes, ROOT / "train_lm.py", *arguments, f"--run.experiment={name}")
         assert "".join(output).count("run folder:") == 1
         scores = json.loads((tmp_path / name / "scores.json").read_text())
-        state = torch.load(tmp_path / name / "checkpoints/last-state.pt", weights_only=True)
-        results.append((records(tmp_path / name), scores, state["carried"]))
+        state = newest_state(tmp_path / name)
+        results.append((records(tmp_path / name), scores, state["carried"]["task"]))
     (one, scores, carried), (two, other_scores, other_carried) = results
     for a, b in zip(one, two, strict=True):
         assert (a["step"], a["tokens"], a["protocol"]) == (b["step"], b["tokens"], b["protocol"])

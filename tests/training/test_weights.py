@@ -13,7 +13,7 @@ from cls_command import ROOT
 from torch import nn
 
 from models.detr import build_detr
-from training.checkpoints import save_state, save_weights
+from training.checkpoints import States, read_state, save_weights
 from training.errors import UserError
 from training.weights import apply_weights, read_weights
 
@@ -81,12 +81,12 @@ def test_own_files_come_back(tmp_path: Path):
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path):
-    path = tmp_path / "state.pt"
-    save_state(path, {"epoch": 1})
+    states = States(tmp_path, keep=1)
+    path = states.save({"epoch": 1, "step": 5})
     with pytest.raises((AttributeError, pickle.PicklingError)):
-        save_state(path, {"epoch": lambda: 2})
-    assert torch.load(path, weights_only=True) == {"epoch": 1}
-    assert [item.name for item in tmp_path.iterdir()] == ["state.pt"]
+        states.save({"epoch": 2, "step": 10, "more": lambda: 2})
+    assert read_state(path) == {"epoch": 1, "step": 5}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 class Malicious:
