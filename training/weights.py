@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import pickle
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from training.errors import UserError, one_line
+from training.torchfile import Refused, check_torch_file
 
 # Names under which training codes wrap a state dict, in the order in which they are preferred.
 _WRAPPERS = ("model", "state_dict")
@@ -34,25 +34,26 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(path)
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
+        except Exception as error:  # a header can be wrong in as many ways as text can
             raise UserError(
-                f"checkpoint {str(path)!r} is truncated or not a safetensors file: {error}"
+                f"checkpoint {str(path)!r} is truncated or not a safetensors file: "
+                f"{one_line(error):.120}"
             ) from error
     return _unwrap(_read_torch(path), path)
 
 
 def _read_torch(path: Path) -> Any:
     try:
+        check_torch_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except Refused as error:
+        raise UserError(
+            f"checkpoint {str(path)!r} refused: it wants to build {str(error)!r}, and only "
+            "tensors, plain containers and argparse.Namespace are allowed"
+        ) from error
     except pickle.UnpicklingError as error:
-        # torch's own message goes on to advise an unsafe load; it is not passed on.
-        name = re.search(r"(?i)global:? (?:GLOBAL )?(\S+) (?:was not|whose)", one_line(error))
-        if name:
-            raise UserError(
-                f"checkpoint {str(path)!r} refused: it wants to build {name.group(1)!r}, and only "
-                "tensors, plain containers and argparse.Namespace are allowed"
-            ) from error
+        # torch's own message advises an unsafe load; it is not passed on.
         raise UserError(f"checkpoint {str(path)!r} is truncated or not a torch file") from error
     except Exception as error:  # torch reports a damaged archive in half a dozen ways
         raise UserError(
@@ -75,7 +76,10 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
             f"alone or under {' or '.join(map(repr, _WRAPPERS))}, but found {found!s:.160}"
         )
     # DistributedDataParallel prefixes every name.
-    return {key.removeprefix("module."): value for key, value in content.items()}
+    bare = {key.removeprefix("module."): value for key, value in content.items()}
+    if len(bare) < len(content):
+        raise UserError(f"checkpoint {str(path)!r} has names both with and without 'module.'")
+    return bare
 
 
 def apply_weights(
@@ -87,10 +91,17 @@ def apply_weights(
     """Load ``weights`` into ``model``, all of them or none.
 
     ``options`` are what decides about the architecture, for the error message. Raises
-    :class:`UserError` that lists the keys which are missing, unexpected or of another shape.
+    :class:`UserError` that lists the keys which are missing, unexpected, of another shape or kind.
     """
-    own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    state = model.state_dict()
+    own = {key: tuple(value.shape) for key, value in state.items()}
     given = {key: tuple(value.shape) for key, value in weights.items()}
+    # Floating point of another precision is converted.
+    kinds = [
+        f"{key} {weights[key].dtype} in the file, {value.dtype} in the model"
+        for key, value in state.items()
+        if key in weights and weights[key].is_floating_point() != value.is_floating_point()
+    ]
     differences = [
         ("missing in the file", [key for key in own if key not in given]),
         ("unknown to the model", [key for key in given if key not in own]),
@@ -102,6 +113,7 @@ def apply_weights(
                 if key in given and given[key] != own[key]
             ],
         ),
+        ("of another kind", kinds),
     ]
     parts = []
     for kind, items in differences:
