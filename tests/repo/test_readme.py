@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from irpe.tools.arguments import parser
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -44,6 +46,13 @@ def test_commands_name_files_and_extras_that_exist():
         for word in words:
             if word.endswith((".py", ".yaml")):
                 assert (ROOT / word).is_file(), f"{command}: there is no {word}"
+
+
+def test_examples_of_the_irpe_command_can_be_parsed():
+    found = [shlex.split(line) for line in SHELL if line.startswith("irpe ")]
+    assert found
+    for words in found:
+        assert parser().parse_args(words[1:]).command == words[1]
 
 
 def test_links_lead_somewhere():
