@@ -127,7 +127,7 @@ def lookup(x: Tensor, ids: Tensor) -> Tensor:
             f"lookup takes x [B, H, L, N] and ids [L, S] or [B, L, S], "
             f"not {list(x.shape)} and {list(ids.shape)}"
         )
-    if ids.is_floating_point() or ids.dtype == torch.bool:
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise IrpeError(f"ids are integers, not {ids.dtype}")
     if ids.shape[-2] != x.shape[-2] or (ids.dim() == 3 and ids.shape[0] not in (1, x.shape[0])):
         raise IrpeError(f"ids {list(ids.shape)} do not match x {list(x.shape)}")
