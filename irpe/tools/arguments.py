@@ -90,6 +90,22 @@ def parser() -> argparse.ArgumentParser:
     _out(one)
 
     one = add(
+        "attention",
+        "where a query patch looks: attention by head, the encoding's part in it, distances",
+        f"irpe attention deit_small_patch16_224 cat.jpg --rpe {_RPE} --checkpoint "
+        "model.safetensors --layer 6 --at 7,7 --out attention.png",
+    )
+    one.add_argument("model", help="a name of timm's, or a published one")
+    one.add_argument("image", help="a picture")
+    one.add_argument("--rpe", metavar="SPEC", help="the encoding to attach")
+    one.add_argument("--checkpoint", metavar="FILE", help="weights; else they are random")
+    one.add_argument("--pretrained", action="store_true", help="timm fetches trained weights")
+    one.add_argument("--layer", type=count, help="counted from 1; default: the last")
+    one.add_argument("--at", type=place, metavar="ROW,COL", help="the query; default: the middle")
+    _size(one)
+    _out(one)
+
+    one = add(
         "convert",
         "turn a torch checkpoint into safetensors, or back, by the names of the files",
         "irpe convert released.pth model.safetensors",

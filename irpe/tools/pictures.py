@@ -34,10 +34,10 @@ def colour_bar(made: Any, image: Any, axes: Any, label: str) -> None:
     made.colorbar(image, ax=axes, shrink=0.8, pad=0.02).set_label(label, fontsize=9)
 
 
-def mark(axes: Any, at: tuple[int, int]) -> None:
+def mark(axes: Any, at: tuple[int, int], thick: float = 1.5) -> None:
     """A frame around the patch at a (row, column): red in black and white, seen on any colour."""
     from matplotlib.patches import Rectangle
 
-    for colour, width in (("white", 4.5), ("black", 3.5), ("red", 1.5)):
+    for colour, width in (("white", 3 * thick), ("black", 2.3 * thick), ("red", thick)):
         box = (at[1] - 0.5, at[0] - 0.5)
         axes.add_patch(Rectangle(box, 1, 1, fill=False, ec=colour, lw=width, zorder=3))

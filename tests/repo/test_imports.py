@@ -31,6 +31,7 @@ ALLOWED = {
         "errors",
         "spec",
         "geometry",
+        "terms",
         "buckets",
         "backends",
         "encodings",
