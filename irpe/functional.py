@@ -66,7 +66,7 @@ def attention(
         IrpeError: for shapes, dtypes, devices or terms that do not fit together, an unknown
             backend, or one that cannot do a term.
     """
-    call = _validated(q, k, v, terms, mask, is_causal, dropout_p, scale)
+    call = validated(q, k, v, terms, mask, is_causal, dropout_p, scale)
     facts = Facts.of(call)
     name = _resolve(backend, facts)
     with without_autocast(q.device.type):
@@ -84,10 +84,15 @@ def explain(
     scale: float | None = None,
 ) -> str:
     """Which backend ``auto`` takes for a call of ``irpe.attention``, and why; text to print."""
-    call = _validated(q, k, v, terms, mask, is_causal, dropout_p, scale)
-    name, reasons = choose(Facts.of(call))
+    call = validated(q, k, v, terms, mask, is_causal, dropout_p, scale)
+    return reasoned(call, Facts.of(call), str(q.device))
+
+
+def reasoned(call: Call, facts: Facts, device: str) -> str:
+    """What ``explain`` says of a call, for facts that may be those of another device."""
+    name, reasons = choose(facts)
     kinds = ", ".join(f"{t.kind} {list(t.table.shape)}" for t in call.terms) or "none"
-    head = f"backend {name}: q {list(q.shape)} {q.dtype} on {q.device}, terms: {kinds}"
+    head = f"backend {name}: q {list(call.q.shape)} {call.q.dtype} on {device}, terms: {kinds}"
     return "\n  ".join([head, *reasons])
 
 
@@ -153,7 +158,7 @@ def _resolve(backend: str, facts: Facts) -> str:
     return backend
 
 
-def _validated(
+def validated(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -163,6 +168,7 @@ def _validated(
     dropout_p: float,
     scale: float | None,
 ) -> Call:
+    """The call, its arguments checked; raises what ``attention`` raises."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise IrpeError(f"{name} is a tensor [B, H, L, D], not {type(tensor).__name__}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import pickle
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import nn
 from training.errors import UserError, one_line
 
 _STATE = re.compile(r"state-epoch(\d+)-step(\d+)-([0-9a-f]{16})\.pt")
+_WANTED = re.compile(r"(?i)global:? (?:GLOBAL )?(\S+) (?:was not|whose)")
 
 
 @contextlib.contextmanager
@@ -117,9 +119,15 @@ def read_state(path: Path) -> dict[str, Any]:
             raise ValueError("it holds something else")
     except Exception as error:  # torch reports a damaged archive in half a dozen ways
         # torch's own message goes on to advise an unsafe load; it is not passed on.
-        reason = one_line(error).partition(" Do those steps only")[0].partition(" (1)")[0]
+        wanted = _WANTED.search(one_line(error))
+        if wanted:
+            raise UserError(
+                f"resume: {str(path)!r} refused: it wants to build {wanted[1]!r}, and only tensors "
+                "and plain containers are allowed"
+            ) from error
+        reason = "" if isinstance(error, pickle.UnpicklingError) else f": {one_line(error):.120}"
         raise UserError(
-            f"resume: {str(path)!r} is truncated or not a training state: {reason:.160}"
+            f"resume: {str(path)!r} is truncated or not a training state{reason}"
         ) from error
     return state
 

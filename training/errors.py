@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import signal
 import sys
@@ -41,9 +42,9 @@ def script(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
     """Turn ``main(argv)`` into a function that returns an exit status.
 
     A :class:`UserError` or ``irpe.IrpeError`` becomes the single line ``error: ...`` on standard
-    error and status 2 (75 for an :class:`Interrupted`); :class:`Stopped` becomes status 128 and
-    the signal's number, as 143 for SIGTERM, and Ctrl-C 130. Any other exception is a bug and keeps
-    its traceback.
+    error and status 2 (75 for an :class:`Interrupted`), and so does a full or read-only disk;
+    :class:`Stopped` becomes status 128 and the signal's number, as 143 for SIGTERM; Ctrl-C 130.
+    Any other exception is a bug and keeps its traceback.
     """
 
     @functools.wraps(main)
@@ -54,6 +55,11 @@ def script(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
         except (UserError, irpe.IrpeError) as error:
             print(f"error: {one_line(error)}", file=sys.stderr)
             return getattr(error, "status", 2)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+            print(f"error: cannot write {str(error.filename)!r}: {error.strerror}", file=sys.stderr)
+            return 2
         except Stopped as stopped:
             if stopped.note:
                 print(one_line(stopped), file=sys.stderr)

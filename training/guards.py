@@ -32,10 +32,10 @@ class FiniteGuard:
         folder: RunFolder | None,
         limit: int,
         advice: str,
-        say: Callable[[str], None],
+        warn: Callable[[str], None],
     ) -> None:
         self.accelerator, self.model, self.folder = accelerator, model, folder
-        self.limit, self.advice, self.say = limit, advice, say
+        self.limit, self.advice, self.warn = limit, advice, warn
         self.skipped = 0
         self.prompt = limit > 0 or accelerator.device.type == "cpu"
         self._recent: list[dict[str, Any]] = []  # the batches since they were last looked at
@@ -71,10 +71,10 @@ class FiniteGuard:
             self._stop(epoch, step, rate)
         spoilt = [n for n, x in self.model.named_buffers() if not bool(torch.isfinite(x).all())]
         if spoilt:
-            self.say(f"the buffer {spoilt[0]} is not finite any more: the step cannot be left out")
+            self.warn(f"the buffer {spoilt[0]} is not finite any more: the step cannot be left out")
             self._stop(epoch, step, rate)
-        self.say(
-            f"warning: step {step} is left out, {self._what()} ({self.skipped} of at most "
+        self.warn(
+            f"step {step} is left out, {self._what()} ({self.skipped} of at most "
             f"{self.limit} by run.max_skipped){self._note(epoch, step)}"
         )
         scaler = self.accelerator.scaler

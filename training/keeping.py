@@ -22,7 +22,7 @@ class Keeper:
     Args:
         raw: the model as the task built it. folder: of the main process, None in others.
         keep: states to keep. patient: whether a run goes on when something cannot be written.
-        about: what the header of a weights file says of them. say: prints a line for people.
+        about: what the header of a weights file says of them. warn: prints a line for people.
     """
 
     def __init__(
@@ -37,11 +37,11 @@ class Keeper:
         keep: int,
         patient: bool,
         about: dict[str, Any],
-        say: Callable[[str], None],
+        warn: Callable[[str], None],
     ) -> None:
         self.accelerator, self.raw, self.optimizer = accelerator, raw, optimizer
         self.schedule, self.ema, self.folder = schedule, ema, folder
-        self.patient, self.about, self.say = patient, about, say
+        self.patient, self.about, self.warn = patient, about, warn
         self.states = None if folder is None else States(folder / "checkpoints", keep)
         self._saved: tuple[int, int] | None = None
 
@@ -100,6 +100,6 @@ class Keeper:
         except UserError as error:
             if must or not self.patient:
                 raise
-            self.say(f"warning: {error}; the run goes on, with the checkpoint before")
+            self.warn(f"{error}; the run goes on, with the checkpoint before")
             return False
         return True

@@ -55,10 +55,10 @@ class Loop:
         self.carried, self.skipped = carried, skipped
         self.keeper = Keeper(
             accelerator, raw, optimizer, schedule, ema, folder,
-            keep=plan.keep, patient=plan.patient, about=plan.about, say=progress.say,
+            keep=plan.keep, patient=plan.patient, about=plan.about, warn=progress.warn,
         )  # fmt: skip
-        say = progress.say
-        self.guard = FiniteGuard(accelerator, raw, folder, plan.max_skipped, plan.advice, say)
+        warn = (lambda text: None) if folder is None else progress.warn  # once, not in each process
+        self.guard = FiniteGuard(accelerator, raw, folder, plan.max_skipped, plan.advice, warn)
         self.signals, self.peers = Signals(), Peers(accelerator)
         self.step = self.epoch = self.within = 0
         self.best = math.inf if plan.lower else -math.inf

@@ -73,6 +73,10 @@ class Progress:
         if self.style != "none":
             tqdm.write(text, file=sys.stderr)
 
+    def warn(self, text: str) -> None:
+        """Print a line whatever the style, as it tells of something that went wrong."""
+        tqdm.write(f"warning: {text}", file=sys.stderr)
+
     def close(self) -> None:
         """Leave the bar as it stands."""
         self._bar.close()

@@ -132,7 +132,10 @@ def train(
     finally:
         progress.close()
         if folder is not None and folder.records():
-            draw_curves(folder.records(), folder / "curves.png", folder.path.name, panels)
+            try:
+                draw_curves(folder.records(), folder / "curves.png", folder.path.name, panels)
+            except OSError as error:  # what ended the run is what must be told
+                progress.warn(f"cannot write {str(folder / 'curves.png')!r}: {error.strerror}")
     if folder is not None:
         record = record or folder.records()[-1]
     averaged = model if ema is None else ema.module

@@ -16,7 +16,7 @@ METHODS = ("euc", "quant", "rank", "cross", "product")
 MODES = ("bias", "ctx")
 INDEXES = ("piecewise", "clip")
 _ALIASES = {"euclidean": "euc", "quantization": "quant", "contextual": "ctx"}
-_OPTIONS = ["index", "alpha", "beta", "gamma"]
+OPTIONS = ["index", "alpha", "beta", "gamma"]
 MOST_BUCKETS = 2**22  # a table of 64 channels then has 1 GiB
 MOST_RANKS = 2**16  # of all distances in a grid of more than 400x400
 FORM = "rpe-{ratio}-{method}-{mode}-{shared}-{on}"
@@ -118,7 +118,7 @@ def read(head: str, options: list[str]) -> RPE:
     if shared not in ("0", "1"):
         raise IrpeError(f"shared is 0 or 1, not {shared!r}")
     fields: dict[str, Any] = {"ratio": ratio, "method": method, "mode": mode, "on": on}
-    return RPE(shared=shared == "1", **fields, **read_options(options, _OPTIONS))
+    return RPE(shared=shared == "1", **fields, **read_options(options, OPTIONS))
 
 
 def _check_on(on: object, mode: str) -> None:

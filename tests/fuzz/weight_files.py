@@ -23,8 +23,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from irpe import IrpeError
+from irpe.tools.weights import read_weights
 from training.errors import UserError
-from training.weights import apply_weights, read_weights
+from training.weights import apply_weights
 
 MiB = 2**20
 
@@ -220,7 +222,7 @@ def attempt(number, folder, files, weights):
     try:
         found = read_weights(path)
         apply_weights(model, found, path)
-    except UserError as error:
+    except (IrpeError, UserError) as error:
         assert "\n" not in str(error), str(error)
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "torn"
         return f"{suffix} {way.__name__}: refused"

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from irpe.tools.arguments import parser
+
 ROOT = Path(__file__).parents[2]
 TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")]
 PAGES = [*TOP, *sorted((ROOT / "docs").rglob("*.md"))]
@@ -47,6 +49,13 @@ def test_commands_name_files_and_extras_that_exist():
         for word in words:
             if word.endswith((".py", ".yaml")):
                 assert (ROOT / word).is_file(), f"{command}: there is no {word}"
+
+
+def test_examples_of_the_irpe_command_can_be_parsed():
+    found = [shlex.split(line) for line in SHELL if line.startswith("irpe ")]
+    assert found
+    for words in found:
+        assert parser().parse_args(words[1:]).command == words[1]
 
 
 def test_links_lead_somewhere():

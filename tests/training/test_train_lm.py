@@ -1,6 +1,5 @@
 """train_lm.py from end to end: artefacts, stages, segments, memories, evaluation, bad input."""
 
-import inspect
 import json
 import os
 import subprocess
@@ -27,35 +26,6 @@ from training.text.windows import IGNORE
 
 SHORTFORMER = ["--encoding=pia", "--order=stripes", "--memory=1", STAGED]
 SHORTFORMER += ["--protocols=[{memory: true}, {kind: token, memory: true}]"]
-
-
-@pytest.fixture(scope="session")
-def book(tmp_path_factory) -> Path:
-    """A text of 20,000 bytes that every machine has."""
-    path = tmp_path_factory.mktemp("text") / "book.txt"
-    path.write_text(inspect.getsource(argparse_of())[:20_000])
-    return path
-
-
-def argparse_of():
-    import argparse
-
-    return argparse
-
-
-@pytest.fixture
-def lm(tmp_path: Path, capsys: pytest.CaptureFixture, book: Path):
-    """Return ``run(*arguments) -> (status, output, errors)`` of train_lm.py, in this process."""
-    import train_lm
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        given = [f"--data.root={book}", f"--run.output={tmp_path / 'runs'}"]
-        status = train_lm.main([*TINY, *given, *arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
 
 
 # --- a run ----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ image in the place of one that does not decode, without a count.
 from __future__ import annotations
 
 import os
+import re
 import tarfile
 from pathlib import Path
 from typing import Any, Protocol
@@ -106,6 +107,7 @@ def open_source(
         root = _split_folder(Path(str(root)), split)
         _check_class_folders(Path(root))
     options = dict(kwargs or {})
+    _check_runs_nothing(prefix, root, split, options)
     if plain and str(root).endswith(".tar"):
         # timm may keep an index of a large archive as a pickle beside it, and would trust it.
         options.setdefault("cache_tarinfo", False)
@@ -127,6 +129,16 @@ def open_source(
     except (*_OPEN_ERRORS, tarfile.TarError) as error:
         raise UserError(f"cannot open data set {name!r} at {root!r}: {error}") from error
     return dataset if isinstance(dataset, IterableDataset) else TimmSource(dataset, mode)
+
+
+def _check_runs_nothing(prefix: str, root: str | None, split: str, options: dict[str, Any]) -> None:
+    """Raise for what would make a reader run code that the data, or the configuration, brings."""
+    if options.get("trust_remote_code"):
+        raise UserError("data.kwargs: trust_remote_code: true would run code of the data set")
+    # webdataset hands addresses to a shell: pipe: as it is, s3: and others inside a command.
+    for name, value in (("data.root", root or ""), ("split", split)):
+        if prefix == "wds" and ("pipe:" in value or re.search(r"[^\w./:{}|,@%+=~ -]", value)):
+            raise UserError(f"{name}: {value!r} could run a command; give a plain path or address")
 
 
 def _split_folder(root: Path, split: str) -> str:

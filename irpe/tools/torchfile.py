@@ -4,8 +4,6 @@ torch's own ``weights_only`` runs no code of the file's. But a few bytes can sti
 amount of memory, and it takes an archive whose content was damaged for good.
 """
 
-from __future__ import annotations
-
 import os
 import pickletools
 import re
