@@ -20,10 +20,17 @@ def apply_weights(
     """Load ``weights`` into ``model``, all of them or none.
 
     ``options`` are what decides about the architecture, for the error message. Raises
-    :class:`UserError` that lists the keys which are missing, unexpected or of another shape.
+    :class:`UserError` that lists the keys which are missing, unexpected, of another shape or kind.
     """
-    own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    state = model.state_dict()
+    own = {key: tuple(value.shape) for key, value in state.items()}
     given = {key: tuple(value.shape) for key, value in weights.items()}
+    # Floating point of another precision is converted.
+    kinds = [
+        f"{key} {weights[key].dtype} in the file, {value.dtype} in the model"
+        for key, value in state.items()
+        if key in weights and weights[key].is_floating_point() != value.is_floating_point()
+    ]
     differences = [
         ("missing in the file", [key for key in own if key not in given]),
         ("unknown to the model", [key for key in given if key not in own]),
@@ -35,6 +42,7 @@ def apply_weights(
                 if key in given and given[key] != own[key]
             ],
         ),
+        ("of another kind", kinds),
     ]
     parts = []
     for kind, items in differences:

@@ -3,7 +3,6 @@
 import argparse
 import os
 import pickle
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import IrpeError
+from .torchfile import Refused, check_torch_file
 
 # Names under which training codes wrap a state dict, in the order in which they are preferred.
 _WRAPPERS = ("model", "state_dict")
@@ -65,9 +65,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             with safetensors.safe_open(path, "pt") as file:
                 about = file.metadata() or {}
             return Checkpoint(safetensors.torch.load_file(path), about)
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
+        except Exception as error:  # a header can be wrong in as many ways as text can
             raise IrpeError(
-                f"checkpoint {str(path)!r} is truncated or not a safetensors file: {error}"
+                f"checkpoint {str(path)!r} is truncated or not a safetensors file: "
+                f"{_one_line(error):.120}"
             ) from error
     content = _read_torch(path)
     return Checkpoint(_unwrap(content, path), _about(content))
@@ -105,16 +106,16 @@ def write_checkpoint(path: str | Path, held: Checkpoint) -> None:
 
 def _read_torch(path: Path) -> Any:
     try:
+        check_torch_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except Refused as error:
+        raise IrpeError(
+            f"checkpoint {str(path)!r} refused: it wants to build {str(error)!r}, and only "
+            "tensors, plain containers and argparse.Namespace are allowed"
+        ) from error
     except pickle.UnpicklingError as error:
-        # torch's own message goes on to advise an unsafe load; it is not passed on.
-        name = re.search(r"(?i)global:? (?:GLOBAL )?(\S+) (?:was not|whose)", _one_line(error))
-        if name:
-            raise IrpeError(
-                f"checkpoint {str(path)!r} refused: it wants to build {name.group(1)!r}, and only "
-                "tensors, plain containers and argparse.Namespace are allowed"
-            ) from error
+        # torch's own message advises an unsafe load; it is not passed on.
         raise IrpeError(f"checkpoint {str(path)!r} is truncated or not a torch file") from error
     except Exception as error:  # torch reports a damaged archive in half a dozen ways
         raise IrpeError(
@@ -137,7 +138,10 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
             f"alone or under {' or '.join(map(repr, _WRAPPERS))}, but found {found!s:.160}"
         )
     # DistributedDataParallel prefixes every name.
-    return {key.removeprefix("module."): value for key, value in content.items()}
+    bare = {key.removeprefix("module."): value for key, value in content.items()}
+    if len(bare) < len(content):
+        raise IrpeError(f"checkpoint {str(path)!r} has names both with and without 'module.'")
+    return bare
 
 
 def _about(content: Any) -> dict[str, str]:
