@@ -91,9 +91,8 @@ def parser() -> argparse.ArgumentParser:
 
     one = add(
         "attention",
-        "where a query patch looks: attention by head, the encoding's part in it, distances",
-        f"irpe attention deit_small_patch16_224 cat.jpg --rpe {_RPE} --checkpoint "
-        "model.safetensors --layer 6 --at 7,7 --out attention.png",
+        "where a query patch looks, by head, and what the encoding adds",
+        "irpe attention deit_small_patch16_224 cat.jpg --pretrained --out attention.png",
     )
     one.add_argument("model", help="a name of timm's, or a published one")
     one.add_argument("image", help="a picture")

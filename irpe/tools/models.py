@@ -5,8 +5,9 @@ from difflib import get_close_matches
 from typing import Any
 
 import timm
+import timm.data
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import zoo  # registers the published names
 from ..errors import IrpeError
@@ -81,3 +82,20 @@ def load(model: nn.Module, path: str) -> None:
             " --rpe, --size and the model's name must be those it was made with"
         )
     model.load_state_dict(read_weights(path))
+
+
+def prepared(model: Any, picture: Any, size: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+    """A picture as a model takes it ``[1, C, height, width]``, and that as one to show.
+
+    Args:
+        picture: a PIL image. size: height and width in pixels; None: the model's own.
+
+    Returns:
+        The input, and ``[height, width, C]`` from 0 to 1.
+    """
+    settings = timm.data.resolve_model_data_config(model)
+    if size is not None:
+        settings["input_size"] = (settings["input_size"][0], *size)
+    image = timm.data.create_transform(**settings, is_training=False)(picture)
+    mean, std = (torch.tensor(settings[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    return image.unsqueeze(0), (image * std + mean).clamp(0, 1).permute(1, 2, 0)

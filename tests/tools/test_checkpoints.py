@@ -74,32 +74,6 @@ def test_a_namespace_may_not_smuggle(state, tmp_path: Path):
     assert not (tmp_path / "witness").exists()
 
 
-def test_a_few_bytes_that_ask_for_much_memory(tmp_path: Path):
-    bomb = b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\0\0\0\0\x01\x85R."  # bytearray(2 ** 32)
-    old = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {}))
-    (tmp_path / "a.pth").write_bytes(old + bomb + pickle.dumps([], 2))
-    with pytest.raises(IrpeError, match="refused: it wants to build 'builtins.bytearray'"):
-        read_weights(tmp_path / "a.pth")
-
-
-def test_an_archive_that_unpacks_or_lost_its_checksum(state, tmp_path: Path):
-    torch.save(state, tmp_path / "a.pth")
-    with (
-        zipfile.ZipFile(tmp_path / "a.pth") as old,
-        zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED) as new,
-    ):
-        for name in old.namelist():
-            new.writestr(name, old.read(name))
-        place = old.getinfo("a/data/0").header_offset + 64  # torch aligns what it stores to 64
-    with pytest.raises(IrpeError, match="not written by torch"):
-        read_weights(tmp_path / "b.pth")
-    content = bytearray((tmp_path / "a.pth").read_bytes())
-    content[place] ^= 1
-    (tmp_path / "a.pth").write_bytes(content)
-    with pytest.raises(IrpeError, match="'a/data/0' in it does not have its checksum"):
-        read_weights(tmp_path / "a.pth")
-
-
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.98])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_truncated_files(suffix: str, share: float, state, tmp_path: Path):
@@ -174,3 +148,29 @@ def test_written_and_read_again(names, tmp_path: Path):
 def test_no_other_ending_is_written(state, tmp_path: Path):
     with pytest.raises(IrpeError, match=r"ends in \.safetensors"):
         write_checkpoint(tmp_path / "a.npz", Checkpoint(state, {}))
+
+
+def test_a_few_bytes_that_ask_for_much_memory(tmp_path: Path):
+    bomb = b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\0\0\0\0\x01\x85R."  # bytearray(2 ** 32)
+    old = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {}))
+    (tmp_path / "a.pth").write_bytes(old + bomb + pickle.dumps([], 2))
+    with pytest.raises(IrpeError, match="refused: it wants to build 'builtins.bytearray'"):
+        read_weights(tmp_path / "a.pth")
+
+
+def test_an_archive_that_unpacks_or_lost_its_checksum(state, tmp_path: Path):
+    torch.save(state, tmp_path / "a.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pth") as old,
+        zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+        place = old.getinfo("a/data/0").header_offset + 64  # torch aligns what it stores to 64
+    with pytest.raises(IrpeError, match="not written by torch"):
+        read_weights(tmp_path / "b.pth")
+    content = bytearray((tmp_path / "a.pth").read_bytes())
+    content[place] ^= 1
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(IrpeError, match="'a/data/0' in it does not have its checksum"):
+        read_weights(tmp_path / "a.pth")

@@ -67,6 +67,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_weights_of_another_kind(state, tmp_path: Path):
+    torch.save({key: value.int() for key, value in state.items()}, tmp_path / "a.pth")
+    model = network()
+    with pytest.raises(UserError, match="4 of another kind: 0.weight torch.int32 in the file"):
+        apply_weights(model, read_weights(tmp_path / "a.pth"), "a.pth")
+    halves = {key: value.half() for key, value in state.items()}
+    apply_weights(model, halves, "a.pth")  # another precision is fine
+    assert torch.equal(model.state_dict()["0.bias"], state["0.bias"].half().float())
+
+
 def test_another_architecture_is_listed_and_nothing_is_loaded(state, tmp_path: Path):
     model = network(width=4)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -87,13 +97,3 @@ def test_long_lists_are_cut():
     given = {f"layer.{number}": torch.zeros(1) for number in range(50)}
     with pytest.raises(UserError, match=r"50 unknown to the model: .*layer\.5 and 44 more"):
         apply_weights(network(), given, "a.pth")
-
-
-def test_weights_of_another_kind(state, tmp_path: Path):
-    torch.save({key: value.int() for key, value in state.items()}, tmp_path / "a.pth")
-    model = network()
-    with pytest.raises(UserError, match="4 of another kind: 0.weight torch.int32 in the file"):
-        apply_weights(model, read_weights(tmp_path / "a.pth"), "a.pth")
-    halves = {key: value.half() for key, value in state.items()}
-    apply_weights(model, halves, "a.pth")  # another precision is fine
-    assert torch.equal(model.state_dict()["0.bias"], state["0.bias"].half().float())

@@ -3,15 +3,13 @@
 import argparse
 from typing import Any
 
-import timm.data
-import torch
 from PIL import Image
 from torch import Tensor
 
 from ...errors import IrpeError
 from ...geometry import Grid
 from ..attention import watch
-from ..models import create, equip, load
+from ..models import create, equip, load, prepared
 from ..pictures import save
 from ..terminal import table
 
@@ -24,7 +22,7 @@ def run(given: argparse.Namespace) -> None:
         equip(model, given.model, given.rpe)
     if given.checkpoint is not None:
         load(model, given.checkpoint)
-    image, shown = _prepared(model, picture, given.size)
+    image, shown = prepared(model, picture, given.size)
     grid = _grid(given.model, model, image)
     at = (grid.height // 2, grid.width // 2) if given.at is None else given.at
     if len(at) != 2:
@@ -73,16 +71,6 @@ def _open(path: str) -> Any:
         raise IrpeError(f"image {path!r} is not a file") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise IrpeError(f"{path!r} is not a picture that can be read: {error}") from error
-
-
-def _prepared(model: Any, picture: Any, size: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
-    """What the model sees ``[1, C, height, width]``, and that ``[height, width, C]`` to show."""
-    settings = timm.data.resolve_model_data_config(model)
-    if size is not None:
-        settings["input_size"] = (settings["input_size"][0], *size)
-    image = timm.data.create_transform(**settings, is_training=False)(picture)
-    mean, std = (torch.tensor(settings[name]).view(-1, 1, 1) for name in ("mean", "std"))
-    return image.unsqueeze(0), (image * std + mean).clamp(0, 1).permute(1, 2, 0)
 
 
 def _grid(name: str, model: Any, image: Tensor) -> Grid:
