@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from irpe.tools.weights import read_weights
 from training.checkpoints import States
 from training.loop import Loop
-from training.weights import read_weights
 
 TIMES = ("seconds", "images_per_second", "train_cpu_seconds")
 OPTIONS = ["--epochs=4", "--ema.enabled", "--ema.decay=0.9", "--model.drop_path=0.2"]

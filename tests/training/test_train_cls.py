@@ -13,10 +13,10 @@ from cls_command import ROOT, TINY
 from run_files import files, newest_state
 
 import irpe
+from irpe.tools.weights import read_weights
 from training import config
 from training.cls.options import ClsConfig
 from training.loop import Loop
-from training.weights import read_weights
 
 RPE = "rpe-2.0-product-ctx-1-k"
 TIMES = ("seconds", "images_per_second", "train_cpu_seconds")

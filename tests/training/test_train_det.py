@@ -17,11 +17,11 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from run_files import files
 
+from irpe.tools.weights import read_weights
 from training.data.scenes import Scenes, make_scenes
 from training.det.average_precision import NAMES
 from training.det.detect import Detect
 from training.loop import Loop
-from training.weights import read_weights
 
 K = "rpe-2.0-product-ctx-1-k"
 TIMES = ("seconds", "images_per_second", "train_cpu_seconds")
