@@ -195,6 +195,24 @@ def test_the_first_that_is_not_finite_stops(lm, spoilt, tmp_path: Path):
 
 
 @pytest.mark.parametrize("how", [lambda loss: loss * float("nan"), infinite_gradient])
+def test_figures_that_stay_on_a_gpu(how, lm, spoilt, tmp_path: Path, monkeypatch):
+    """Looked at every tenth step, and before anything is saved."""
+    real = Loop.__init__
+
+    def init(self, *given):
+        real(self, *given)
+        self.guard.prompt, self._look_every = False, 10
+
+    monkeypatch.setattr(Loop, "__init__", init)
+    options = ["--run.experiment=x", "--epochs=2", "--steps_per_epoch=9", "--run.save_steps=4"]
+    spoilt([5], how)
+    status, _, err = lm(*options, "--optim.clip_grad=null")
+    assert status == 2
+    assert "became" in err and "in epoch 1, by step 8" in err
+    assert newest_state(tmp_path / "runs" / "x")["step"] == 4
+
+
+@pytest.mark.parametrize("how", [lambda loss: loss * float("nan"), infinite_gradient])
 @pytest.mark.parametrize("clip", ["null", "1.0"])
 def test_steps_are_left_out(how, clip, lm, spoilt, tmp_path: Path):
     options = ["--run.max_skipped=2", f"--optim.clip_grad={clip}", *OPTIONS]

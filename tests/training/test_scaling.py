@@ -10,6 +10,7 @@ from run_files import newest_state
 from training.cls.model import build_model
 from training.cls.options import ClsConfig, ModelConfig
 from training.engine import make_accelerator
+from training.lm.language import Language
 from training.loop import Loop
 
 SHARDED = """
@@ -132,3 +133,21 @@ def test_a_scaler_survives_an_overflow(clip, lm, scaled, tmp_path, monkeypatch):
     same = [all(map(torch.equal, a, b)) for a, b in itertools.pairwise(weights)]
     assert same == [number == 4 for number in range(11)]
     assert newest_state(tmp_path / "runs" / "x")["scaler"]["scale"] == 512.0
+
+
+@pytest.mark.parametrize("clip", ["null", "1.0"])
+def test_a_loss_that_is_not_finite_is_none_of_the_scalers(clip, lm, scaled, tmp_path, monkeypatch):
+    real = Language.loss
+
+    def loss(self, model, batch, step):
+        result = real(self, model, batch, step)
+        if step == 4:
+            result.loss = result.loss * float("nan")
+        return result
+
+    monkeypatch.setattr(Language, "loss", loss)
+    options = ["--run.experiment=x", f"--optim.clip_grad={clip}", "--sample=0"]
+    status, _, err = lm(*options, "--run.max_skipped=1")
+    assert status == 0, err
+    state = newest_state(tmp_path / "runs" / "x")
+    assert (state["skipped"], state["scaler"]["scale"]) == (1, 1024.0)

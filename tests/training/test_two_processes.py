@@ -55,11 +55,15 @@ def test_a_signal_to_one_stops_both_and_one_goes_on_alone(lm, book, tmp_path: Pa
     given = [*TEXT, *options, f"--data.root={book}", f"--run.output={tmp_path / 'runs'}"]
     folder = tmp_path / "runs" / "x"
     running = start(2, ROOT / "train_lm.py", *given, "--run.experiment=x")
-    while not (folder / "progress.json").exists():  # it is there after the first step
-        assert running[0].poll() is None, running[0].communicate()
-        time.sleep(0.05)
-    running[1].send_signal(signal.SIGTERM)
-    outputs = [process.communicate(timeout=60)[0] for process in running]
+    try:
+        while not (folder / "progress.json").exists():  # it is there after the first step
+            assert running[0].poll() is None, running[0].communicate()
+            time.sleep(0.05)
+        running[1].send_signal(signal.SIGTERM)
+        outputs = [process.communicate(timeout=60)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
     assert [process.returncode for process in running] == [143, 143], outputs
     assert "stopped by SIGTERM" in outputs[0] and "stopped" not in outputs[1]
     state = newest_state(folder)
