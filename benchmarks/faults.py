@@ -38,12 +38,14 @@ from measure import machine, save  # noqa: E402
 from training.data.scenes import Scenes, make_scenes, scene_paths  # noqa: E402
 
 
-def kill_one(run: Run, kind: str, draw: random.Random, counts: tuple[int, int, float]) -> int:
+def kill_one(run: Run, kind: str, draw: random.Random, counts: tuple[int, int, int, float]) -> int:
     """Kill the run once; return the steps that it had done."""
-    operations, states, seconds = counts
+    operations, states, steps, seconds = counts
     if kind == "time":
-        process = run.start()
-        time.sleep(draw.uniform(0.0, seconds))
+        process, step = run.start(), draw.randint(0, steps - 1)
+        while process.steps.value < step:
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0.0, 2 * seconds / steps))
         process.kill()
     elif kind == "file operation":
         process = run.start(fault=at_operation(draw.randint(1, operations)))
