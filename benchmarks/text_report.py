@@ -179,10 +179,12 @@ def _speed(lines: Sequence[Line], out: Path) -> list[str]:
     ]
     parts += ["", "| | seed | ms | over PIA |", "| --- | --- | --- | --- |"]
     for line in lines:
+        # Tried first; there a token costs mostly what every call of torch costs.
+        narrow = f" (models of width {line['width']})" if "width" in line else ""
         for name, row in line["rows"].items():
             over = row["over_pia"]
             told = f"{over['median']:.1f} ({over['low']:.1f} to {over['high']:.1f})"
-            parts.append(f"| {name} | {line['seed']} | {row['ms']:.2f} | {told} |")
+            parts.append(f"| {name}{narrow} | {line['seed']} | {row['ms']:.2f} | {told} |")
     return parts
 
 

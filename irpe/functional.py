@@ -3,18 +3,28 @@
 Shapes: B batch, H heads, L queries, S keys, D head dim, N buckets.
 """
 
-import contextlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .backends import eager, reference, sdpa, triton
-from .backends.call import Call, autocasting, check_ids, debugging, transformed
+from .backends.call import Call, autocasting, check_ids, debugging, transformed, without_autocast
 from .backends.choose import BACKENDS, Facts, choose, obstacle
 from .backends.triton import lookup as fused_lookup
 from .errors import IrpeError
+from .linear import LinearState, linear_attention, linear_step
 from .terms import Term
+
+__all__ = [
+    "LinearState",
+    "attention",
+    "check_backend",
+    "explain",
+    "linear_attention",
+    "linear_step",
+    "lookup",
+]
 
 _RUN: dict[str, Callable[[Call], Tensor]] = {
     "reference": reference.attention,
@@ -56,7 +66,7 @@ def attention(
         IrpeError: for shapes, dtypes, devices or terms that do not fit together, an unknown
             backend, or one that cannot do a term.
     """
-    call = _validated(q, k, v, terms, mask, is_causal, dropout_p, scale)
+    call = validated(q, k, v, terms, mask, is_causal, dropout_p, scale)
     facts = Facts.of(call)
     name = _resolve(backend, facts)
     with without_autocast(q.device.type):
@@ -74,10 +84,15 @@ def explain(
     scale: float | None = None,
 ) -> str:
     """Which backend ``auto`` takes for a call of ``irpe.attention``, and why; text to print."""
-    call = _validated(q, k, v, terms, mask, is_causal, dropout_p, scale)
-    name, reasons = choose(Facts.of(call))
+    call = validated(q, k, v, terms, mask, is_causal, dropout_p, scale)
+    return reasoned(call, Facts.of(call), str(q.device))
+
+
+def reasoned(call: Call, facts: Facts, device: str) -> str:
+    """What ``explain`` says of a call, for facts that may be those of another device."""
+    name, reasons = choose(facts)
     kinds = ", ".join(f"{t.kind} {list(t.table.shape)}" for t in call.terms) or "none"
-    head = f"backend {name}: q {list(q.shape)} {q.dtype} on {q.device}, terms: {kinds}"
+    head = f"backend {name}: q {list(call.q.shape)} {call.q.dtype} on {device}, terms: {kinds}"
     return "\n  ".join([head, *reasons])
 
 
@@ -112,7 +127,7 @@ def lookup(x: Tensor, ids: Tensor) -> Tensor:
             f"lookup takes x [B, H, L, N] and ids [L, S] or [B, L, S], "
             f"not {list(x.shape)} and {list(ids.shape)}"
         )
-    if ids.is_floating_point() or ids.dtype == torch.bool:
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise IrpeError(f"ids are integers, not {ids.dtype}")
     if ids.shape[-2] != x.shape[-2] or (ids.dim() == 3 and ids.shape[0] not in (1, x.shape[0])):
         raise IrpeError(f"ids {list(ids.shape)} do not match x {list(x.shape)}")
@@ -143,7 +158,7 @@ def _resolve(backend: str, facts: Facts) -> str:
     return backend
 
 
-def _validated(
+def validated(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -153,6 +168,7 @@ def _validated(
     dropout_p: float,
     scale: float | None,
 ) -> Call:
+    """The call, its arguments checked; raises what ``attention`` raises."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise IrpeError(f"{name} is a tensor [B, H, L, D], not {type(tensor).__name__}")
@@ -236,10 +252,3 @@ def _named(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)}"
     return f"{type(value).__name__} {value!r}"
-
-
-def without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
-    """Autocast off, for what chooses its own precision."""
-    if autocasting(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()

@@ -118,6 +118,9 @@ class RPEAttention(nn.Module):
         if xq is x and xk is x:
             parts = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
             return parts.permute(2, 0, 3, 1, 4).unbind(0)
+        if not isinstance(self.qkv.weight, Tensor):  # quantised: it does not come in parts
+            made = (self.qkv(y).chunk(3, -1)[n] for n, y in enumerate((xq, xk, x)))
+            return tuple(y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in made)
         weights = self.qkv.weight.chunk(3)
         biases = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
         return tuple(

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backends.call import without_autocast
 from .encodings import Encoding
 from .errors import IrpeError
-from .functional import without_autocast
 from .geometry import Geometry
 
 CHUNK = 64  # queries that meet their keys pair by pair; what lies before them is a sum

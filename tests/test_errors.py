@@ -168,7 +168,6 @@ def test_geometry(make, says):
         (irpe.Sequence(5), "axes"),
         (irpe.Geometry(torch.zeros(5, 2)), "float32"),
         (irpe.Geometry(torch.zeros(5, 3, dtype=torch.long)), "axes"),
-        (irpe.Geometry(torch.zeros(5, 2, dtype=torch.bool)), "bool"),
     ],
 )
 def test_what_image_buckets_need(geometry, says):
@@ -176,6 +175,29 @@ def test_what_image_buckets_need(geometry, says):
     for prefix in (True, False):
         rpe_k = irpe.build_rpe(K, head_dim=4, num_heads=2, prefix=prefix)[1]
         refuses(lambda rpe_k=rpe_k: rpe_k.terms(geometry)[0].buckets.dense(torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda p: irpe.Geometry(p.unsqueeze(-1)),
+        lambda p: irpe.Geometry(torch.zeros(2, 1), p.unsqueeze(-1)),
+        lambda p: irpe.Grid(3, 4, positions=p.expand(2, 2)),
+        lambda p: irpe.Sequence(2, positions=p),
+        lambda p: irpe.Sequence(2, keys=p),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.complex64])
+def test_positions_are_numbers_on_a_line(made, dtype):
+    refuses(lambda: made(torch.zeros(2, dtype=dtype)), str(dtype), "numbers on a line")
+
+
+def test_sizes_that_no_tensor_has():
+    refuses(lambda: irpe.Grid(10**30, 2), "height=1000")
+    refuses(lambda: irpe.Sequence(2**63), "length=9223372036854775808")
+    refuses(lambda: irpe.Sequence(3, positions=torch.tensor(3)), "[L] or [B, L]", "[]")
+    refuses(lambda: irpe.parse("rpe-1000-product-ctx-1-k"), "16008001 buckets", "4194304")
+    refuses(lambda: irpe.parse("rpe-10000-rank-ctx-1-k"), "80000 ranks", "65536")
 
 
 @pytest.mark.parametrize(

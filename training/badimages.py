@@ -37,6 +37,10 @@ class BadImages:
                 self.seen[item.name] = item.reason
                 self.say(f"skipped, does not decode ({len(self.seen)}): {item.name}: {item.reason}")
 
+    def restore(self, seen: dict[str, str]) -> None:
+        """Go on from what :meth:`gather` returned, in a run that is resumed."""
+        self.seen.update(seen)
+
     def gather(self) -> dict[str, str]:
         """Return name and reason of every bad image that any process met."""
         merged: dict[str, str] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TypeVar
 
 import torch
@@ -16,7 +17,7 @@ _ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
-    """Create the accelerator. Raises :class:`UserError` for fp16 without a GPU.
+    """Create the accelerator. Raises :class:`UserError` for fp16 without a GPU, and for FSDP.
 
     Accumulation is the loop's business, and loaders are never handed to ``prepare``.
     """
@@ -26,6 +27,12 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         torch.set_num_threads(config.threads)
     if config.precision == "fp16" and (config.device == "cpu" or not torch.cuda.is_available()):
         raise UserError("run.precision: fp16 needs a GPU; on a CPU use bf16 or fp32")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        # On a CPU accelerate would make it DDP without a word.
+        raise UserError(
+            "ACCELERATE_USE_FSDP: these scripts cannot save sharded weights; launch them "
+            "without FSDP, as `accelerate launch --multi_gpu`, and they run with DDP"
+        )
     return Accelerator(
         mixed_precision=_ACCELERATE_NAMES[config.precision], cpu=config.device == "cpu"
     )

@@ -1,15 +1,15 @@
 """The training loop: steps, evaluation, checkpoints and records, whatever the task.
 
 A task gives three functions: the batches of an epoch, the loss of a batch, and the evaluation of a
-model. Nothing random outlives a step: the generators are seeded from (seed, step, process).
+model. Nothing random outlives a step: the generators are seeded from (seed, step, process). So a
+run can be stopped after any step, and all that the next one depends on is in one state.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -18,58 +18,22 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from training.checkpoints import save_state, save_weights
-from training.errors import UserError
-from training.progress import Progress
+from training.errors import Stopped, UserError
+from training.guards import FiniteGuard, gradient_norm, watched_loader
+from training.keeping import Keeper
+from training.peers import Peers
+from training.plan import Plan, Step
+from training.progress import Clock, Progress
 from training.runfolder import RunFolder
 from training.seeding import derive
-
-
-@dataclass
-class Step:
-    """What a task computed for one batch.
-
-    Attributes:
-        loss: the mean over the batch. count: its samples. sums: further figures, summed over the
-            samples: shares of them or, named ``loss_...``, parts of the loss.
-        names: the samples, for whoever has to look for a bad one.
-        units: what the pace counts; None: the samples.
-    """
-
-    loss: Tensor
-    count: int
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    names: list[Any] = field(default_factory=list)
-    units: int | None = None
-
-
-@dataclass(kw_only=True)
-class Plan:
-    """The figures of a run.
-
-    Attributes:
-        eval_every: epochs between two evaluations; the last epoch always has one.
-        best: name of the evaluation figure that decides which checkpoint is the best; the highest
-            one or, with ``lower``, the lowest.
-        advice: what may help where the loss is not finite.
-        about: what the header of a weights file says of them.
-    """
-
-    epochs: int
-    steps_per_epoch: int
-    accumulate: int = 1
-    clip_grad: float | None = None
-    save_every: int = 1
-    seed: int = 0
-    eval_every: int = 1
-    best: str = "top1"
-    lower: bool = False
-    advice: str = ""
-    about: dict[str, Any] = field(default_factory=dict)
+from training.signals import Signals
 
 
 class Loop:
-    """Trains a model: ``raw`` as the task built it, ``model`` as accelerate prepared it."""
+    """Trains a model: ``raw`` as the task built it, ``model`` as accelerate prepared it.
+
+    ``epoch`` epochs are finished, ``within`` steps of the next one, ``step`` steps in all.
+    """
 
     def __init__(
         self,
@@ -83,106 +47,136 @@ class Loop:
         plan: Plan,
         progress: Progress,
         carried: Callable[[], Any] = lambda: None,
+        skipped: Callable[[], None] = lambda: None,
     ) -> None:
         self.accelerator, self.raw, self.model = accelerator, raw, model
         self.optimizer, self.schedule, self.ema = optimizer, schedule, ema
-        self.folder, self.plan, self.progress, self.carried = folder, plan, progress, carried
-        self.step = self.epoch = 0
+        self.folder, self.plan, self.progress = folder, plan, progress
+        self.carried, self.skipped = carried, skipped
+        self.keeper = Keeper(
+            accelerator, raw, optimizer, schedule, ema, folder,
+            keep=plan.keep, patient=plan.patient, about=plan.about, warn=progress.warn,
+        )  # fmt: skip
+        warn = (lambda text: None) if folder is None else progress.warn  # once, not in each process
+        self.guard = FiniteGuard(accelerator, raw, folder, plan.max_skipped, plan.advice, warn)
+        self.signals, self.peers = Signals(), Peers(accelerator)
+        self.step = self.epoch = self.within = 0
         self.best = math.inf if plan.lower else -math.inf
-        self._recent: list[dict[str, Any]] = []  # the batches since the loss was last looked at
+        self.totals: dict[str, Tensor] = {}  # of this process and epoch: count and sums
+        self.clock = Clock()  # of this epoch
+        self._agreed = 0  # the signal that all processes stop for after this step
         # Reading a number back stalls a GPU, so there it is not done at every step.
-        self._look_every = 1 if accelerator.device.type == "cpu" else 10
+        self._look_every = 1 if self.guard.prompt else 10
 
     def fit(
         self,
-        batches: Callable[[int], Iterator[Any]],
+        batches: Callable[[int, int], Iterator[Any]],
         loss: Callable[[nn.Module, Any, int], Step],
         evaluate: Callable[[list[nn.Module]], list[dict[str, float]]],
         describe: Callable[[dict[str, Any]], str],
     ) -> dict[str, Any]:
-        """Train all epochs; return the last epoch's record.
+        """Train all epochs that are left; return the last one's record, {} if none is left.
 
         Args:
-            batches: the batches of an epoch, at least steps_per_epoch x accumulate of them.
+            batches: those of an epoch without the first so many; steps_per_epoch x accumulate
+                of them with these.
             loss: ``loss(model, batch, step)``.
             evaluate: figures of each of several models, the same in every process.
             describe: one line for people from an epoch's record.
+
+        Raises :class:`Stopped`, with a state saved, when a signal came.
         """
         record: dict[str, Any] = {}
-        for epoch in range(self.epoch, self.plan.epochs):
-            start, cpu = time.perf_counter(), -time.process_time()
-            models = [self.raw] if self.ema is None else [self.raw, self.ema.module]
-            trained = self._train_epoch(epoch, batches(epoch), loss)
-            cpu += time.process_time()  # of all threads of this process
-            due = (epoch + 1) % self.plan.eval_every == 0 or epoch + 1 == self.plan.epochs
-            figures = evaluate(models) if due else []
-            record = {
-                "epoch": epoch + 1,
-                "step": self.step,
-                "lr": max(group["lr"] for group in self.optimizer.param_groups),
-                **{f"train_{name}": value for name, value in trained.items()},
-            }
-            if figures:
-                record.update(figures[0])
-            for averaged in figures[1:]:
-                record.update({f"ema_{name}": value for name, value in averaged.items()})
-            unit = self.progress.unit
-            rate = record[f"{unit}_per_second"] = round(
-                self.progress.pace * self.accelerator.num_processes, 1
-            )
-            record["train_cpu_seconds"] = round(cpu, 3)
-            record["seconds"] = round(time.perf_counter() - start, 3)
-            self._keep(epoch, record)
-            left = self.progress.time_left
-            self.progress.say(f"{describe(record)}  |  {rate:,.0f} {unit}/s, {left} left")
+        with self.signals, self.peers.watched():
+            while self.epoch < self.plan.epochs:
+                record = self._epoch(batches, loss, evaluate)
+                rate, left = record[f"{self.progress.unit}_per_second"], self.progress.time_left
+                pace = f"{rate:,.0f} {self.progress.unit}/s, {left} left"
+                self.progress.say(f"{describe(record)}  |  {pace}")
         return record
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on after the epoch at whose end ``state`` was written; before :meth:`fit`."""
-        if state["epoch"] >= self.plan.epochs:
-            raise UserError(f"resume: the run has finished its {state['epoch']} epochs")
-        self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
-        self.raw.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+        """Go on after the step behind which ``state`` was written; before :meth:`fit`."""
+        self.keeper.restore(state)
+        self.epoch, self.within, self.step = state["epoch"], state["within"], state["step"]
+        self.best, self.guard.skipped = state["best"], state["skipped"]
+        self.clock = Clock(state["spent"])
+        own, rows = self.accelerator.process_index, state["totals"]["rows"]
+        if len(rows) != self.accelerator.num_processes:  # only their sum matters then
+            rows = torch.cat(
+                [rows.sum(0, keepdim=True), torch.zeros_like(rows[:1]).expand(own, -1)]
+            )
+        values = rows[own].to(self.accelerator.device)
+        self.totals = dict(zip(state["totals"]["names"], values, strict=True))
         self.progress.skip(self.step)
 
-    def _train_epoch(
-        self,
-        epoch: int,
-        batches: Iterator[Any],
-        loss: Callable[[nn.Module, Any, int], Step],
-    ) -> dict[str, float]:
-        """Run one epoch's steps; return its mean loss and figures over all processes."""
+    def _epoch(self, batches: Any, loss: Any, evaluate: Any) -> dict[str, Any]:
+        """Train what is left of an epoch, evaluate, and keep what is due; return its record."""
+        self.clock.start()
+        models = [self.raw] if self.ema is None else [self.raw, self.ema.module]
+        done = self.within * self.plan.accumulate
+        trained = self._train_epoch(batches(self.epoch, done), loss)
+        number, last = self.epoch + 1, self.epoch + 1 == self.plan.epochs
+        cpu = self.clock.read()["train_cpu_seconds"]
+        figures = []
+        if number % self.plan.eval_every == 0 or last:
+            position = self._position()  # an evaluation that is stopped has changed nothing
+            try:
+                with self.signals.at_once():
+                    figures = evaluate(models)
+            except Stopped as stopped:
+                self._stop(stopped.number, position, together=False)
+        record = {
+            "epoch": number,
+            "step": self.step,
+            "lr": self._rate,
+            **{f"train_{name}": value for name, value in trained.items()},
+        }
+        if self.guard.skipped:
+            record["skipped_steps"] = self.guard.skipped
+        if figures:
+            record.update(figures[0])
+        for averaged in figures[1:]:
+            record.update({f"ema_{name}": value for name, value in averaged.items()})
+        pace = self.progress.pace * self.accelerator.num_processes
+        record[f"{self.progress.unit}_per_second"] = round(pace, 1)
+        record["train_cpu_seconds"] = round(cpu, 3)
+        record["seconds"] = round(self.clock.read()["seconds"], 3)
+        self.epoch, self.within, self.totals = number, 0, {}
+        self.clock = Clock()
+        self._keep(record)
+        return record
+
+    def _train_epoch(self, batches: Iterator[Any], loss: Any) -> dict[str, float]:
+        """Run the steps that are left; return mean loss and figures of all processes."""
         self.model.train()
         self.progress.resume_clock()
-        totals: dict[str, Tensor] = {}
-        for _ in range(self.plan.steps_per_epoch):
+        batches = watched_loader(batches)
+        while self.within < self.plan.steps_per_epoch:
             self.schedule.step_update(self.step)
-            count = self._one_step(batches, loss, totals)
-            self.step += 1
-            figures = None
-            if self.step % self._look_every == 0:
-                figures = self._figures(epoch, totals)
-            self.progress.step(epoch, count, figures)
-        self._figures(epoch, totals)
-        names = sorted(totals)
-        summed = self.accelerator.reduce(torch.stack([totals[name] for name in names]), "sum")
+            count = self._one_step(batches, loss)
+            self.step, self.within = self.step + 1, self.within + 1
+            figures = self._figures() if self.step % self._look_every == 0 else None
+            self.progress.step(self.epoch, count, figures)
+            self._beat("running")
+            stop = self._agreed if self.peers.several else self.signals.caught
+            if stop:
+                self._stop(stop, self._position(), together=True)
+            if self.plan.save_steps and self.step % self.plan.save_steps == 0:
+                self.keeper.save_state(self._position())
+        self._figures()
+        names = sorted(self.totals)
+        if not names:
+            raise UserError(
+                f"all steps of epoch {self.epoch + 1} were left out; {self.plan.advice}"
+            )
+        summed = self.accelerator.reduce(torch.stack([self.totals[name] for name in names]), "sum")
         mean = dict(zip(names, summed.tolist(), strict=True))
         return {name: mean[name] / mean["count"] for name in names if name != "count"}
 
-    def _one_step(
-        self,
-        batches: Iterator[Any],
-        loss: Callable[[nn.Module, Any, int], Step],
-        totals: dict[str, Tensor],
-    ) -> int:
+    def _one_step(self, batches: Iterator[Any], loss: Callable[..., Step]) -> int:
         """One optimiser step over ``accumulate`` batches; return this process's units."""
-        count = 0
+        count, sums = 0, dict[str, Tensor]()
         for part in range(self.plan.accumulate):
             torch.manual_seed(
                 derive(self.plan.seed, "step", self.step, part, self.accelerator.process_index)
@@ -195,83 +189,94 @@ class Loop:
                     "the data set is shorter than it says"
                 ) from None
             last = part == self.plan.accumulate - 1
-            if last:
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 result = loss(self.model, batch, self.step)
                 self.accelerator.backward(result.loss / self.plan.accumulate)
-            else:
-                with self.accelerator.no_sync(self.model):
-                    result = loss(self.model, batch, self.step)
-                    self.accelerator.backward(result.loss / self.plan.accumulate)
-            sums = {"loss": result.loss.detach() * result.count, **result.sums}
-            sums["count"] = torch.tensor(result.count, device=result.loss.device)
-            for name, value in sums.items():
-                totals[name] = totals.get(name, 0) + value.double()
+            found = {"loss": result.loss.detach() * result.count, **result.sums}
+            found["count"] = torch.tensor(result.count, device=result.loss.device)
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0) + value.double()
             count += result.count if result.units is None else result.units
-            self._recent.append({"step": self.step, "names": result.names})
-        if self.plan.clip_grad is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.plan.clip_grad)
-        self.optimizer.step()
+            self.guard.add(self.step + 1, result.loss, result.names, batch)
+        self.guard.add_norm(gradient_norm(self.accelerator, self.model, self.plan.clip_grad))
+        broken = self.guard.prompt and self.guard.broken
+        self._agreed, broken = self.peers.any(self.signals.caught or 0, int(broken))
+        if broken:
+            self.guard.skip(self.epoch + 1, self.step + 1, self._rate)
+            self.skipped()
+        else:
+            self.optimizer.step()
+            for name, value in sums.items():
+                self.totals[name] = self.totals.get(name, 0) + value
         self.optimizer.zero_grad()
-        if self.ema is not None:
+        if self.ema is not None and not broken:
             self.ema.update(self.raw, step=self.step)
         return count
 
-    def _figures(self, epoch: int, totals: dict[str, Tensor]) -> dict[str, str]:
-        """Return the running means as text; stop the run if the loss is not finite."""
-        means = {name: float(value) / float(totals["count"]) for name, value in totals.items()}
-        if not math.isfinite(means["loss"]):
-            self._stop(epoch, means["loss"])
-        self._recent.clear()
+    @property
+    def _rate(self) -> float:
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def _figures(self) -> dict[str, str]:
+        """Return the epoch's running means as text; end the run if something is not finite."""
+        self.guard.look(self.epoch + 1, self.step, self._rate)
+        count = float(self.totals.get("count", 0))
+        means = {name: float(value) / count for name, value in self.totals.items() if count}
         return {
             name: f"{value:.3f}" if name.startswith("loss") else f"{100 * value:.1f} %"
             for name, value in means.items()
             if name != "count"
         }
 
-    def _stop(self, epoch: int, loss: float) -> NoReturn:
-        """Raise for a loss that is not finite, and leave a note of the batches it came from."""
-        rate = max(group["lr"] for group in self.optimizer.param_groups)
-        where = ""
-        if self.folder is not None and any(batch["names"] for batch in self._recent):
-            self.folder.write_json("nonfinite.json", {"epoch": epoch + 1, "batches": self._recent})
-            where = f" ({self.folder / 'nonfinite.json'} names the images)"
-        raise UserError(
-            f"the loss became {loss} in epoch {epoch + 1}, by step {self.step}, at a "
-            f"learning rate of {rate:.3g}{where}; {self.plan.advice}"
-        )
-
-    def _keep(self, epoch: int, record: dict[str, Any]) -> None:
-        """Log the record and write the checkpoints that are due, on the main process."""
-        score = record.get(f"ema_{self.plan.best}", record.get(self.plan.best, math.nan))
+    def _keep(self, record: dict[str, Any]) -> None:
+        """Log the record and write what is due at the end of an epoch."""
+        name, last = self.plan.best, self.epoch == self.plan.epochs
+        score = record.get(f"ema_{name}", record.get(name, math.nan))
         improved = score < self.best if self.plan.lower else score > self.best
         self.best = score if improved else self.best
-        due = (epoch + 1) % self.plan.save_every == 0 or epoch + 1 == self.plan.epochs
-        carried = self.carried() if due else None  # every process has its part of it
-        if self.folder is None:
-            return
-        self.folder.log(record)
-        folder = self.folder / "checkpoints"
-        about = {**self.plan.about, "epoch": epoch + 1, self.plan.best: f"{score:.6g}"}
-        averaged = self.raw if self.ema is None else self.ema.module
-        if improved:
-            save_weights(folder / "best.safetensors", averaged, about)
-        if not due:
-            return
-        save_weights(folder / "last.safetensors", self.raw, about)
-        if self.ema is not None:
-            save_weights(folder / "last-ema.safetensors", self.ema.module, about)
-        scaler = self.accelerator.scaler
-        save_state(
-            folder / "last-state.pt",
-            {
-                "epoch": epoch + 1,
-                "step": self.step,
-                "best": self.best,
-                "model": self.raw.state_dict(),
-                "ema": None if self.ema is None else self.ema.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
-                "scaler": scaler.state_dict() if scaler is not None else None,
-                "carried": carried,
-            },
-        )
+        due = last or self.epoch % self.plan.save_every == 0
+        about = {"epoch": self.epoch, name: f"{score:.6g}"}
+        # The state comes last: what is there when it is there belongs to it.
+        self.keeper.log(record, must=last)
+        self.keeper.save_weights(about, improved, due, must=last)
+        if due:
+            self.keeper.save_state(self._position(), must=last)
+        self._beat("running")
+
+    def _position(self) -> dict[str, Any]:
+        """Return what a state holds beside weights; every process has its part of it."""
+        self.guard.look(self.epoch + 1, self.step, self._rate)
+        names = sorted(self.totals)
+        rows = torch.zeros(self.accelerator.num_processes, 0)
+        if names:
+            own = torch.stack([self.totals[name] for name in names])
+            rows = self.accelerator.gather(own[None]).cpu()
+        return {
+            "epoch": self.epoch,
+            "within": self.within,
+            "step": self.step,
+            "best": self.best,
+            "skipped": self.guard.skipped,
+            "spent": self.clock.read(),
+            "totals": {"names": names, "rows": rows},
+            "carried": self.carried(),
+        }
+
+    def _stop(self, number: int, position: dict[str, Any], together: bool) -> NoReturn:
+        """Save a state and raise :class:`Stopped`."""
+        self.keeper.save_state(position)
+        self._beat("stopped")
+        if together:
+            self.peers.any()  # a launcher may kill the others as soon as one has ended
+        note = ""
+        if self.folder is not None:
+            note = (
+                f" in epoch {self.epoch + 1}, after step {self.step}; the same command with "
+                f"--resume {self.folder.path} (or auto) goes on from there"
+            )
+        raise Stopped(number, note)
+
+    def _beat(self, status: str) -> None:
+        if self.folder is not None:
+            steps = self.plan.epochs * self.plan.steps_per_epoch
+            self.folder.beat(status, epoch=self.epoch, step=self.step, steps=steps)

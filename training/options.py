@@ -80,6 +80,16 @@ class RunConfig:
     """name of the run folder; null: made from the model, the encoding and the seed"""
     save_every: int = 1
     """epochs between two checkpoints; the last epoch is always saved"""
+    save_steps: int | None = None
+    """steps between two further checkpoints, within epochs too; null: none"""
+    keep: int = 2
+    """newest training states to keep, beside the best weights"""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """a checkpoint that cannot be written, as on a full disk: stop, or go on with the one before;
+    the last epoch's must be written"""
+    max_skipped: int = 0
+    """steps that may be left out because their loss or gradient is not finite; 0: stop at the
+    first; more: a GPU is waited for at every step"""
     eval_every: int = 1
     """epochs between two evaluations; the last epoch is always evaluated"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

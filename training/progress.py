@@ -73,6 +73,32 @@ class Progress:
         if self.style != "none":
             tqdm.write(text, file=sys.stderr)
 
+    def warn(self, text: str) -> None:
+        """Print a line whatever the style, as it tells of something that went wrong."""
+        tqdm.write(f"warning: {text}", file=sys.stderr)
+
     def close(self) -> None:
         """Leave the bar as it stands."""
         self._bar.close()
+
+
+class Clock:
+    """Seconds, and CPU seconds of all threads of this process, since :meth:`start`.
+
+    Args:
+        spent: seconds before that, by a run that is gone on with.
+    """
+
+    def __init__(self, spent: dict[str, float] | None = None) -> None:
+        self.spent = spent or {"seconds": 0.0, "train_cpu_seconds": 0.0}
+        self.start()
+
+    def start(self) -> None:
+        self._begin = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        now = time.perf_counter(), time.process_time()
+        past = [after - before for after, before in zip(now, self._begin, strict=True)]
+        return {
+            name: value + more for (name, value), more in zip(self.spent.items(), past, strict=True)
+        }

@@ -1,27 +1,30 @@
 """Go on with a run that was interrupted, from what its folder holds.
 
 Every random decision starts from a seed derived from where it belongs (training/seeding.py), so a
-run that goes on at the end of an epoch does what one that was never interrupted would have done.
+run that goes on after any step does what one that was never interrupted would have done.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from accelerate import Accelerator
 
 from training import config as configuration
+from training.checkpoints import States, read_state
 from training.engine import from_main_process
 from training.errors import UserError, one_line
 from training.runfolder import RunFolder
 
-STATE = "checkpoints/last-state.pt"
 # What may differ between the two commands: none of it changes what is computed.
-_FREE = ("resume", "run.progress", "run.threads", "run.output", "run.experiment", "run.save_every")
+_FREE = ("resume", *(f"run.{name}" for name in (
+    "progress", "threads", "output", "experiment",
+    "save_every", "save_steps", "keep", "on_save_error", "max_skipped",
+)))  # fmt: skip
 
 
 def open_folder(
@@ -42,7 +45,7 @@ def open_folder(
             run was started with another configuration.
     """
     name = (config.run.experiment or name).replace("/", "_").replace(":", "_")
-    folder, problem, found = None, None, None
+    folder, problem, found, state = None, None, None, None
     if accelerator.is_main_process:
         try:
             found = _find(config, name)
@@ -52,6 +55,9 @@ def open_folder(
             else:
                 _check_same(config, found)
                 folder = RunFolder.reopen(found)
+                found, state = _newest(found)
+                States(found.parent).forget_after(found)
+                folder.forget_after(state["epoch"])
         except UserError as error:
             problem = str(error)
     problem, found = from_main_process(accelerator, (problem, found and str(found)))
@@ -59,20 +65,18 @@ def open_folder(
         raise UserError(problem)
     if found is None:
         return folder, None
-    state = read_state(Path(found) / STATE)
-    if folder is not None:
-        folder.forget_after(state["epoch"])
-    return folder, state
+    return folder, state if state is not None else read_state(Path(found))
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """Read the state that a loop wrote; nothing but tensors and plain containers is built."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch reports a damaged archive in half a dozen ways
-        raise UserError(
-            f"resume: {str(path)!r} is truncated or not a training state: {one_line(error):.120}"
-        ) from error
+def _newest(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the newest state that verifies, and its path."""
+    told: list[str] = []
+    newest = States(folder / "checkpoints").newest(told.append)
+    if newest is None:
+        raise UserError("; ".join(told))
+    for line in told:
+        print(f"warning: {line}; going on from the state before it", file=sys.stderr)
+    return newest
 
 
 def _find(config: Any, name: str) -> Path | None:
@@ -80,10 +84,15 @@ def _find(config: Any, name: str) -> Path | None:
         return None
     if config.resume != "auto":
         path = Path(config.resume)
-        if not (path / STATE).is_file():
+        if not States(path / "checkpoints").paths():
             raise UserError(
-                f"resume: {config.resume!r} holds no {STATE}; give the folder of a run that has "
-                "finished an epoch, or auto"
+                f"resume: {config.resume!r} holds no checkpoints/state-*.pt; give the folder of a "
+                "run that has saved one, or auto"
+            )
+        if RunFolder.reopen(path).finished:
+            epochs = len(RunFolder.reopen(path).records())
+            raise UserError(
+                f"resume: the run in {config.resume!r} has finished its {epochs} epochs"
             )
         return path
     taken = re.compile(re.escape(name) + r"(?:-(\d+))?")
@@ -91,17 +100,10 @@ def _find(config: Any, name: str) -> Path | None:
     names = [path.name for path in output.iterdir()] if output.is_dir() else []
     numbered = [(int(m.group(1) or 1), m.group(0)) for m in map(taken.fullmatch, names) if m]
     for _, found in sorted(numbered, reverse=True):
-        if (output / found / STATE).is_file():
-            done = RunFolder.reopen(output / found).records()
-            if not done or done[-1]["epoch"] < _epochs(output / found):
-                return output / found
+        path = output / found
+        if States(path / "checkpoints").paths() and not RunFolder.reopen(path).finished:
+            return path
     return None
-
-
-def _epochs(folder: Path) -> float:
-    """The last epoch of a run, cool-down included."""
-    content = _read_config(folder)
-    return content.get("epochs", 0) + content.get("sched", {}).get("cooldown_epochs", 0)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

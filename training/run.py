@@ -13,9 +13,10 @@ from torch import nn
 from training.badimages import BadImages
 from training.curves import Panel, draw_curves
 from training.errors import UserError
-from training.loop import Loop, Plan, Step
+from training.loop import Loop
 from training.optim import make_ema, make_schedule
 from training.pictures import draw_tables
+from training.plan import Plan, Step
 from training.progress import Progress
 from training.resume import open_folder
 from training.runfolder import RunFolder
@@ -30,7 +31,7 @@ class Task:
 
     bad: BadImages | None = None
 
-    def batches(self, epoch: int) -> Iterator[Any]:
+    def batches(self, epoch: int, skip: int = 0) -> Iterator[Any]:
         raise NotImplementedError
 
     def loss(self, model: nn.Module, batch: Any, step: int) -> Step:
@@ -45,6 +46,9 @@ class Task:
 
     def restore(self, carried: Any) -> None:
         """Go on from what :meth:`carried` returned, in a run that is resumed."""
+
+    def skipped(self) -> None:
+        """Forget what the last step left, as it was not finite."""
 
 
 def train(
@@ -94,6 +98,10 @@ def train(
         accumulate=config.grad_accum_steps,
         clip_grad=clip_grad,
         save_every=config.run.save_every,
+        save_steps=config.run.save_steps,
+        keep=config.run.keep,
+        patient=config.run.on_save_error == "continue",
+        max_skipped=config.run.max_skipped,
         seed=config.seed,
         eval_every=config.run.eval_every,
         best=best,
@@ -101,13 +109,22 @@ def train(
         advice=advice,
         about=about,
     )
+
+    def carried() -> dict[str, Any]:
+        bad = {} if task.bad is None else task.bad.gather()
+        return {"task": task.carried(), "bad": bad}
+
     loop = Loop(
-        accelerator, model, wrapped, optimizer, schedule, ema, folder, plan, progress, task.carried
-    )
+        accelerator, model, wrapped, optimizer, schedule, ema, folder, plan, progress,
+        carried, task.skipped,
+    )  # fmt: skip
     if state is not None:
         loop.restore(state)
-        task.restore(state["carried"])
-        progress.say(f"going on after epoch {loop.epoch}")
+        task.restore(state["carried"]["task"])
+        if task.bad is not None:
+            task.bad.restore(state["carried"]["bad"])
+        within = f" and step {loop.step}" if loop.within else ""
+        progress.say(f"going on after epoch {loop.epoch}{within}")
     try:
         record = loop.fit(
             task.batches, task.loss, task.evaluate, lambda record: line(record, epochs)
@@ -115,7 +132,12 @@ def train(
     finally:
         progress.close()
         if folder is not None and folder.records():
-            draw_curves(folder.records(), folder / "curves.png", folder.path.name, panels)
+            try:
+                draw_curves(folder.records(), folder / "curves.png", folder.path.name, panels)
+            except OSError as error:  # what ended the run is what must be told
+                progress.warn(f"cannot write {str(folder / 'curves.png')!r}: {error.strerror}")
+    if folder is not None:
+        record = record or folder.records()[-1]
     averaged = model if ema is None else ema.module
     finish(task, folder, averaged)
     skipped = {} if task.bad is None else task.bad.gather()
@@ -124,6 +146,7 @@ def train(
         if skipped:
             folder.write_json("skipped.json", skipped)
             print(f"{len(skipped)} images did not decode; {folder / 'skipped.json'} names them")
+        folder.beat("finished", epoch=loop.epoch, step=loop.step, steps=loop.step)
         seconds = time.perf_counter() - start
         print(f"{verdict(record)}, after {epochs} epochs in {seconds:.0f} s")
         print(f"run folder: {folder.path}")
@@ -144,8 +167,11 @@ def check_numbers(config: Any) -> None:
     for name in ("epochs", "batch_size", "grad_accum_steps"):
         if getattr(config, name) < 1:
             raise UserError(f"{name}: {getattr(config, name)} is not at least 1")
-    for name in ("save_every", "eval_every"):
-        if getattr(config.run, name) < 1:
+    for name in ("save_every", "eval_every", "save_steps", "keep"):
+        value = getattr(config.run, name)
+        if value is not None and value < 1:
             raise UserError(f"run.{name}: {getattr(config.run, name)} is not at least 1")
+    if config.run.max_skipped < 0:
+        raise UserError(f"run.max_skipped: {config.run.max_skipped} is negative")
     if getattr(config.data, "workers", 0) < 0:
         raise UserError(f"data.workers: {config.data.workers} is negative")

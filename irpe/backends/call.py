@@ -1,5 +1,6 @@
 """One attention call, validated, and the arithmetic that all backends share."""
 
+import contextlib
 import os
 from dataclasses import dataclass
 
@@ -95,6 +96,13 @@ _AUTOCAST = {d for d in ("cpu", "cuda", "xpu", "mps", "mtia") if torch.amp.is_au
 def autocasting(device: str) -> bool:
     """Whether autocast is on for this type of device."""
     return device in _AUTOCAST and torch.is_autocast_enabled(device)
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
+    """Autocast off, for what chooses its own precision."""
+    if autocasting(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 def exporting() -> bool:

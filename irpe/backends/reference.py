@@ -25,16 +25,9 @@ def attention(call: Call, keep: Tensor | None = None) -> Tensor:
         if term.kind == "gain":
             logits = logits * expanded(term.table, term.buckets.dense(q.device))
     for term in call.terms:
-        match term.kind:
-            case "bias" | "slope":
-                logits = logits + added(term, q)
-            case "query":
-                ids = term.buckets.dense(q.device)
-                logits = logits + lookup(meet(q, term.table), ids)
-            case "key":
-                ids = term.buckets.dense(q.device)
-                rows = meet(k * call.scale, term.table)
-                logits = logits + lookup(rows, ids.transpose(-2, -1)).transpose(-2, -1)
+        part = position(term, q, k, call.scale)
+        if part is not None:
+            logits = logits + part
     mask, dead = call.merged_mask()
     if mask is not None:
         additive = mask.is_floating_point()
@@ -55,6 +48,24 @@ def attention(call: Call, keep: Tensor | None = None) -> Tensor:
             mass = mass.scatter_add(-1, ids.expand_as(probabilities), probabilities)
             out = out + meet(mass, term.table)
     return out
+
+
+def position(term: Term, q: Tensor, k: Tensor, scale: float) -> Tensor | None:
+    """What a term adds to the logits, ``[1 | B, H | 1, L, S]``; None if it acts elsewhere.
+
+    Args:
+        q: ``[B, H, L, D]``, scaled. k: ``[B, H, S, D]``, not scaled.
+    """
+    match term.kind:
+        case "bias" | "slope":
+            return added(term, q)
+        case "query":
+            return lookup(meet(q, term.table), term.buckets.dense(q.device))
+        case "key":
+            ids = term.buckets.dense(q.device)
+            rows = meet(k * scale, term.table)
+            return lookup(rows, ids.transpose(-2, -1)).transpose(-2, -1)
+    return None
 
 
 def _content(q: Tensor, k: Tensor, terms: tuple[Term, ...]) -> Tensor:

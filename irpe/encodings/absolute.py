@@ -134,7 +134,7 @@ class LearnedEmbedding(Encoding):
         least, most = 0, geometry.query_length - geometry.prefix - 1
         if given is not None:
             query = given[0]
-            if query.is_floating_point() or query.dtype == torch.bool:
+            if query.is_floating_point():
                 raise IrpeError(f"{self.spec} needs integer positions, not {query.dtype}")
             if query.numel():
                 least, most = geometry.remember(

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ..errors import IrpeError
 
+MOST = 2**31 - 1  # tokens in a row
+
 
 class Geometry:
     """Positions of the queries and of the keys of one attention call.
@@ -114,9 +116,6 @@ class Geometry:
     def offsets(self, device: torch.device) -> Tensor:
         """Query position minus key position, ``[(B,) L', S', A]``."""
         query, key = self.positions(device)
-        for given in (query, key):
-            if given.dtype == torch.bool or given.is_complex():
-                raise IrpeError(f"positions are numbers on a line, not {given.dtype}")
         query, key = (p if p.is_floating_point() else p.long() for p in (query, key))
         return query.unsqueeze(-2) - key.unsqueeze(-3)
 
@@ -168,16 +167,20 @@ def _each(value: Any) -> tuple[Any, ...]:
 
 
 def check_size(name: str, size: object, least: int = 1) -> None:
-    """Raises IrpeError for what is no integer, or a smaller one."""
+    """Raises IrpeError for what is no integer, a smaller one, or one that no tensor can have."""
     if torch.jit.is_tracing():  # sizes are tensors there
         return
     integer = isinstance(size, int | torch.SymInt | Integral) and not isinstance(size, bool)
     if not integer or size < least:  # type: ignore[operator]
         raise IrpeError(f"{name}={size!r} is not an integer of at least {least}")
+    if isinstance(size, int) and size > MOST:  # of symbols it would be a guard
+        raise IrpeError(f"{name}={size} is more than {MOST}")
 
 
 def _positions(name: str, positions: Tensor) -> Tensor:
     if not isinstance(positions, Tensor) or positions.dim() not in (2, 3):
         shape = list(positions.shape) if isinstance(positions, Tensor) else positions
         raise IrpeError(f"{name} are a tensor [L, A] or [B, L, A], not {shape!r}")
+    if positions.dtype == torch.bool or positions.is_complex():
+        raise IrpeError(f"positions are numbers on a line, not {positions.dtype}")
     return positions

@@ -50,8 +50,9 @@ class Grid(Geometry):
         if not isinstance(indices, Tensor) or indices.dim() not in (1, 2):
             shape = list(indices.shape) if isinstance(indices, Tensor) else indices
             raise IrpeError(f"indices are a tensor [L'] or [B, L'], not {shape!r}")
-        if indices.is_floating_point() or indices.dtype == torch.bool:
+        if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
             raise IrpeError(f"indices are integers, not {indices.dtype}")
+        indices = indices.long()  # short ones have no floor, or no room for the position
         rows = torch.div(indices, self.width, rounding_mode="floor")
         positions = torch.stack((rows, indices - rows * self.width), dim=-1)
         return Grid(self.height, self.width, self.prefix, positions=positions)

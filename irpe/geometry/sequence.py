@@ -32,8 +32,11 @@ class Sequence(Geometry):
         check_size("length", length)
         self.length = length
         for given in (positions, keys):
-            if given is not None and not isinstance(given, Tensor):
-                raise IrpeError(f"positions are a tensor [L] or [B, L], not {given!r}")
+            if given is None:
+                continue
+            if not isinstance(given, Tensor) or given.dim() not in (1, 2):
+                shape = list(given.shape) if isinstance(given, Tensor) else given
+                raise IrpeError(f"positions are a tensor [L] or [B, L], not {shape!r}")
         if positions is None and keys is None:
             self._query = self._key = None
             self._set_prefix(prefix, key_prefix)

@@ -102,37 +102,43 @@ class BoundLayer:
             return self._layer(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_layer":  # a compiler looks at one that holds nothing yet
+            raise AttributeError(name)
         return getattr(self._layer, name)
 
 
-class _Binds(nn.Module):
+class Binds(nn.Module):
     """A container that hands out its layers bound, if the patch projection has just run."""
 
     slot: Slot
 
+    def bind(self, layer: nn.Module, geometry: Geometry) -> Any:
+        return BoundLayer(layer, geometry)
+
     def _bound(self) -> list[Any]:
         layers: list[Any] = list(self._modules.values())
         geometry = self.slot.take()
-        return layers if geometry is None else [BoundLayer(layer, geometry) for layer in layers]
+        return layers if geometry is None else [self.bind(layer, geometry) for layer in layers]
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._bound())
 
-    def __getitem__(self, index: Any) -> Any:
-        item = super().__getitem__(index)  # type: ignore[misc]
-        if isinstance(item, _Binds):  # a slice goes on where this one stands
-            item.slot = self.slot
-        return item
-
-
-class LocatedSequential(_Binds, nn.Sequential):
-    """An ``nn.Sequential`` of layers."""
-
     def children(self) -> Iterator[Any]:  # what torch's checkpoint_sequential goes through
         return iter(self._bound())
 
+    def __getitem__(self, index: Any) -> Any:
+        item = super().__getitem__(index)  # type: ignore[misc]
+        if isinstance(item, Binds):  # a slice goes on where this one stands
+            held = {name: value for name, value in vars(self).items() if name not in vars(item)}
+            vars(item).update(held)
+        return item
 
-class LocatedList(_Binds, nn.ModuleList):
+
+class LocatedSequential(Binds, nn.Sequential):
+    """An ``nn.Sequential`` of layers."""
+
+
+class LocatedList(Binds, nn.ModuleList):
     """An ``nn.ModuleList`` of layers."""
 
 
@@ -141,7 +147,7 @@ _KINDS: dict[type, type] = {nn.Sequential: LocatedSequential, nn.ModuleList: Loc
 
 def locate(projection: nn.Module, layers: nn.Module, prefix: int) -> None:
     """From here on the projection tells the layers the grid. Does nothing a second time."""
-    if isinstance(layers, _Binds):
+    if isinstance(layers, Binds):
         return
     slot = Slot()
     layers.__class__ = _KINDS[type(layers)]
@@ -158,4 +164,4 @@ def forget(projection: nn.Module, layers: nn.Module) -> None:
 
 def placeable(layers: nn.Module) -> bool:
     """Whether ``locate`` knows the container."""
-    return type(layers) in _KINDS or isinstance(layers, _Binds)
+    return type(layers) in _KINDS or isinstance(layers, Binds)

@@ -16,7 +16,9 @@ METHODS = ("euc", "quant", "rank", "cross", "product")
 MODES = ("bias", "ctx")
 INDEXES = ("piecewise", "clip")
 _ALIASES = {"euclidean": "euc", "quantization": "quant", "contextual": "ctx"}
-_OPTIONS = ["index", "alpha", "beta", "gamma"]
+OPTIONS = ["index", "alpha", "beta", "gamma"]
+MOST_BUCKETS = 2**22  # a table of 64 channels then has 1 GiB
+MOST_RANKS = 2**16  # of all distances in a grid of more than 400x400
 FORM = "rpe-{ratio}-{method}-{mode}-{shared}-{on}"
 
 
@@ -72,6 +74,14 @@ class RPE(Spec):
         alpha, beta, gamma = self.coefficients
         if int(beta) < 1:
             raise IrpeError(f"beta={beta:g} leaves a single bucket: at least 1 is needed")
+        if self.method == "product" and (2 * int(beta) + 1) ** 2 > MOST_BUCKETS:
+            raise IrpeError(
+                f"beta={beta:g} makes {(2 * int(beta) + 1) ** 2} buckets of method product, "
+                f"more than {MOST_BUCKETS}"
+            )
+        far = max(beta, gamma) if self.index == "piecewise" else beta
+        if self.method == "rank" and far > MOST_RANKS:
+            raise IrpeError(f"{far:g} ranks of distances are counted, more than {MOST_RANKS}")
         if self.index == "piecewise" and not alpha <= beta:
             raise IrpeError(f"alpha={alpha:g} must not exceed beta={beta:g} in {self._plain()}")
         if self.index == "piecewise" and not alpha < gamma:
@@ -108,7 +118,7 @@ def read(head: str, options: list[str]) -> RPE:
     if shared not in ("0", "1"):
         raise IrpeError(f"shared is 0 or 1, not {shared!r}")
     fields: dict[str, Any] = {"ratio": ratio, "method": method, "mode": mode, "on": on}
-    return RPE(shared=shared == "1", **fields, **read_options(options, _OPTIONS))
+    return RPE(shared=shared == "1", **fields, **read_options(options, OPTIONS))
 
 
 def _check_on(on: object, mode: str) -> None:

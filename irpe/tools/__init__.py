@@ -1,1 +1,1 @@
-"""What people look at: costs now, plots and the command line later."""
+"""What people look at: the ``irpe`` command, pictures, costs, checkpoints."""

@@ -1,4 +1,4 @@
-"""Multiply-adds and parameters of a model, counted by fvcore.
+"""Multiply-adds, activations and parameters of a model, counted by fvcore.
 
 fvcore counts one multiply-add as one. It knows no fused attention, so one handler stands here for
 torch's scaled_dot_product_attention. Attention with terms is traced as the plain operations of the
@@ -10,7 +10,7 @@ additions do everywhere in fvcore.
 from typing import Any
 
 import torch
-from fvcore.nn import FlopCountAnalysis
+from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
 from torch import Tensor, nn
 
 
@@ -21,12 +21,25 @@ def multiply_adds(model: nn.Module, *inputs: Tensor) -> int:
         model: stays as it is, its training mode too.
         inputs: of the forward pass; a batch of one image gives the figure that papers print.
     """
+    return _total(FlopCountAnalysis, _attention, model, inputs)
+
+
+def activations(model: nn.Module, *inputs: Tensor) -> int:
+    """Numbers that the products and convolutions of one forward pass give out.
+
+    Attention counts with its logits, as where they are laid out: an upper bound for a fused kernel,
+    but the same count with an encoding and without. For arguments see ``multiply_adds``.
+    """
+    return _total(ActivationCountAnalysis, _laid_out, model, inputs)
+
+
+def _total(analysis: Any, attention: Any, model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            count = FlopCountAnalysis(model, inputs)
-            count.set_op_handle("aten::scaled_dot_product_attention", _attention)
+            count = analysis(model, inputs)
+            count.set_op_handle("aten::scaled_dot_product_attention", attention)
             count.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
             return int(count.total())
     finally:
@@ -42,3 +55,8 @@ def _attention(inputs: list[Any], outputs: list[Any]) -> int:
     q, k, v = (value.type().sizes() for value in inputs[:3])
     pairs = q[0] * q[1] * q[2] * k[2]
     return pairs * (q[3] + v[3])
+
+
+def _laid_out(inputs: list[Any], outputs: list[Any]) -> int:
+    q, k, v = (value.type().sizes() for value in inputs[:3])
+    return q[0] * q[1] * q[2] * (k[2] + v[3])

@@ -229,3 +229,10 @@ def test_what_hangs_or_dies_costs_itself_only(benchmarks, monkeypatch):
     ]
     assert [case.get("cannot") for case in done] == [None, "timing both: CUDA error", None]
     assert left == [str(case) for case in order[3:]]
+
+
+def test_startup():
+    done = run("startup", "--rounds", "1", "--warmup", "0")
+    assert done.returncode == 0, done.stderr
+    rows = {line[:20].strip(): line[20:].split() for line in done.stdout.splitlines()}
+    assert all(float(rows[name][0]) > 0 for name in ("plain", "import irpe", "irpe --help"))

@@ -1,11 +1,14 @@
 """Who may import whom, as a table over the import statements; and irpe without its options."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import irpe
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "irpe"
@@ -19,15 +22,27 @@ ALLOWED = {
     "terms": {"buckets"},
     "encodings": {"errors", "spec", "geometry", "buckets", "terms"},
     "backends": {"errors", "geometry", "buckets", "terms"},
-    "functional": {"errors", "terms", "backends"},
+    "functional": {"errors", "terms", "backends", "linear"},
     "layers": {"errors", "spec", "geometry", "encodings", "functional"},
-    "linear": {"errors", "geometry", "encodings", "functional"},
+    "linear": {"errors", "geometry", "encodings", "backends"},
     "hosts": {"errors", "spec", "geometry", "terms", "encodings", "functional"},
     "zoo": {"encodings", "hosts"},
-    "tools": {"errors", "spec", "geometry", "buckets"},
+    "tools": {
+        "errors",
+        "spec",
+        "geometry",
+        "terms",
+        "buckets",
+        "backends",
+        "encodings",
+        "functional",
+        "hosts",
+        "zoo",
+    },
+    "__main__": {"tools"},
 }
 OPTIONAL = {
-    "timm": {"hosts/timm/", "zoo.py"},
+    "timm": {"hosts/timm/", "zoo.py", "tools/models.py"},
     "torchvision": {"hosts/torchvision.py"},
     "transformers": {"hosts/transformers.py"},
     "triton": {"backends/triton/"},
@@ -126,11 +141,55 @@ except irpe.IrpeError:
     assert done.stdout.strip() == "fine", done.stderr
 
 
-def test_import_is_light():
-    code = (
-        "import irpe, sys; "
-        "print([m for m in ('timm', 'torchvision', 'transformers', 'triton') if m in sys.modules])"
-    )
-    run = [sys.executable, "-c", code]
+def modules_after(code):
+    """What is imported once some code has run."""
+    run = [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"]
     done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.strip() == "[]"
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_import_is_light():
+    """Its names bring torch and nothing else; the tools that nobody called stay away too."""
+    found = modules_after("import irpe; [getattr(irpe, name) for name in irpe.__all__]")
+    assert "torch" in found
+    others = {"timm", "torchvision", "transformers", "triton", "matplotlib", "fvcore", "PIL"}
+    assert not others & found
+    assert not [name for name in found if name.startswith("irpe.tools")]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import irpe; irpe.parse('rope'); irpe.IrpeError; dir(irpe)",
+        "from irpe.tools.command import main; main([])",
+        "from irpe.tools.command import main; main(['specs'])",
+        "from irpe.tools.command import main\ntry: main(['buckets'])\nexcept SystemExit: pass",
+        "from irpe.tools.command import main\ntry: main(['--help'])\nexcept SystemExit: pass",
+    ],
+    ids=["import", "nothing", "specs", "wrong", "help"],
+)
+def test_what_needs_no_torch_imports_none(code):
+    assert not {"torch", "numpy", "matplotlib"} & modules_after(code)
+
+
+def test_public_names_are_those_of_their_homes():
+    homes = [name for names in irpe._HOMES.values() for name in names]
+    assert sorted(homes) == sorted(irpe.__all__) and len(set(homes)) == len(homes)
+    for home, names in irpe._HOMES.items():
+        for name in names:
+            assert getattr(irpe, name) is getattr(importlib.import_module(f"irpe.{home}"), name)
+    assert set(irpe.__all__) <= set(dir(irpe))
+    space = {}
+    exec("from irpe import *", space)
+    assert set(irpe.__all__) <= set(space)
+    with pytest.raises(AttributeError, match="'irpe' has no attribute 'atention'"):
+        irpe.atention  # noqa: B018
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    typed = {  # what a type checker sees
+        alias.name: node.module
+        for part in tree.body
+        if isinstance(part, ast.If)
+        for node in part.body
+        for alias in node.names
+    }
+    assert typed == {name: home for home, names in irpe._HOMES.items() for name in names}

@@ -1,5 +1,7 @@
 """Run the scripts in-process, and start each test from fresh global state."""
 
+import argparse
+import inspect
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from cls_command import TINY
+from lm_command import TINY as LM_TINY
 from PIL import Image
 
 
@@ -30,6 +33,29 @@ def cls(tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable:
     def run(*arguments: str) -> tuple[int, str, str]:
         capsys.readouterr()
         status = train_cls.main([*TINY, f"--run.output={tmp_path / 'runs'}", *arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def book(tmp_path_factory) -> Path:
+    """A text of 20,000 bytes that every machine has."""
+    path = tmp_path_factory.mktemp("text") / "book.txt"
+    path.write_text(inspect.getsource(argparse)[:20_000])
+    return path
+
+
+@pytest.fixture
+def lm(tmp_path: Path, capsys: pytest.CaptureFixture, book: Path) -> Callable:
+    """Return ``run(*arguments) -> (status, output, errors)`` of train_lm.py, in this process."""
+    import train_lm
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        given = [f"--data.root={book}", f"--run.output={tmp_path / 'runs'}"]
+        status = train_lm.main([*LM_TINY, *given, *arguments])
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from training.weights import read_weights
+from irpe.tools.weights import read_weights
 
 TINY = [
     "--data.name=files",

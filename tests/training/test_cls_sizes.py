@@ -8,6 +8,7 @@ import timm
 import torch
 
 import irpe
+from irpe.tools.weights import read_weights
 from training import config
 from training.cls.model import input_settings
 from training.cls.options import ClsConfig
@@ -15,7 +16,6 @@ from training.cls.sizes import parse_sizes
 from training.data.sources import open_source
 from training.data.transforms import make_transform
 from training.errors import UserError
-from training.weights import read_weights
 
 RPE = "rpe-2.0-product-ctx-1-k"
 ARGS = {"img_size": 8, "in_chans": 1, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from irpe.tools.weights import read_weights
+from training.checkpoints import States
 from training.loop import Loop
-from training.weights import read_weights
 
 TIMES = ("seconds", "images_per_second", "train_cpu_seconds")
 OPTIONS = ["--epochs=4", "--ema.enabled", "--ema.decay=0.9", "--model.drop_path=0.2"]
@@ -68,7 +69,7 @@ def test_records_after_the_state_are_trained_again(cls, interrupted, tmp_path: P
     folder = tmp_path / "runs" / "x"
     status, _, err = cls(*OPTIONS, f"--resume={folder}")
     assert status == 2
-    assert "holds no checkpoints/last-state.pt" in err
+    assert "holds no checkpoints/state-*.pt" in err
     interrupted("--run.experiment=y")
     folder = tmp_path / "runs" / "y"
     with (folder / "metrics.jsonl").open("a") as file:
@@ -86,8 +87,14 @@ def test_another_configuration_or_a_damaged_state_is_refused(cls, interrupted, t
     assert err.count("\n") == 1
     assert "optim.lr (was 0.003, is 0.5)" in err
     assert "seed (was 0, is 3)" in err
-    state = folder / "checkpoints" / "last-state.pt"
-    state.write_bytes(state.read_bytes()[:1000])
+    newer, older = States(folder / "checkpoints").paths()
+    older.write_bytes(older.read_bytes()[:1000])
+    content = bytearray(newer.read_bytes())
+    content[len(content) // 2] ^= 1
+    newer.write_bytes(content)
     status, _, err = cls(*OPTIONS, f"--resume={folder}")
     assert status == 2
-    assert "truncated or not a training state" in err
+    assert err.count("\n") == 1
+    assert all(
+        f"{str(path)!r} is truncated or not a training state" in err for path in (newer, older)
+    )

@@ -10,12 +10,13 @@ import pytest
 import timm
 import torch
 from cls_command import ROOT, TINY
+from run_files import files, newest_state
 
 import irpe
+from irpe.tools.weights import read_weights
 from training import config
 from training.cls.options import ClsConfig
 from training.loop import Loop
-from training.weights import read_weights
 
 RPE = "rpe-2.0-product-ctx-1-k"
 TIMES = ("seconds", "images_per_second", "train_cpu_seconds")
@@ -42,7 +43,7 @@ def test_a_run_leaves_everything(cls, tmp_path: Path):
     assert "epoch 2/2" in err
     assert "images/s" in err
     assert "left" in err
-    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    found = files(folder)
     assert found == {
         "config.yaml",
         "metrics.jsonl",
@@ -51,7 +52,9 @@ def test_a_run_leaves_everything(cls, tmp_path: Path):
         "checkpoints/best.safetensors",
         "checkpoints/last.safetensors",
         "checkpoints/last-ema.safetensors",
-        "checkpoints/last-state.pt",
+        "checkpoints/state-epoch1-step5.pt",
+        "checkpoints/state-epoch2-step10.pt",
+        "progress.json",
     }
     first, last = records(folder)
     assert (first["epoch"], last["epoch"]) == (1, 2)
@@ -60,7 +63,7 @@ def test_a_run_leaves_everything(cls, tmp_path: Path):
         assert isinstance(last[key], float), key
     assert last["train_loss"] < first["train_loss"]
     assert last["step"] == 2 * (1437 // 256)
-    state = torch.load(folder / "checkpoints" / "last-state.pt", weights_only=True)
+    state = newest_state(folder)
     assert (state["epoch"], state["step"]) == (2, 10)
     resolved = config.parse(ClsConfig, ["--config", str(folder / "config.yaml")], "x")
     assert resolved.rpe == RPE

@@ -11,16 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from cls_command import ROOT
+from damaged import DAMAGED, KINDS, damage
 from PIL import Image
 from processes import launch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from run_files import files
 
+from irpe.tools.weights import read_weights
 from training.data.scenes import Scenes, make_scenes
 from training.det.average_precision import NAMES
 from training.det.detect import Detect
 from training.loop import Loop
-from training.weights import read_weights
 
 K = "rpe-2.0-product-ctx-1-k"
 TIMES = ("seconds", "images_per_second", "train_cpu_seconds")
@@ -96,7 +98,7 @@ def test_a_run_leaves_everything(det, tmp_path: Path, scenes: Path):
     assert f"run folder: {folder}" in out
     assert "held-out AP" in out
     assert "epoch 2/2" in err
-    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    found = files(folder)
     assert found == {
         "config.yaml",
         "metrics.jsonl",
@@ -109,7 +111,9 @@ def test_a_run_leaves_everything(det, tmp_path: Path, scenes: Path):
         "checkpoints/best.safetensors",
         "checkpoints/last.safetensors",
         "checkpoints/last-ema.safetensors",
-        "checkpoints/last-state.pt",
+        "checkpoints/state-epoch1-step3.pt",
+        "checkpoints/state-epoch2-step6.pt",
+        "progress.json",
     }
     first, last = records(folder)
     assert last["count"] == last["ema_count"] == 10
@@ -267,6 +271,20 @@ def test_nothing_is_lost_of_what_is_left_out(det, scenes: Path, tmp_path: Path):
         assert err.count("\n") == 1
 
 
+def test_images_that_are_damaged_or_odd(det, scenes: Path, tmp_path: Path):
+    folder = copied(scenes, tmp_path)
+    names = sorted((folder / "train").iterdir())
+    for path, kind in zip(names, KINDS, strict=False):
+        damage(path, kind)
+    status, out, err = det(*coco(folder), "--run.experiment=x", "--run.progress=lines")
+    assert status == 0, err
+    skipped = json.loads((tmp_path / "runs" / "x" / "skipped.json").read_text())
+    bad = [str(path) for path, kind in zip(names, KINDS, strict=False) if kind in DAMAGED]
+    assert sorted(skipped) == bad and "5 images did not decode" in out
+    for name in bad:
+        assert len([line for line in err.splitlines() if name in line]) == 1
+
+
 def test_non_finite_loss_stops_the_run_and_names_the_images(det, tmp_path: Path, monkeypatch):
     real = Detect.loss
 
@@ -282,7 +300,7 @@ def test_non_finite_loss_stops_the_run_and_names_the_images(det, tmp_path: Path,
     assert "the loss became nan in epoch 1, by step 2" in err
     noted = json.loads((tmp_path / "runs" / "x" / "nonfinite.json").read_text())
     assert str(tmp_path / "runs" / "x" / "nonfinite.json") in err
-    assert [batch["step"] for batch in noted["batches"]] == [1]
+    assert [batch["step"] for batch in noted["batches"]] == [2]
     assert len(noted["batches"][0]["names"]) == 8
     assert not (tmp_path / "runs" / "x" / "checkpoints").exists()
 

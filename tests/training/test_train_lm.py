@@ -1,6 +1,5 @@
 """train_lm.py from end to end: artefacts, stages, segments, memories, evaluation, bad input."""
 
-import inspect
 import json
 import os
 import subprocess
@@ -13,6 +12,7 @@ import torch
 from cls_command import ROOT
 from lm_command import STAGED, TINY, records, same, weights
 from processes import launch
+from run_files import files, newest_state
 
 import irpe
 from models.text import CausalLM
@@ -28,35 +28,6 @@ SHORTFORMER = ["--encoding=pia", "--order=stripes", "--memory=1", STAGED]
 SHORTFORMER += ["--protocols=[{memory: true}, {kind: token, memory: true}]"]
 
 
-@pytest.fixture(scope="session")
-def book(tmp_path_factory) -> Path:
-    """A text of 20,000 bytes that every machine has."""
-    path = tmp_path_factory.mktemp("text") / "book.txt"
-    path.write_text(inspect.getsource(argparse_of())[:20_000])
-    return path
-
-
-def argparse_of():
-    import argparse
-
-    return argparse
-
-
-@pytest.fixture
-def lm(tmp_path: Path, capsys: pytest.CaptureFixture, book: Path):
-    """Return ``run(*arguments) -> (status, output, errors)`` of train_lm.py, in this process."""
-    import train_lm
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        given = [f"--data.root={book}", f"--run.output={tmp_path / 'runs'}"]
-        status = train_lm.main([*TINY, *given, *arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
-
-
 # --- a run ----------------------------------------------------------------------------------------
 
 
@@ -69,7 +40,7 @@ def test_a_run_leaves_everything(lm, tmp_path: Path, book: Path):
     assert f"run folder: {folder}" in out
     assert "epoch 4/4, step 12" in err and "tokens/s" in err
     assert "tokens to train on" in err
-    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    found = files(folder)
     assert found == {
         "config.yaml",
         "metrics.jsonl",
@@ -79,7 +50,9 @@ def test_a_run_leaves_everything(lm, tmp_path: Path, book: Path):
         "checkpoints/best.safetensors",
         "checkpoints/last.safetensors",
         "checkpoints/last-ema.safetensors",
-        "checkpoints/last-state.pt",
+        "checkpoints/state-epoch3-step9.pt",
+        "checkpoints/state-epoch4-step12.pt",
+        "progress.json",
     }
     first, *_, last = records(folder)
     assert last["ema_bits_per_byte"] < first["ema_bits_per_byte"] < 8
@@ -231,7 +204,7 @@ def test_the_optimiser_and_the_schedule_go_on_across_the_switch(lm, tmp_path: Pa
     assert lm("--run.experiment=plain")[0] == 0
     assert len(set(optimisers[:12])) == 1
     assert staged == rates and len(set(rates)) > 8
-    state = torch.load(tmp_path / "runs/lm-rope-seed0/checkpoints/last-state.pt", weights_only=True)
+    state = newest_state(tmp_path / "runs/lm-rope-seed0")
     steps = {int(group["step"]) for group in state["optimizer"]["state"].values()}
     assert steps == {12}
 
@@ -326,8 +299,8 @@ def test_two_processes_are_one_run(tmp_path: Path, book: Path):
         output = launch(processes, ROOT / "train_lm.py", *arguments, f"--run.experiment={name}")
         assert "".join(output).count("run folder:") == 1
         scores = json.loads((tmp_path / name / "scores.json").read_text())
-        state = torch.load(tmp_path / name / "checkpoints/last-state.pt", weights_only=True)
-        results.append((records(tmp_path / name), scores, state["carried"]))
+        state = newest_state(tmp_path / name)
+        results.append((records(tmp_path / name), scores, state["carried"]["task"]))
     (one, scores, carried), (two, other_scores, other_carried) = results
     for a, b in zip(one, two, strict=True):
         assert (a["step"], a["tokens"], a["protocol"]) == (b["step"], b["tokens"], b["protocol"])

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 
 from training.badimages import BadImages
 from training.cls.options import AugConfig
-from training.data.loaders import Batch, set_epoch
+from training.data.loaders import Batch, batches_of, set_epoch
 from training.errors import UserError
-from training.loop import Step
+from training.plan import Step
 from training.run import Task
 from training.seeding import derive, forked
 
@@ -51,12 +51,11 @@ class Classify(Task):
                 num_classes=num_classes,
             )
 
-    def batches(self, epoch: int) -> Iterator[Batch]:
-        """Yield the training batches of an epoch."""
+    def batches(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        """Yield the training batches of an epoch, without the first ``skip``."""
         loader = self.loaders[0]
         assert loader is not None, "an evaluation has no training batches"
-        set_epoch(loader, epoch)
-        for batch in loader:
+        for batch in batches_of(loader, epoch, skip):
             self.bad.note(batch.bad)
             if not len(batch.targets):
                 raise UserError("no image of a whole training batch could be decoded")

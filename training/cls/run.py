@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import irpe
+from irpe.tools.weights import read_weights
 from training import run
 from training.badimages import BadImages
 from training.cls.classify import Classify, line, verdict
@@ -27,7 +28,7 @@ from training.errors import UserError
 from training.optim import make_optimizer
 from training.resume import open_folder
 from training.seeding import derive
-from training.weights import apply_weights, read_weights
+from training.weights import apply_weights
 
 
 def evaluate(config: ClsConfig) -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@ Processes share an epoch by taking every W-th sample of one common order. Loader
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,10 +42,11 @@ class EpochSampler(Sampler):
     ) -> None:
         self.length, self.seed, self.shuffle = length, seed, shuffle
         self.even, self.rank, self.world = even, rank, world
-        self.epoch = 0
+        self.epoch = self.first = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Choose the epoch, and which of this process's samples to begin it with."""
+        self.epoch, self.first = epoch, first
 
     def __len__(self) -> int:
         if self.even:
@@ -58,7 +60,7 @@ class EpochSampler(Sampler):
         else:
             order = list(range(self.length))
         mine = order[self.rank :: self.world][: len(self)]
-        return iter([(self.epoch, index) for index in mine])
+        return iter([(self.epoch, index) for index in mine[self.first :]])
 
 
 @dataclass
@@ -121,3 +123,15 @@ def set_epoch(loader: DataLoader, epoch: int) -> None:
     """Tell a loader's sampler, or its stream, which epoch comes next."""
     target = loader.sampler if isinstance(loader.sampler, EpochSampler) else loader.dataset
     target.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+def batches_of(loader: DataLoader, epoch: int, skip: int = 0) -> Iterable[Any]:
+    """Return the batches of an epoch without the first ``skip``.
+
+    Samples that have numbers are skipped unread; a stream must be read up to there.
+    """
+    if isinstance(loader.sampler, EpochSampler):
+        loader.sampler.set_epoch(epoch, skip * (loader.batch_size or 1))
+        return loader
+    set_epoch(loader, epoch)
+    return itertools.islice(loader, skip, None)

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import io
+from typing import IO
 
 import numpy as np
 from PIL import Image
 
 
 def decode_rgb(content: bytes) -> Image.Image:
-    """Decode an image file; raises OSError and its kin (``DECODE_ERRORS``) if that fails.
+    """Decode an image file; raises OSError if that fails.
 
-    Grey, palette, CMYK and 16-bit images become RGB, transparency is dropped, and an EXIF
-    orientation is not applied: boxes are in pixels as they are stored.
+    Grey, palette, CMYK and 16-bit images become RGB, transparency is dropped, the first picture of
+    an animation is taken, and an EXIF orientation is not applied: boxes are in pixels as they are
+    stored.
     """
-    with Image.open(io.BytesIO(content)) as opened:
+    return to_rgb(decode(io.BytesIO(content)))
+
+
+def decode(file: IO[bytes]) -> Image.Image:
+    """Decode an image of any mode; raises OSError if that fails."""
+    try:
+        opened = Image.open(file)
+        # Now, while the file is open and where a damaged one can be caught.
         opened.load()
-        return to_rgb(opened)
+    except (OSError, MemoryError):  # the latter is the machine's trouble, not the file's
+        raise
+    except Exception as error:  # PIL's decoders raise whatever a damaged file leads them to
+        raise OSError(f"{type(error).__name__}: {error}") from error
+    return opened
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

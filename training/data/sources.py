@@ -8,6 +8,7 @@ image in the place of one that does not decode, without a count.
 from __future__ import annotations
 
 import os
+import re
 import tarfile
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 from torch.utils.data import IterableDataset
 
 from training.data.digits import Digits
+from training.data.pixels import decode, to_rgb
 from training.errors import UserError
 
 _OPEN_ERRORS = (ImportError, OSError, RuntimeError, AssertionError, ValueError, TypeError)
@@ -57,11 +59,9 @@ class TimmSource:
             image, target, *_ = self.reader[index]
             if not isinstance(image, Image.Image):
                 with image as stream:
-                    opened = Image.open(stream)
-                    # Decode now, while the file is open and where a damaged one can be caught.
-                    opened.load()
-                    image = opened
-        return image.convert(self.mode), int(target)
+                    image = decode(stream)
+        image = to_rgb(image)
+        return image if self.mode == "RGB" else image.convert(self.mode), int(target)
 
     def name(self, index: int) -> str:
         try:
@@ -107,6 +107,7 @@ def open_source(
         root = _split_folder(Path(str(root)), split)
         _check_class_folders(Path(root))
     options = dict(kwargs or {})
+    _check_runs_nothing(prefix, root, split, options)
     if plain and str(root).endswith(".tar"):
         # timm may keep an index of a large archive as a pickle beside it, and would trust it.
         options.setdefault("cache_tarinfo", False)
@@ -128,6 +129,16 @@ def open_source(
     except (*_OPEN_ERRORS, tarfile.TarError) as error:
         raise UserError(f"cannot open data set {name!r} at {root!r}: {error}") from error
     return dataset if isinstance(dataset, IterableDataset) else TimmSource(dataset, mode)
+
+
+def _check_runs_nothing(prefix: str, root: str | None, split: str, options: dict[str, Any]) -> None:
+    """Raise for what would make a reader run code that the data, or the configuration, brings."""
+    if options.get("trust_remote_code"):
+        raise UserError("data.kwargs: trust_remote_code: true would run code of the data set")
+    # webdataset hands addresses to a shell: pipe: as it is, s3: and others inside a command.
+    for name, value in (("data.root", root or ""), ("split", split)):
+        if prefix == "wds" and ("pipe:" in value or re.search(r"[^\w./:{}|,@%+=~ -]", value)):
+            raise UserError(f"{name}: {value!r} could run a command; give a plain path or address")
 
 
 def _split_folder(root: Path, split: str) -> str:
@@ -154,13 +165,14 @@ def _check_class_folders(root: Path) -> None:
     extensions = get_img_extensions(as_set=True)
 
     def has_images(folder: Path) -> bool:
-        return any(
-            Path(file).suffix.lower() in extensions
-            for _, _, files in os.walk(folder, followlinks=True)
-            for file in files
-        )
+        found = False
+        for parent, folders, files in os.walk(folder, followlinks=True):
+            _check_links(parent, folders)
+            found = found or any(Path(file).suffix.lower() in extensions for file in files)
+        return found
 
     folders = sorted(path for path in root.iterdir() if path.is_dir())
+    _check_links(str(root), [path.name for path in folders])
     if not folders and not has_images(root):
         raise UserError(f"no images in {str(root)!r}: one folder of images per class is expected")
     empty = [str(folder) for folder in folders if not has_images(folder)]
@@ -169,3 +181,13 @@ def _check_class_folders(root: Path) -> None:
             f"class folder without images: {', '.join(empty)}; "
             f"remove it or add files ending in {', '.join(sorted(extensions))}"
         )
+
+
+def _check_links(parent: str, folders: list[str]) -> None:
+    """Raise for a link to a folder above it: its images would be counted dozens of times."""
+    for name in folders:
+        path = os.path.join(parent, name)
+        if os.path.islink(path):
+            target, inside = os.path.realpath(path), os.path.realpath(parent)
+            if os.path.commonpath([target, inside]) == target:
+                raise UserError(f"the link {path!r} leads back to {target!r}, which holds it")

@@ -17,11 +17,11 @@ from models.detr import Criterion, detections
 from training.badimages import BadImages
 from training.data.coco import CocoSource
 from training.data.detection import DetectionBatch, collate_detection
-from training.data.loaders import set_epoch
+from training.data.loaders import batches_of, set_epoch
 from training.det.average_precision import BoxEvaluation
 from training.det.pictures import Example
 from training.errors import UserError
-from training.loop import Step
+from training.plan import Step
 from training.run import Task
 
 PARTS = ("loss_ce", "loss_bbox", "loss_giou")
@@ -49,12 +49,11 @@ class Detect(Task):
         self.last: BoxEvaluation | None = None
         self._ids = {held_out.name(n): held_out.image_id(n) for n in range(len(held_out))}
 
-    def batches(self, epoch: int) -> Iterator[DetectionBatch]:
-        """Yield the training batches of an epoch."""
+    def batches(self, epoch: int, skip: int = 0) -> Iterator[DetectionBatch]:
+        """Yield the training batches of an epoch, without the first ``skip``."""
         loader = self.loaders[0]
         assert loader is not None, "an evaluation has no training batches"
-        set_epoch(loader, epoch)
-        for batch in loader:
+        for batch in batches_of(loader, epoch, skip):
             self.bad.note(batch.bad)
             if not batch.targets:
                 raise UserError("no image of a whole training batch could be decoded")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from irpe.tools.weights import read_weights
 from models.detr import DETR, Criterion, HungarianMatcher, build_detr
 from training.det.options import DetConfig
 from training.errors import UserError
 from training.seeding import derive
-from training.weights import apply_weights, read_weights
+from training.weights import apply_weights
 
 
 def build_model(config: DetConfig, num_classes: int) -> DETR:

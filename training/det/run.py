@@ -71,6 +71,8 @@ def train(config: DetConfig) -> dict[str, Any]:
     criterion = make_criterion(config, model)
 
     def finish(task: Detect, folder: RunFolder | None, model: nn.Module) -> None:
+        if task.last is None:  # a run that was stopped after its last evaluation
+            task.evaluate([model])
         left_out = [line for source in sources for line in source.report.skipped]
         curves, results = task.last.curves(), task.last.results()
         if folder is None:

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from training.data.loaders import EpochSampler
-from training.loop import Step
+from training.plan import Step
 from training.run import Task
 from training.text.answers import (
     Found,
@@ -62,11 +62,12 @@ class Answer(Task):
     def __len__(self) -> int:
         return len(self.sampler) // self.batch_size
 
-    def batches(self, epoch: int) -> Iterator[ReadingBatch]:
-        """Yield the training batches of an epoch."""
+    def batches(self, epoch: int, skip: int = 0) -> Iterator[ReadingBatch]:
+        """Yield the training batches of an epoch, without the first ``skip``."""
         self.sampler.set_epoch(epoch)
         order = [index for _, index in self.sampler]
-        for begin in range(0, len(self) * self.batch_size, self.batch_size):
+        for number in range(skip, len(self)):
+            begin = number * self.batch_size
             chosen = [self.train[index] for index in order[begin : begin + self.batch_size]]
             yield pad(chosen, self.padding).to(self.accelerator.device)
 

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from models.text import CausalLM, Kept, Memory
-from training.loop import Step
+from training.plan import Step
 from training.run import Task
 from training.text.options import ProtocolConfig
 from training.text.protocols import Score, ScoringPlan, score
@@ -106,15 +106,15 @@ class Language(Task):
         self.steps_per_epoch, self.accumulate, self.memory = steps_per_epoch, accumulate, memory
         self.states: list[Memory | None] = [None] * accumulate
 
-    def batches(self, epoch: int) -> Iterator[Part]:
-        """Yield this process's parts of the steps of an epoch."""
+    def batches(self, epoch: int, skip: int = 0) -> Iterator[Part]:
+        """Yield this process's parts of the steps of an epoch, without the first ``skip``."""
         first, shards = epoch * self.steps_per_epoch, self.accelerator.num_processes
-        for step in range(first, first + self.steps_per_epoch):
-            for number in range(self.accumulate):
-                shard = self.accelerator.process_index * self.accumulate + number
-                batch = self.plan.batch(self.stream, step, shard, shards * self.accumulate)
-                count = int((batch.labels != IGNORE).sum())
-                yield Part(number, batch.to(self.accelerator.device), count)
+        for at in range(skip, self.steps_per_epoch * self.accumulate):
+            step, number = divmod(at, self.accumulate)
+            shard = self.accelerator.process_index * self.accumulate + number
+            batch = self.plan.batch(self.stream, first + step, shard, shards * self.accumulate)
+            count = int((batch.labels != IGNORE).sum())
+            yield Part(number, batch.to(self.accelerator.device), count)
 
     def loss(self, model: nn.Module, batch: Part, step: int) -> Step:
         """Cross entropy of the true next tokens, where there is one that counts."""
@@ -169,6 +169,10 @@ class Language(Task):
                 size=tokens_of(self.memory, carried["block"]),
                 anew=carried["anew"],
             )
+
+    def skipped(self) -> None:
+        """What was remembered in a step that was left out is not a number; begin anew."""
+        self.states = [None] * self.accumulate
 
     def _gathered(self, layer: int) -> Tensor:
         """What a layer remembers, in the order of (process, part, row): that of the plan."""

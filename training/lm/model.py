@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import irpe
+from irpe.tools.weights import read_weights
 from models.text import (
     Bert,
     Body,
@@ -23,7 +24,7 @@ from models.text import (
 from training.errors import UserError
 from training.lm.options import LmConfig
 from training.seeding import derive
-from training.weights import apply_weights, read_weights
+from training.weights import apply_weights
 
 OPTIONS = "model, encoding, attach and data"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")

@@ -161,6 +161,32 @@ def width(module: Any) -> int:
     for name in ("head_dim", "dim_head", "key_dim"):
         if hasattr(module, name):
             return int(getattr(module, name))
-    if hasattr(module, "qkv"):
-        return int(module.qkv.weight.shape[0]) // (3 * module.num_heads)
-    return int(module.q.weight.shape[0]) // module.num_heads
+    layer, heads = (
+        (module.qkv, 3 * module.num_heads)
+        if hasattr(module, "qkv")
+        else (module.q, module.num_heads)
+    )
+    made = layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
+    return int(made) // heads
+
+
+def unreadable(module: Any) -> str | None:
+    """What a host needs of its projection that a quantised one does not hold out; None if nothing.
+
+    Hosts with a bias for queries alone read the weight; torch.ao makes a method of it.
+    """
+    if getattr(module, "q_bias", None) is None or getattr(module, "qkv_bias_separate", False):
+        return None
+    if not callable(getattr(module.qkv, "weight", None)):
+        return None
+    return (
+        "its qkv is quantised, and timm reads that layer's weight by itself: "
+        "leave the layers named qkv out of the quantisation"
+    )
+
+
+def check_readable(module: nn.Module) -> None:
+    """Raises IrpeError where a projection was quantised that the host cannot use then."""
+    why = unreadable(module)
+    if why is not None:
+        raise IrpeError(f"{type(module).__name__} cannot run: {why}")

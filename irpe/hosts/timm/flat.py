@@ -8,7 +8,7 @@ from timm.models.vision_transformer import ParallelScalingBlock
 from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor
 
-from .core import Core, Equipped, Located, answered, opened
+from .core import Core, Equipped, Located, answered, check_readable, opened
 
 
 class _Masked(Equipped):
@@ -42,6 +42,7 @@ class _Rotated(Equipped):
         place = opened(rope if told else attn_mask)
         core = Core(self, place.geometry, attn_mask if told else place.carried)
         rope = (place.carried if told else rope) if self.keeps else None
+        check_readable(self)
         return super().forward(x, rope=rope, attn_mask=core, is_causal=is_causal)
 
 
@@ -59,6 +60,7 @@ class EquippedBeitAttention(Equipped, beit.Attention):
     def forward(self, x: Tensor, shared_rel_pos_bias: Any = None) -> Tensor:
         place = opened(shared_rel_pos_bias)
         core = Core(self, place.geometry, place.carried if self.keeps else None)
+        check_readable(self)
         return super().forward(x, shared_rel_pos_bias=core)
 
     def _get_rel_pos_bias(self) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import torch
 from timm.models import (
     beit,
     crossvit,
@@ -23,7 +24,7 @@ from ...errors import IrpeError
 from ...spec import Spec
 from ..site import Site, misplaced_on_image, put_on, take_off
 from . import flat, maps, travel, windows
-from .core import Equipped, width
+from .core import Equipped, unreadable, width
 from .refused import reason
 
 # Models that keep their tokens in one row, and the argument that their blocks hand through.
@@ -136,7 +137,7 @@ class _TimmSite(Site):
 
     def obstacle(self, spec: Spec) -> str | None:
         kind = type(self.module)
-        why = maps.obstacle(self.module)
+        why = maps.obstacle(self.module) or unreadable(self.module)
         if kind not in KINDS and kind not in _BACK:
             why = reason(self.module) or f"{kind.__name__} computes its attention in its own way"
         if why is not None:
@@ -159,7 +160,8 @@ class _TimmSite(Site):
         return False
 
     def equip(self, spec: Spec, backend: str) -> None:
-        weight = next(self.module.parameters())
+        # A module that is quantised whole has no parameters; it runs on a CPU, in float32.
+        weight = next(self.module.parameters(), torch.empty(0, device="cpu", dtype=torch.float32))
         encodings = self._built(spec, device=weight.device, dtype=weight.dtype)
         _prepare(self.module)
         put_on(self.module, encodings)

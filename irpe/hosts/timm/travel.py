@@ -6,7 +6,7 @@ as an argument. So a block that is recomputed in a backward pass (gradient check
 with the grid of its own forward pass, whatever ran in between.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,52 +18,29 @@ from timm.layers.patch_dropout import (
 from torch import Tensor, nn
 
 from ...geometry import Geometry, Grid
-from ..place import Slot
+from ..place import Binds, BoundLayer, Slot
 from .core import Equipped, Located
 
 
-class LocatedBlock:
-    """A block with the geometry of one forward pass; all else is the block's."""
+class LocatedBlock(BoundLayer):
+    """A block that is handed the geometry as one of its arguments."""
 
     def __init__(self, block: nn.Module, geometry: Geometry, argument: str) -> None:
-        self._block, self._geometry, self._argument = block, geometry, argument
+        super().__init__(block, geometry)
+        self._argument = argument
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         located = Located(self._geometry, kwargs.get(self._argument))
-        return self._block(*args, **{**kwargs, self._argument: located})
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_block":  # a compiler looks at one that holds nothing yet
-            raise AttributeError(name)
-        return getattr(self._block, name)
+        return self._layer(*args, **{**kwargs, self._argument: located})
 
 
-class _LocatedBlocks:
-    """A model's blocks; bound to a geometry if the patch embedding has just run."""
+class _LocatedBlocks(Binds):
+    """A model's blocks; those that hold an equipped attention are bound."""
 
-    slot: Slot
     argument: str
 
-    def _bound(self) -> list[Any]:
-        blocks = list(vars(self)["_modules"].values())
-        geometry = self.slot.take()
-        if geometry is None:
-            return blocks
-        return [
-            LocatedBlock(b, geometry, self.argument) if takes_geometry(b) else b for b in blocks
-        ]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._bound())
-
-    def children(self) -> Iterator[Any]:
-        return iter(self._bound())
-
-    def __getitem__(self, index: Any) -> Any:
-        item = super().__getitem__(index)  # type: ignore[misc]
-        if isinstance(item, _LocatedBlocks):  # a slice goes on where this one stands
-            item.slot, item.argument = self.slot, self.argument
-        return item
+    def bind(self, layer: nn.Module, geometry: Geometry) -> Any:
+        return LocatedBlock(layer, geometry, self.argument) if takes_geometry(layer) else layer
 
 
 class LocatedSequential(_LocatedBlocks, nn.Sequential):

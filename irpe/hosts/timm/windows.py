@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.models import maxxvit, swin_transformer, swin_transformer_v2, swin_transformer_v2_cr
 from torch import Tensor
 
-from .core import Core, Equipped, answered
+from .core import Core, Equipped, answered, check_readable
 
 
 class EquippedWindowAttention(Equipped, swin_transformer.WindowAttention):
@@ -29,13 +29,14 @@ class _Cosine(Equipped):
         """``[1, H, L, L]``."""
         raise NotImplementedError
 
-    def _qkv_bias(self) -> Tensor | None:
+    def _projected(self, x: Tensor) -> Tensor:
+        """``[B, L, 3 C]``."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         B, L, _ = x.shape
         heads = self.num_heads
-        qkv = F.linear(x, self.qkv.weight, self._qkv_bias()).unflatten(-1, (3, heads, -1))
+        qkv = self._projected(x).unflatten(-1, (3, heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         scale = self.logit_scale.view(-1, 1, 1).clamp(max=math.log(100.0)).exp()
         core = Core(self, self.grid(*self.window_size), self._own_bias() if self.keeps else None)
@@ -56,11 +57,12 @@ class EquippedWindowAttentionV2(_Cosine, swin_transformer_v2.WindowAttention):
         bias = table[self.relative_position_index.view(-1)].view(area, area, -1)
         return 16 * bias.permute(2, 0, 1).sigmoid().unsqueeze(0)
 
-    def _qkv_bias(self) -> Tensor | None:
+    def _projected(self, x: Tensor) -> Tensor:
         if self.q_bias is None:
-            return None
+            return self.qkv(x)
+        check_readable(self)
         parts: list[Any] = [self.q_bias, self.k_bias, self.v_bias]
-        return torch.cat(parts)
+        return F.linear(x, self.qkv.weight, torch.cat(parts))
 
 
 class EquippedWindowMultiHeadAttention(_Cosine, swin_transformer_v2_cr.WindowMultiHeadAttention):
@@ -69,9 +71,8 @@ class EquippedWindowMultiHeadAttention(_Cosine, swin_transformer_v2_cr.WindowMul
     def _own_bias(self) -> Tensor:
         return self._relative_positional_encodings()
 
-    def _qkv_bias(self) -> Tensor | None:
-        bias: Tensor | None = self.qkv.bias
-        return bias
+    def _projected(self, x: Tensor) -> Tensor:
+        return self.qkv(x)
 
 
 class EquippedAttentionCl(Equipped, maxxvit.AttentionCl):

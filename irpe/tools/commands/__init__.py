@@ -1,0 +1,1 @@
+"""What each subcommand does: ``run(given)``, imported once its arguments are read."""

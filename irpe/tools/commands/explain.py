@@ -1,0 +1,67 @@
+"""``irpe explain``: the backend ``auto`` takes, on a device that need not be here."""
+
+import argparse
+import textwrap
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ...backends import triton
+from ...backends.choose import Facts
+from ...encodings import build, hooks
+from ...errors import IrpeError
+from ...functional import reasoned, validated
+from ...geometry import Geometry, Grid, Sequence
+from ...spec import parse
+from ..terminal import WIDTH
+
+
+def run(given: argparse.Namespace) -> None:
+    """Print the choice and its reasons."""
+    batch, heads, length, head_dim = given.shape
+    dtype = getattr(torch, given.dtype)
+    q = torch.empty(batch, heads, length, head_dim, dtype=dtype, device="meta")
+    owner = torch.nn.Module()
+    terms: tuple[Any, ...] = ()
+    if given.rpe is not None:
+        spec = parse(given.rpe)
+        geometry = _geometry(given, 2 in spec.axes and 1 not in spec.axes)
+        made = build(
+            spec, dim=heads * head_dim, num_heads=heads, head_dim=head_dim,
+            prefix=given.prefix, causal=given.causal, device="meta", dtype=dtype,
+        )  # fmt: skip
+        for name, module in made.items():
+            setattr(owner, name, module)
+        terms = hooks(owner).terms(geometry)
+    call = validated(q, q, q, terms, None, given.causal, 0.0, None)
+    here = given.device == "cpu" or torch.cuda.is_available()
+    facts = replace(
+        Facts.of(call),
+        device=given.device,
+        compiled=given.compile,
+        no_triton=triton.absent(torch.device(given.device)) if here else None,
+    )
+    for line in reasoned(call, facts, given.device).splitlines():
+        print(textwrap.fill(line, WIDTH, subsequent_indent="    "))
+    if not here:
+        print("There is no such device here: Triton and compute capability 8.0 are assumed.")
+
+
+def _geometry(given: argparse.Namespace, image: bool) -> Geometry:
+    patches = given.shape[2] - given.prefix
+    if patches < 1:
+        raise IrpeError(
+            f"--shape has {given.shape[2]} tokens and --prefix {given.prefix}: no patch is left"
+        )
+    if given.grid is not None:
+        height, width = given.grid
+        return Grid(height, width, prefix=given.prefix)
+    if not image:
+        return Sequence(patches, prefix=given.prefix)
+    side = round(patches**0.5)
+    if side * side != patches:
+        raise IrpeError(
+            f"{patches} patches are no square: say --grid HxW, and --prefix for class tokens"
+        )
+    return Grid(side, side, prefix=given.prefix)

@@ -1,0 +1,177 @@
+"""Learned tables of image encodings over the offsets they stand for, by layer and head.
+
+Offsets here are where the key stands as seen from the query, (row, column) of the key minus those
+of the query, so that a map reads like the picture around the query.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..buckets import bucket_functions
+from ..errors import IrpeError
+from ..spec import RPE, Spec, parse_image
+from .pictures import COLOURS, colour_bar, figure
+
+_KEY = re.compile(
+    r"(?P<owner>.*?)\.?(?P<kind>rpe_[qkv])(?:\.(?P<part>rp_rows|rp_cols))?"
+    r"\.lookup_table_(?P<mode>weight|bias)"
+)
+MEETS = {
+    "rpe_q": "on the queries (meets the key)",
+    "rpe_k": "on the keys (meets the query)",
+    "rpe_v": "on the values (joins the value)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """The tables of one kind, all over the same offsets.
+
+    Args:
+        kind: ``rpe_q``, ``rpe_k`` or ``rpe_v``. layers: counted from 1.
+        values: for each layer ``[H | 1, 2 height - 1, 2 width - 1]``; of contextual tables the
+            Euclidean norm of the bucket's vector, of method cross that of the sum of the row's and
+            the column's; of bias tables the bias itself, or the sum.
+        what: what the values are.
+    """
+
+    kind: str
+    layers: list[int]
+    values: list[Tensor]
+    what: str
+
+
+def read_tables(
+    weights: Mapping[str, Tensor], spec: str | Spec, grid: tuple[int, int]
+) -> list[Tables]:
+    """All tables of a state dict, over the offsets that occur in a grid of (height, width).
+
+    Raises:
+        IrpeError: where there are none, or they are not those of the spec.
+    """
+    spec = parse_image(spec)
+    found: dict[str, dict[str, dict[str, Tensor]]] = {}
+    modes = set()
+    for key, table in weights.items():
+        match = _KEY.fullmatch(key)
+        if match:
+            modes.add(match["mode"])
+            parts = found.setdefault(match["kind"], {}).setdefault(match["owner"], {})
+            parts[match["part"] or "whole"] = table.detach().float().cpu()
+    if not found:
+        raise IrpeError("there are no tables: no key ends in rpe_k.lookup_table_weight or the like")
+    wanted = "bias" if spec.mode == "bias" else "weight"
+    if modes != {wanted}:
+        raise IrpeError(
+            f"{spec} has lookup_table_{wanted}, not lookup_table_{min(modes - {wanted})}"
+        )
+    what = "bias on the logit" if spec.mode == "bias" else "norm of the bucket's vector"
+    kinds = []
+    for kind in sorted(found, key="rpe_q rpe_k rpe_v".index):
+        owners = sorted(found[kind], key=_numbers)
+        values = [over_offsets(spec, kind, found[kind][owner], grid) for owner in owners]
+        kinds.append(Tables(kind, _layers(owners), values, what))
+    return kinds
+
+
+def over_offsets(
+    spec: RPE, kind: str, parts: Mapping[str, Tensor], grid: tuple[int, int]
+) -> Tensor:
+    """Values ``[H | 1, 2 height - 1, 2 width - 1]`` of one layer, see ``Tables``.
+
+    Args:
+        parts: the table as ``whole``, for method cross ``rp_rows`` and ``rp_cols``.
+    """
+    names = ("rp_rows", "rp_cols") if spec.method == "cross" else ("whole",)
+    if set(parts) != set(names):
+        raise IrpeError(f"{spec} has {' and '.join(names)} in {kind}, not {' and '.join(parts)}")
+    rows, columns = (torch.arange(1 - n, n) for n in grid)
+    offsets = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1)
+    # Buckets are those of query - key; on the queries, of key - query.
+    offsets = offsets if kind == "rpe_q" else -offsets
+    total: Any = 0
+    for name, function in zip(names, bucket_functions(spec), strict=True):
+        table = parts[name]
+        if kind == "rpe_v":
+            table = table.transpose(-2, -1)  # [H, N, D] -> [H, D, N]
+        if table.dim() != (2 if spec.mode == "bias" else 3) or (
+            table.shape[-1] - function.size not in (0, 1)
+        ):
+            raise IrpeError(
+                f"{kind} has a table {list(parts[name].shape)}, but {spec} makes {function.size} "
+                "buckets, and one more for class tokens"
+            )
+        total = total + table[..., function(offsets)]
+    return total if spec.mode == "bias" else total.norm(dim=1)
+
+
+def draw_tables(tables: list[Tables], title: str) -> Any:
+    """A figure with a map for each layer and head; a colour scale for each kind."""
+    shapes = [_shape(t) for t in tables]
+    height, width = tables[0].values[0].shape[1:]
+    side = 1.15 if max(columns for _, columns in shapes) > 4 else 1.6
+    tall = [rows * (side * height / width + 0.3) + 0.9 for rows, _ in shapes]
+    across = max(5.5, max(columns for _, columns in shapes) * (side + 0.15) + 1.6)
+    made = figure(across, sum(tall) + 0.4)
+    made.suptitle(title, fontsize=11)
+    bands = made.subfigures(len(tables), 1, height_ratios=tall, squeeze=False)[:, 0]
+    for band, kind, shape in zip(bands, tables, shapes, strict=True):
+        _draw(band, kind, shape)
+    return made
+
+
+def _draw(band: Any, kind: Tables, shape: tuple[int, int]) -> None:
+    band.suptitle(f"{kind.kind}, {MEETS[kind.kind]}", fontsize=10)
+    grid = band.subplots(*shape, squeeze=False, sharex=True, sharey=True)
+    maps = [
+        (f"layer {n}" + (f", head {h + 1}" if len(value) > 1 else ""), value[h])
+        for n, value in zip(kind.layers, kind.values, strict=True)
+        for h in range(len(value))
+    ]
+    least = min(float(value.min()) for value in kind.values)
+    most = max(float(value.max()) for value in kind.values)
+    for axes in grid.flat[len(maps) :]:
+        axes.set_axis_off()
+    for axes, (name, value) in zip(grid.flat, maps, strict=False):
+        rows, columns = (n // 2 for n in value.shape)
+        image = axes.imshow(
+            value.numpy(),
+            cmap=COLOURS,
+            vmin=least,
+            vmax=max(most, least + 1e-12),
+            extent=(-columns - 0.5, columns + 0.5, rows + 0.5, -rows - 0.5),
+        )
+        axes.set_title(name, fontsize=8)
+        axes.set_xticks(sorted({-columns, 0, columns}))
+        axes.set_yticks(sorted({-rows, 0, rows}))
+        axes.tick_params(labelsize=7, length=2)
+    band.supxlabel("column of the key - column of the query, patches", fontsize=9)
+    band.supylabel("row of the key - row of the query, patches", fontsize=9)
+    colour_bar(band, image, grid, kind.what)
+
+
+def _shape(kind: Tables) -> tuple[int, int]:
+    """Rows and columns of maps: a row for each layer, or shared tables in lines of up to six."""
+    heads = max(len(value) for value in kind.values)
+    if heads > 1:
+        return len(kind.layers), heads
+    lines = math.ceil(len(kind.layers) / 6)
+    return lines, math.ceil(len(kind.layers) / lines)
+
+
+def _numbers(owner: str) -> list[int]:
+    return [int(part) for part in owner.split(".") if part.isdecimal()]
+
+
+def _layers(owners: list[str]) -> list[int]:
+    """Numbers of layers, counted from 1; blocks.7.attn is layer 8."""
+    found = [_numbers(owner)[-1:] for owner in owners]
+    last = [number + 1 for numbers in found for number in numbers]
+    unique = len(set(last)) == len(owners)
+    return last if unique else list(range(1, len(owners) + 1))
