@@ -58,7 +58,7 @@ ODD = {
         image, "GIF", save_all=True, append_images=[Image.new("RGB", image.size, "red")]
     ),
 }
-NAMES = [*DAMAGED, *ODD]
+KINDS = [*DAMAGED, *ODD]
 
 
 def damage(path: Path, name: str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from coco_files import box, entry, write_set
-from damaged import DAMAGED, NAMES, ODD, damage
+from damaged import DAMAGED, KINDS, ODD, damage
 from PIL import Image
 
 from training.badimages import BadImages
@@ -30,7 +30,7 @@ def images(tmp_path: Path) -> Path:
             folder.mkdir(parents=True)
             for number in range(count):
                 Image.fromarray(PIXELS).save(folder / f"{number:03}.png")
-    for number, name in enumerate(NAMES):
+    for number, name in enumerate(KINDS):
         damage(tmp_path / f"images/train/{('ant', 'bee')[number % 2]}/{9 * number:03}.png", name)
     return tmp_path / "images"
 
@@ -38,7 +38,7 @@ def images(tmp_path: Path) -> Path:
 def bad_ones(images: Path) -> list[str]:
     return sorted(
         str(images / f"train/{('ant', 'bee')[number % 2]}/{9 * number:03}.png")
-        for number, name in enumerate(NAMES)
+        for number, name in enumerate(KINDS)
         if name in DAMAGED
     )
 
@@ -70,7 +70,7 @@ def close(image: Image.Image, name: str) -> bool:
     return bool(abs(found - wanted).max() <= {"wrong extension": 0}.get(name, 40))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", KINDS)
 def test_each_kind_in_a_folder_and_in_coco(tmp_path: Path, name: str):
     path = tmp_path / "set" / "train" / "ant" / "1.png"
     path.parent.mkdir(parents=True)

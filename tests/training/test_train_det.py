@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from cls_command import ROOT
+from damaged import DAMAGED, KINDS, damage
 from PIL import Image
 from processes import launch
 from pycocotools.coco import COCO
@@ -270,6 +271,20 @@ def test_nothing_is_lost_of_what_is_left_out(det, scenes: Path, tmp_path: Path):
         status, _, err = det(*coco(folder), option)
         assert status == 2
         assert err.count("\n") == 1
+
+
+def test_images_that_are_damaged_or_odd(det, scenes: Path, tmp_path: Path):
+    folder = copied(scenes, tmp_path)
+    names = sorted((folder / "train").iterdir())
+    for path, kind in zip(names, KINDS, strict=False):
+        damage(path, kind)
+    status, out, err = det(*coco(folder), "--run.experiment=x", "--run.progress=lines")
+    assert status == 0, err
+    skipped = json.loads((tmp_path / "runs" / "x" / "skipped.json").read_text())
+    bad = [str(path) for path, kind in zip(names, KINDS, strict=False) if kind in DAMAGED]
+    assert sorted(skipped) == bad and "5 images did not decode" in out
+    for name in bad:
+        assert len([line for line in err.splitlines() if name in line]) == 1
 
 
 def test_non_finite_loss_stops_the_run_and_names_the_images(det, tmp_path: Path, monkeypatch):

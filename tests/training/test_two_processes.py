@@ -1,11 +1,16 @@
 """Two processes over gloo: every sample evaluated once, one run folder, the same weights."""
 
 import json
+import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from cls_command import ROOT, TINY
 from lm_command import TINY as TEXT
@@ -13,6 +18,7 @@ from lm_command import records
 from processes import launch, start
 from run_files import newest_state
 
+from irpe.tools.weights import read_weights
 from training.errors import script
 
 
@@ -37,6 +43,31 @@ def test_two_processes_are_one_run(tmp_path: Path):
         for a, b in zip(one, two, strict=True):
             assert b[key] == pytest.approx(a[key], rel=1e-4), key
     assert sorted(path.name for path in tmp_path.iterdir()) == ["of1", "of2"]
+
+
+@pytest.mark.slow
+def test_accelerate_launch_and_torchrun_are_one(tmp_path: Path):
+    """The same weights, bit for bit. On a CPU, accelerate must be told that these are GPUs."""
+    launchers = {
+        "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+        + ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"],
+        "torchrun": ["torch.distributed.run", "--nproc_per_node=2"],
+    }
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    made = []
+    for name, launcher in launchers.items():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        output = [f"--run.output={tmp_path}", f"--run.experiment={name}", "--run.device=cpu"]
+        ports = {"accelerate": "main_process_port", "torchrun": "master_port"}
+        command = [sys.executable, "-m", *launcher, f"--{ports[name]}={port}"]
+        command += [str(ROOT / "train_cls.py"), *TINY, *output, "--epochs=1"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("run folder:") == 1
+        made.append(read_weights(tmp_path / name / "checkpoints" / "last.safetensors"))
+    assert all(torch.equal(made[0][key], made[1][key]) for key in made[0])
 
 
 def test_a_script_leaves_its_group(tmp_path: Path):
