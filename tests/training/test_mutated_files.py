@@ -71,6 +71,7 @@ def check(form: str, number: int, folder: Path) -> int:
                 assert isinstance(read_state(path), dict)
             else:
                 apply_weights(model, read_weights(path), path)
+                model = network()  # some were loaded whose numbers are not numbers any more
         except (UserError, IrpeError) as error:
             refused += 1
             assert "\n" not in str(error) and name in str(error)
