@@ -2,7 +2,7 @@
 
     python benchmarks/soak.py --minutes 30
 
-Each round is a whole run of ``train_cls.py`` on digits (two epochs, each with an evaluation and a
+Each round is a run as of ``train_cls.py`` on digits (two epochs, each with an evaluation and a
 checkpoint), then a few steps of a model that lives on, on a grid that no round had before, with an
 encoding attached before and detached after them. Then 1,000 grids go through one model. Printed:
 the slope of the resident memory over training steps with its 95 % interval, and what bucket ids
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -30,8 +30,10 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import irpe
-import train_cls
 from models.deit import DeiT
+from training import config
+from training.cls.options import ClsConfig
+from training.cls.run import train
 
 SPEC = "rpe-1.9-product-ctx-1-qkv"
 RUN = [
@@ -84,12 +86,10 @@ def model_of_any_grid() -> nn.Module:
     )  # fmt: skip
 
 
-def one_round(model: nn.Module, grid: tuple[int, int], folder: Path) -> int:
+def one_round(options: ClsConfig, model: nn.Module, grid: tuple[int, int], folder: Path) -> int:
     """A run of the script, then steps with an encoding attached; return the steps in all."""
     with tempfile.TemporaryDirectory(dir=folder) as runs, contextlib.redirect_stdout(io.StringIO()):
-        status = train_cls.main([*RUN, f"--run.output={runs}"])
-    if status:
-        raise RuntimeError(f"train_cls.py ended with status {status}")
+        train(replace(options, run=replace(options.run, output=runs)))
     irpe.attach(model, SPEC)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(OWN_STEPS):
@@ -107,11 +107,13 @@ def one_round(model: nn.Module, grid: tuple[int, int], folder: Path) -> int:
 def soak(seconds: float, folder: Path, rounds: int | None = None) -> Record:
     """Rounds until the time is over, or so many of them."""
     record, model, steps = Record(), model_of_any_grid(), 0
+    # Once: the parser leaves some types behind each time, and a process parses once.
+    options = config.parse(ClsConfig, RUN, "train_cls.py")
     end = time.monotonic() + seconds
     for number, grid in enumerate(itertools.cycle(sizes(20))):
         if number == rounds or (rounds is None and time.monotonic() > end):
             return record
-        steps += one_round(model, grid, folder)
+        steps += one_round(options, model, grid, folder)
         record.tensors.append(len(alive(Tensor)))
         record.geometries.append(len(alive(irpe.Geometry)))
         record.steps.append(steps)
