@@ -106,7 +106,7 @@ class Run:
     def said(self) -> str:
         """The last line that it printed."""
         lines = self.log.read_text().splitlines()
-        return lines[-1] if lines else ""
+        return lines[-1].replace(f"{self.output}/", "") if lines else ""
 
     def folder(self) -> Path:
         """The run that came to its end: a run killed before its first state is begun anew."""

@@ -85,7 +85,7 @@ FIRST_HELD_OUT = [21, 24, 28, 34, 35, 37]
 def test_evaluation_gives_every_sample_to_exactly_one_process(length: int, world: int):
     options = {"seed": 0, "shuffle": False, "even": False, "world": world}
     parts = [list(EpochSampler(length, rank=rank, **options)) for rank in range(world)]
-    assert sorted(index for part in parts for _, index in part) == list(range(length))
+    assert sorted(index for part in parts for _, index, _ in part) == list(range(length))
     assert [len(part) for part in parts] == [
         len(EpochSampler(length, rank=rank, **options)) for rank in range(world)
     ]
@@ -98,7 +98,7 @@ def test_training_processes_share_one_shuffled_order_evenly(world: int):
         for rank in range(world):
             sampler = EpochSampler(23, seed=seed, shuffle=True, even=True, rank=rank, world=world)
             sampler.set_epoch(epoch)
-            found.append([index for _, index in sampler])
+            found.append([index for _, index, _ in sampler])
         return found
 
     first = parts(0)
@@ -109,7 +109,7 @@ def test_training_processes_share_one_shuffled_order_evenly(world: int):
     assert first != parts(0, seed=6)
     # Step k of W processes holds the samples that step k of one process with W times the batch has.
     alone = EpochSampler(23, seed=5, shuffle=True, even=True)
-    whole = [index for _, index in alone]
+    whole = [index for _, index, _ in alone]
     assert [part[0] for part in first] == whole[:world]
 
 
@@ -117,6 +117,50 @@ def test_training_processes_share_one_shuffled_order_evenly(world: int):
 def test_loader_evaluates_every_sample_once_in_order(workers: int):
     order, _ = collect(loader_of(Numbers(13), workers=workers))
     assert order == list(range(13))
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("length", [1, 7, 24, 25])
+def test_repeated_augmentation(length: int, world: int, repeats: int):
+    """Walk through the shuffled order; each image is dealt out so often before the next one is."""
+    options = {"seed": 5, "shuffle": True, "even": True, "world": world}
+    order = [index for _, index, _ in EpochSampler(length, seed=5, shuffle=True, even=True)]
+    each = length // world
+    hands: list[list[tuple[int, int, int]]] = [[] for _ in range(world)]
+    dealt = 0
+    for index in order:
+        for copy in range(repeats):
+            if dealt < each * world:
+                hands[dealt % world].append((0, index, copy))
+            dealt += 1
+    found = [EpochSampler(length, rank=rank, repeats=repeats, **options) for rank in range(world)]
+    assert [list(sampler) for sampler in found] == hands
+    assert [len(sampler) for sampler in found] == [each] * world
+    for sampler, hand in zip(found, hands, strict=True):
+        sampler.set_epoch(0, 2)  # as a run that goes on
+        assert list(sampler) == hand[2:]
+
+
+def test_repeated_images_are_those_of_timm():
+    """timm draws another order, but deals out any order like this."""
+    from timm.data.distributed_sampler import RepeatAugSampler
+
+    for rank in range(2):
+        theirs = RepeatAugSampler(
+            range(24), 2, rank, shuffle=False, num_repeats=3, selected_round=0
+        )
+        options = {"seed": 0, "shuffle": False, "even": True, "rank": rank, "world": 2}
+        ours = EpochSampler(24, repeats=3, **options)
+        assert [index for _, index, _ in ours] == list(theirs)
+
+
+def test_copies_of_an_image_are_augmented_otherwise():
+    dataset = SeededDataset(Numbers(5), noisy, 3, replace=False)
+    first, again = dataset[0, 2, 0].image, dataset[0, 2, 1].image
+    assert not torch.equal(first, again)
+    assert torch.equal(first, dataset[0, 2].image)  # as without repeats
+    assert torch.equal(again, dataset[0, 2, 1].image)
 
 
 # --- augmentation --------------------------------------------------------------------------------

@@ -92,6 +92,9 @@ class AugConfig:
     """what erased regions are filled with"""
     recount: int = 1
     """regions to erase"""
+    repeats: int = 1
+    """times that each image stands in a batch, or in those of several processes, augmented anew
+    each time (repeated augmentation; DeiT: 3); an epoch then sees that many times fewer images"""
     mixup: float = 0.0
     """alpha of mixup; 0: none"""
     cutmix: float = 0.0

@@ -80,7 +80,7 @@ def train(config: ClsConfig) -> dict[str, Any]:
         config,
         accelerator,
         model,
-        make_optimizer(model, config.optim, config.batch_size),
+        lambda model: make_optimizer(model, config.optim, config.batch_size),
         lambda say: Classify(
             accelerator,
             loaders,
@@ -111,6 +111,8 @@ def train(config: ClsConfig) -> dict[str, Any]:
 def _check(config: ClsConfig) -> None:
     """Raise for figures out of range, before anything is built."""
     run.check_numbers(config)
+    if config.aug.repeats < 1:
+        raise UserError(f"aug.repeats: {config.aug.repeats} is not at least 1")
     if config.sizes is not None:
         parse_sizes(config.sizes)
         if not config.eval_only:
@@ -184,7 +186,8 @@ def _loader(
     rank = accelerator.process_index
     dataset: SeededDataset | SeededStream
     if isinstance(source, IterableDataset):
-        dataset = SeededStream(source, transform, config.seed, rank)
+        world = 1 if training else accelerator.num_processes
+        dataset = SeededStream(source, transform, config.seed, rank, world)
     else:
         dataset = SeededDataset(source, transform, config.seed, replace=training)
     return make_loader(
@@ -196,4 +199,5 @@ def _loader(
         rank=rank,
         world=accelerator.num_processes,
         pin_memory=accelerator.device.type == "cuda",
+        repeats=config.aug.repeats if training else 1,
     )

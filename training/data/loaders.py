@@ -7,6 +7,7 @@ Processes share an epoch by taking every W-th sample of one common order. Loader
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +17,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from training.data.seeded import BadImage, Sample, SeededDataset, SeededStream
+from training.errors import UserError
 from training.seeding import derive
 
 
 class EpochSampler(Sampler):
-    """Numbers of one epoch's samples for one process, as (epoch, sample).
+    """Numbers of one epoch's samples for one process, as (epoch, sample, copy).
 
     Args:
         length: samples in the data set.
@@ -28,6 +30,9 @@ class EpochSampler(Sampler):
         even: give each process equally many, leaving out the last few of the order (training: a
             process with fewer steps would leave the others waiting). Otherwise every sample occurs
             in exactly one process.
+        repeats: how often each sample of the order stands in it, one after the other (repeated
+            augmentation, Hoffer et al., 2020): so that several processes have it at once, each
+            time augmented otherwise. An epoch is as long as without, over fewer samples.
     """
 
     def __init__(
@@ -39,8 +44,9 @@ class EpochSampler(Sampler):
         even: bool,
         rank: int = 0,
         world: int = 1,
+        repeats: int = 1,
     ) -> None:
-        self.length, self.seed, self.shuffle = length, seed, shuffle
+        self.length, self.seed, self.shuffle, self.repeats = length, seed, shuffle, repeats
         self.even, self.rank, self.world = even, rank, world
         self.epoch = self.first = 0
 
@@ -53,14 +59,15 @@ class EpochSampler(Sampler):
             return self.length // self.world
         return len(range(self.rank, self.length, self.world))
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
         if self.shuffle:
             generator = torch.Generator().manual_seed(derive(self.seed, "order", self.epoch))
             order = torch.randperm(self.length, generator=generator).tolist()
         else:
             order = list(range(self.length))
-        mine = order[self.rank :: self.world][: len(self)]
-        return iter([(self.epoch, index) for index in mine[self.first :]])
+        copies = [(index, copy) for index in order for copy in range(self.repeats)]
+        mine = copies[self.rank : self.length : self.world][: len(self)]
+        return iter([(self.epoch, index, copy) for index, copy in mine[self.first :]])
 
 
 @dataclass
@@ -90,18 +97,23 @@ def make_loader(
     rank: int = 0,
     world: int = 1,
     pin_memory: bool = False,
+    repeats: int = 1,
     collate: Callable[[list[Sample]], Any] = collate,
 ) -> DataLoader:
     """Return a loader of what ``collate`` makes, for one process; see :func:`set_epoch`.
 
-    Training shuffles and leaves out the last incomplete batch; evaluation does neither.
+    Training shuffles and leaves out the last incomplete batch; evaluation does neither. For
+    ``repeats``, see :class:`EpochSampler`.
     """
     streaming = isinstance(dataset, SeededStream)
     sampler = None
     if isinstance(dataset, SeededDataset):
         sampler = EpochSampler(
-            len(dataset), seed=seed, shuffle=training, even=training, rank=rank, world=world
-        )
+            len(dataset), seed=seed, shuffle=training, even=training, rank=rank, world=world,
+            repeats=repeats,
+        )  # fmt: skip
+    elif repeats > 1:
+        raise UserError(f"aug.repeats: {repeats} needs samples with numbers, and a stream has none")
     elif hasattr(dataset.stream, "set_loader_cfg"):
         dataset.stream.set_loader_cfg(num_workers=workers)
     return DataLoader(
@@ -116,7 +128,17 @@ def make_loader(
         persistent_workers=workers > 0 and not streaming,
         # Of its own, so that drawing base seeds does not disturb the model's generator.
         generator=torch.Generator().manual_seed(derive(seed, "loader", rank)),
+        worker_init_fn=_outlive_signals,
     )
+
+
+def _outlive_signals(worker: int) -> None:
+    """Leave the answer to a signal that all processes of a job get to the loop.
+
+    It needs batches to end its step. A minute later the process ends in any case.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *given: signal.alarm(60))
 
 
 def set_epoch(loader: DataLoader, epoch: int) -> None:

@@ -50,7 +50,7 @@ class Sample:
 
 
 class SeededDataset(Dataset):
-    """A :class:`Source` with a transform, indexed by (epoch, sample).
+    """A :class:`Source` with a transform, indexed by (epoch, sample, copy); copy may be left out.
 
     The epoch travels with the index, so that loader processes that outlive an epoch need not be
     told of the next one.
@@ -69,8 +69,8 @@ class SeededDataset(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        epoch, first = key
+    def __getitem__(self, key: tuple[int, ...]) -> Sample:
+        epoch, first, *copy = key
         bad: list[BadImage] = []
         for step in range(min(len(self), _TRIES) if self.replace else 1):
             index = (first + step) % len(self)
@@ -81,7 +81,7 @@ class SeededDataset(Dataset):
                 bad.append(BadImage(self.source.name(index), reason))
                 continue
             # Seeded by the sample that was asked for, whichever took its place.
-            with forked(derive(self.seed, "augment", epoch, first)):
+            with forked(derive(self.seed, "augment", epoch, first, *filter(None, copy))):
                 return Sample(*self.apply(image, target), tuple(bad))
         return Sample(None, -1, tuple(bad))
 
@@ -95,13 +95,26 @@ class SeededStream(IterableDataset):
 
     Such a set deals its samples out to processes and workers by itself, and has no numbers for
     them: their order is as reproducible as the set's own.
+
+    Args:
+        world: for evaluation by so many processes. timm would cut or repeat the parts until all
+            are as long. So each process reads all, and takes its share. 1: timm deals.
     """
 
     def __init__(
-        self, stream: Any, transform: Callable[[Any], Tensor], seed: int, rank: int
+        self,
+        stream: Any,
+        transform: Callable[[Any], Tensor],
+        seed: int,
+        rank: int,
+        world: int = 1,
     ) -> None:
         self.stream, self.transform, self.seed, self.rank = stream, transform, seed, rank
-        self.epoch = 0
+        self.epoch, self.world = 0, world
+        if world > 1:
+            reader = stream.reader
+            reader.dist_rank, reader.dist_num_replicas = 0, 1
+            reader.global_num_workers = reader.num_workers
 
     def __len__(self) -> int:
         return len(self.stream)
@@ -115,6 +128,8 @@ class SeededStream(IterableDataset):
         worker = get_worker_info()
         number = worker.id if worker else 0
         for count, (image, target) in enumerate(self.stream):
+            if self.world > 1 and count % self.world != self.rank:
+                continue
             with forked(derive(self.seed, "augment", self.epoch, self.rank, number, count)):
                 transformed = self.transform(image)
             yield Sample(transformed, int(target))

@@ -9,6 +9,7 @@ from irpe.tools.weights import read_weights
 from models.detr import DETR, Criterion, HungarianMatcher, build_detr
 from training.det.options import DetConfig
 from training.errors import UserError
+from training.recompute import recompute
 from training.seeding import derive
 from training.weights import apply_weights
 
@@ -47,6 +48,8 @@ def build_model(config: DetConfig, num_classes: int) -> DETR:
     if config.checkpoint is not None:
         weights = read_weights(config.checkpoint)
         apply_weights(model, weights, config.checkpoint, "backbone, hidden_dim and enc_rpe2d")
+    if config.grad_checkpointing:
+        recompute([*model.transformer.encoder.layers, *model.transformer.decoder.layers])
     return model
 
 

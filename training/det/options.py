@@ -109,6 +109,8 @@ class DetConfig:
     """objects at most in an image"""
     pre_norm: bool = False
     """norms before attention and feed-forward"""
+    grad_checkpointing: bool = False
+    """recompute activations of encoder and decoder in the backward pass to save memory"""
     aux_loss: bool = True
     """a loss for the output of every decoder layer"""
     set_cost_class: float = 1.0

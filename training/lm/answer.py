@@ -65,7 +65,7 @@ class Answer(Task):
     def batches(self, epoch: int, skip: int = 0) -> Iterator[ReadingBatch]:
         """Yield the training batches of an epoch, without the first ``skip``."""
         self.sampler.set_epoch(epoch)
-        order = [index for _, index in self.sampler]
+        order = [index for _, index, _ in self.sampler]
         for number in range(skip, len(self)):
             begin = number * self.batch_size
             chosen = [self.train[index] for index in order[begin : begin + self.batch_size]]

@@ -23,6 +23,7 @@ from models.text import (
 )
 from training.errors import UserError
 from training.lm.options import LmConfig
+from training.recompute import recompute
 from training.seeding import derive
 from training.weights import apply_weights
 
@@ -123,4 +124,6 @@ def _built(config: LmConfig, make: Callable[[], Any]) -> Any:
         own: dict[str, Tensor] = model.state_dict()
         added = {name: own[name] for name in own if name not in before | set(weights)}
         apply_weights(model, {**weights, **added}, config.checkpoint, OPTIONS)
+    if config.model.grad_checkpointing:
+        recompute(model.body.blocks)  # type: ignore[arg-type, union-attr]
     return model

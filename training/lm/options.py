@@ -36,6 +36,8 @@ class LmModelConfig:
     """dropout on attention probabilities"""
     act_drop: float = 0.0
     """dropout on the MLP's hidden channels"""
+    grad_checkpointing: bool = False
+    """recompute activations in the backward pass to save memory"""
     pretrained: str | None = None
     """questions: folder of a released BERT (config.json, its weights and its vocab.txt or
     tokenizer.json), which decides about all sizes; encoding must then be the one it has"""

@@ -53,7 +53,7 @@ class Excerpts:
             len(self), seed=seed, shuffle=training, even=training, rank=shard, world=shards
         )
         sampler.set_epoch(epoch)
-        order = np.array([index for _, index in sampler], dtype=np.int64)
+        order = np.array([index for _, index, _ in sampler], dtype=np.int64)
         end = len(order) - len(order) % batch_size if training else len(order)
         for start in range(0, end, batch_size):
             chosen = order[start : min(start + batch_size, end)]

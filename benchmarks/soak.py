@@ -1,0 +1,177 @@
+"""Train, evaluate, keep checkpoints, attach and detach in a loop: does memory grow?
+
+    python benchmarks/soak.py --minutes 30
+
+Each round is a run as of ``train_cls.py`` on digits (two epochs, each with an evaluation and a
+checkpoint), then a few steps of a model that lives on, on a grid that no round had before, with an
+encoding attached before and detached after them. Then 1,000 grids go through one model. Printed:
+the slope of the resident memory over training steps with its 95 % interval, and what bucket ids
+the geometries alive hold.
+"""
+
+import argparse
+import contextlib
+import gc
+import io
+import itertools
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import psutil
+import timm
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import irpe
+from models.deit import DeiT
+from training import config
+from training.cls.options import ClsConfig
+from training.cls.run import train
+
+SPEC = "rpe-1.9-product-ctx-1-qkv"
+RUN = [
+    "--model.name=vit_tiny_patch16_224", "--model.img_size=8", "--model.in_chans=1",
+    "--model.kwargs={patch_size: 4, embed_dim: 16, depth: 2, num_heads: 2}", f"--rpe={SPEC}",
+    "--ema.enabled=true", "--data.workers=0", "--epochs=2", "--batch_size=256",
+    "--eval_batch_size=360", "--sched.warmup_epochs=0", "--run.progress=none", "--run.device=cpu",
+]  # fmt: skip
+RUN_STEPS, OWN_STEPS = 2 * (1437 // 256), 3
+
+
+@dataclass
+class Record:
+    """After each round: training steps so far, resident MiB, and what is alive."""
+
+    steps: list[int] = field(default_factory=list)
+    resident: list[float] = field(default_factory=list)
+    tensors: list[int] = field(default_factory=list)
+    geometries: list[int] = field(default_factory=list)
+
+
+def resident() -> float:
+    """Resident memory of this process in MiB."""
+    return psutil.Process().memory_info().rss / 2**20
+
+
+def alive(kind: type) -> list:
+    gc.collect()
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
+
+
+def bucket_bytes() -> int:
+    """Bytes of all that geometries alive remember."""
+    memos = [geometry._memo.values() for geometry in alive(irpe.Geometry)]
+    held = [v if isinstance(v, tuple) else (v,) for v in itertools.chain(*memos)]
+    return sum(t.nbytes for t in itertools.chain(*held) if isinstance(t, Tensor))
+
+
+def sizes(most: int = 40) -> Iterator[tuple[int, int]]:
+    """Grids, each once, small and large ones by turns."""
+    pairs = [(h, w) for h in range(1, most + 1) for w in range(1, most + 1)]
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
+    return (pairs[i] for i in order)
+
+
+def model_of_any_grid() -> nn.Module:
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=16, depth=2, num_heads=2,
+        num_classes=10, dynamic_img_size=True,
+    )  # fmt: skip
+
+
+def one_round(options: ClsConfig, model: nn.Module, grid: tuple[int, int], folder: Path) -> int:
+    """A run of the script, then steps with an encoding attached; return the steps in all."""
+    with tempfile.TemporaryDirectory(dir=folder) as runs, contextlib.redirect_stdout(io.StringIO()):
+        train(replace(options, run=replace(options.run, output=runs)))
+    irpe.attach(model, SPEC)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(OWN_STEPS):
+        images = torch.randn(2, 3, 4 * grid[0], 4 * grid[1])
+        model(images).logsumexp(-1).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.inference_mode():
+        model.eval()(images)
+    model.train()
+    irpe.detach(model)
+    return RUN_STEPS + OWN_STEPS
+
+
+def soak(seconds: float, folder: Path, rounds: int | None = None) -> Record:
+    """Rounds until the time is over, or so many of them."""
+    record, model, steps = Record(), model_of_any_grid(), 0
+    # Once: the parser leaves some types behind each time, and a process parses once.
+    options = config.parse(ClsConfig, RUN, "train_cls.py")
+    end = time.monotonic() + seconds
+    for number, grid in enumerate(itertools.cycle(sizes(20))):
+        if number == rounds or (rounds is None and time.monotonic() > end):
+            return record
+        steps += one_round(options, model, grid, folder)
+        record.tensors.append(len(alive(Tensor)))
+        record.geometries.append(len(alive(irpe.Geometry)))
+        record.steps.append(steps)
+        record.resident.append(resident())
+    raise AssertionError("a cycle has no end")
+
+
+def many_grids(count: int, most: int = 40) -> tuple[list[int], list[int]]:
+    """Grids through two models: geometries alive and bytes of their bucket ids after each 25."""
+    attached, written = model_of_any_grid(), DeiT(32, 4, 16, 2, 2, num_classes=10, rpe=SPEC)
+    irpe.attach(attached, SPEC)
+    geometries, held = [], []
+    with torch.no_grad():
+        for number, (height, width) in enumerate(itertools.islice(sizes(most), count), start=1):
+            image = torch.zeros(1, 3, 4 * height, 4 * width)
+            attached(image), written(image)
+            if number % 25 == 0 or number == count:
+                geometries.append(len(alive(irpe.Geometry)))
+                held.append(bucket_bytes())
+    return geometries, held
+
+
+def slope(x: list[int], y: list[float]) -> tuple[float, float]:
+    """Least squares: y per 1,000 x, and half of its 95 % interval."""
+    n, mean_x, mean_y = len(x), sum(x) / len(x), sum(y) / len(y)
+    spread = sum((a - mean_x) ** 2 for a in x)
+    rise = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread
+    rest = sum((b - mean_y - rise * (a - mean_x)) ** 2 for a, b in zip(x, y, strict=True))
+    return 1000 * rise, 1000 * 1.96 * math.sqrt(rest / max(n - 2, 1) / spread)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--grids", type=int, default=1000)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        record = soak(60 * options.minutes, Path(folder))
+    # What is made once (caches of kernels, the allocator's arenas) is over by then.
+    first = len(record.steps) // 3
+    steps, memory = record.steps[first:], record.resident[first:]
+    print(f"{len(record.steps)} rounds, {record.steps[-1]} training steps")
+    if len(steps) > 2:
+        rise, half = slope(steps, memory)
+        print(
+            f"resident memory from {memory[0]:.0f} to {memory[-1]:.0f} MiB over the last two "
+            f"thirds: {rise:+.2f} MiB per 1,000 steps, 95 % interval "
+            f"{rise - half:+.2f} to {rise + half:+.2f} (least squares, rounds taken as independent)"
+        )
+    print(f"tensors alive after a round: {record.tensors[first]} then, {record.tensors[-1]} now")
+    print(f"geometries alive: {record.geometries[first]} then, {record.geometries[-1]} now")
+    before = resident()
+    geometries, held = many_grids(options.grids)
+    print(
+        f"{options.grids} grids through two models: at most {max(geometries)} geometries alive, "
+        f"{max(held) / 2**20:.1f} MiB of bucket ids, resident memory {resident() - before:+.0f} MiB"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""A fast sample of benchmarks/soak.py: nothing that rounds of training made is alive after them."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import soak
+from accelerate.state import AcceleratorState
+
+
+def test_rounds_leave_nothing_alive(tmp_path):
+    AcceleratorState._reset_state(True)
+    record = soak.soak(0, tmp_path, rounds=3)
+    AcceleratorState._reset_state(True)
+    assert record.steps == [13, 26, 39]
+    # The first round fills what is kept for good, such as the cache of bucket functions.
+    assert record.tensors[1] == record.tensors[2], record.tensors
+    assert record.geometries[1] == record.geometries[2], record.geometries
+    assert not list(tmp_path.iterdir())
+
+
+def test_bucket_ids_are_bounded_over_many_grids():
+    geometries, held = soak.many_grids(75, most=20)
+    assert len(geometries) == 3
+    assert max(geometries) < 20, geometries
+    assert max(held) < 8 * 2**20, held  # those of one grid of 20x20 are 1.3 MB
+
+
+def test_slope():
+    x = [0, 1000, 2000, 3000]
+    assert soak.slope(x, [5.0, 7.0, 9.0, 11.0]) == (2.0, 0.0)
+    rise, half = soak.slope(x, [5.0, 7.1, 8.9, 11.0])
+    assert abs(rise - 1.98) < 1e-9 and 0 < half < 0.2
