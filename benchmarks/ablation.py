@@ -29,7 +29,7 @@ LINES = ROOT / "benchmarks" / "results" / "image.jsonl"
 PAGES = ROOT / "docs" / "results"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--quick", action="store_true", help="toy sizes, seeds 0 and 1, into --out")
     parser.add_argument("--out", type=Path, help="folder of everything; default: the repository's")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     names = list(TABLES) if given.names == ["all"] else given.names
     if unknown := [name for name in names if name not in TABLES]:
         parser.error(f"{unknown[0]!r} is not one of {', '.join(TABLES)}, all")
@@ -56,7 +56,7 @@ def main() -> None:
         for cell in TABLES[name].rows.values()
     }
     left = [run for key, run in wanted.items() if key not in done]
-    # In --quick and where a bar would only fill a log, it is not drawn.
+    # Where a bar would only fill a log, it is not drawn.
     with tqdm(total=len(left), unit="run", disable=None) as bar, lines_file.open("a") as file:
         for line in work(left, recipe, given.jobs):
             file.write(json.dumps(line) + "\n")

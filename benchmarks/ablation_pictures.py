@@ -27,7 +27,7 @@ def draw(name: str, table: Table, own: Lines, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     {"sizes": _sizes, "buckets": _buckets}.get(name, _rows)(axes, own)
     seeds = len(next(iter(own.values())))
-    axes.set_title(f"{table.title}: mean of {seeds} seeds, 95 % interval", fontsize=9)
+    axes.set_title(f"{table.title}\nmean of {seeds} seeds, 95 % interval", fontsize=9)
     figure.savefig(path)
 
 

@@ -161,8 +161,7 @@ def data_of(script: str, folder: Path) -> list[str]:
     return options
 
 
-def page(rows: list[dict[str, Any]], command: str) -> str:
-    facts = machine()
+def page(rows: list[dict[str, Any]], command: str, facts: dict[str, Any]) -> str:
     lines = [
         "# Faults that training runs survive",
         "",
@@ -210,8 +209,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(rows)} faults tried, {survived} survived, {lost} steps repeated in all")
     if not given.no_page:
         command = " ".join(["python benchmarks/faults.py", *(argv or sys.argv[1:])])
-        save("faults", {"command": command, "machine": machine(), "faults": rows})
-        (ROOT / "docs" / "results" / "faults.md").write_text(page(rows, command))
+        facts = machine()
+        save("faults", {"command": command, "machine": facts, "faults": rows})
+        (ROOT / "docs" / "results" / "faults.md").write_text(page(rows, command, facts))
     return int(survived < len(rows))
 
 
