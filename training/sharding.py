@@ -29,6 +29,8 @@ def check_sharding(config: RunConfig, processes: int) -> None:
         return
     if config.precision == "fp16":
         raise UserError("run.shard: true does not go with run.precision: fp16; use bf16 or fp32")
+    if config.compile:
+        raise UserError("run.shard: true does not go with run.compile: true; leave one out")
     if processes < 2:
         raise UserError(
             "run.shard: true needs several processes, and this is one; start them with "
@@ -66,8 +68,6 @@ class Sharded:
         if config.precision == "bf16":
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for layer in reversed(layers_of(model)):  # the inner ones before those around them
-            if config.compile:
-                layer.compile()
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         # What is outside of the layers stays in fp32, under the autocast of any run.
         fully_shard(model, mesh=mesh)

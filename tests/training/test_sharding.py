@@ -147,6 +147,8 @@ def test_what_it_does_not_go_with(cls):
     assert status == 2 and err.count("\n") == 1 and "start them with torchrun" in err
     with pytest.raises(UserError, match="run.precision: fp16"):
         check_sharding(RunConfig(shard=True, precision="fp16"), 2)
+    with pytest.raises(UserError, match="run.compile: true"):
+        check_sharding(RunConfig(shard=True, compile=True), 2)
     check_sharding(RunConfig(shard=True, precision="bf16"), 2)
     check_sharding(RunConfig(), 1)
 
