@@ -106,7 +106,7 @@ class Run:
     def said(self) -> str:
         """The last line that it printed."""
         lines = self.log.read_text().splitlines()
-        return lines[-1] if lines else ""
+        return lines[-1].replace(f"{self.output}/", "") if lines else ""
 
     def folder(self) -> Path:
         """The run that came to its end: a run killed before its first state is begun anew."""
@@ -195,8 +195,8 @@ def read_only(output: Path) -> None:
     Loop._one_step = step  # type: ignore[method-assign]
 
 
-def count_operations(run: Run) -> tuple[int, int, float]:
-    """Operations on files, states and seconds of a run, which is left in peace."""
+def count_operations(run: Run) -> tuple[int, int, int, float]:
+    """Operations on files, states, steps and seconds of a run, which is left in peace."""
     counts = FORK.Array(ctypes.c_int, 2)
 
     def install(output: Path) -> None:
@@ -214,7 +214,7 @@ def count_operations(run: Run) -> tuple[int, int, float]:
         torch.save = write
 
     start = time.perf_counter()
-    status, _ = run.whole(fault=install)
+    status, steps = run.whole(fault=install)
     if status:
         sys.exit(f"error: the undisturbed run ended with {status}: {run.said()}")
-    return counts[0], counts[1], time.perf_counter() - start
+    return counts[0], counts[1], steps, time.perf_counter() - start

@@ -38,12 +38,14 @@ from measure import machine, save  # noqa: E402
 from training.data.scenes import Scenes, make_scenes, scene_paths  # noqa: E402
 
 
-def kill_one(run: Run, kind: str, draw: random.Random, counts: tuple[int, int, float]) -> int:
+def kill_one(run: Run, kind: str, draw: random.Random, counts: tuple[int, int, int, float]) -> int:
     """Kill the run once; return the steps that it had done."""
-    operations, states, seconds = counts
+    operations, states, steps, seconds = counts
     if kind == "time":
-        process = run.start()
-        time.sleep(draw.uniform(0.0, seconds))
+        process, step = run.start(), draw.randint(0, steps - 1)
+        while process.steps.value < step:
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0.0, 2 * seconds / steps))
         process.kill()
     elif kind == "file operation":
         process = run.start(fault=at_operation(draw.randint(1, operations)))
@@ -159,8 +161,7 @@ def data_of(script: str, folder: Path) -> list[str]:
     return options
 
 
-def page(rows: list[dict[str, Any]], command: str) -> str:
-    facts = machine()
+def page(rows: list[dict[str, Any]], command: str, facts: dict[str, Any]) -> str:
     lines = [
         "# Faults that training runs survive",
         "",
@@ -208,8 +209,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(rows)} faults tried, {survived} survived, {lost} steps repeated in all")
     if not given.no_page:
         command = " ".join(["python benchmarks/faults.py", *(argv or sys.argv[1:])])
-        save("faults", {"command": command, "machine": machine(), "faults": rows})
-        (ROOT / "docs" / "results" / "faults.md").write_text(page(rows, command))
+        facts = machine()
+        save("faults", {"command": command, "machine": facts, "faults": rows})
+        (ROOT / "docs" / "results" / "faults.md").write_text(page(rows, command, facts))
     return int(survived < len(rows))
 
 

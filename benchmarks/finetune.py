@@ -3,7 +3,8 @@
     python benchmarks/finetune.py
 
 Trains a plain timm ViT on scikit-learn's digits, goes on from its weights in both ways, over the
-same batches, and writes docs/results/finetune.md. Another seed: another split, start and order.
+same batches, and writes benchmarks/results/finetune_digits.json and docs/results/finetune.md.
+Another seed: another split, start and order.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from measure import machine, student
+from measure import machine, save, student
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.optim import param_groups_weight_decay
@@ -32,7 +33,7 @@ A plain timm ViT (8x8 digits, patches of 2, 3 blocks of width 48) is trained for
 from its weights, {more} epochs more with `{spec}` attached or without, over the
 same batches. Learning rate {lr:g}, tables {table_lr:g} without weight decay (`irpe.param_groups`).
 Held out: 360 images; means over {seeds} seeds with their 95 % intervals (Student).
-{processor}, {threads} thread, torch {torch}, {date}.
+{processor}, {threads} thread, torch {torch}, {date}; `benchmarks/results/finetune_digits.json`.
 
 | | accuracy, % | cross entropy |
 |---|---|---|"""
@@ -107,11 +108,10 @@ def spread(values: list[float], form: str) -> tuple[str, bool]:
     return f"{mean:{form}} ± {half:{form.removeprefix('+')}}", abs(mean) <= half
 
 
-def page(runs: list[Figures], given: argparse.Namespace) -> str:
-    """The results as a page."""
+def page(runs: list[Figures], given: dict[str, int], facts: dict[str, Any]) -> str:
+    """The results as a page; ``given`` are the numbers of seeds, epochs and more epochs."""
     trained, without, tables = runs[0]
-    numbers = {**vars(given), **machine()}
-    lines = [TEXT.format(**numbers, spec=SPEC, lr=GENTLE, table_lr=TABLES)]
+    lines = [TEXT.format(**given, **facts, spec=SPEC, lr=GENTLE, table_lr=TABLES)]
     for name in (trained, without, tables):
         figures = [spread([r[name][i] for r in runs], f)[0] for i, f in ((0, ".2f"), (1, ".4f"))]
         lines.append(f"| {name} | {figures[0]} | {figures[1]} |")
@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=60, help="of the plain training")
     parser.add_argument("--more", type=int, default=20, help="epochs of fine-tuning")
     parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--name", default="finetune_digits", help="of the result file")
     given = parser.parse_args()
     if given.seeds < 3 or given.epochs < 1 or given.more < 1:
         parser.error("--seeds is at least 3, --epochs and --more at least 1")
@@ -141,8 +142,11 @@ def main() -> None:
     for seed in range(given.seeds):
         runs.append(run(seed, given.epochs, given.more))
         print(seed, {name: f"{a:.2f} % {b:.4f}" for name, (a, b) in runs[-1].items()}, flush=True)
+    numbers = {name: getattr(given, name) for name in ("seeds", "epochs", "more")}
+    facts = machine()
+    save(given.name, {"machine": facts, "given": numbers, "runs": runs})
     given.page.parent.mkdir(parents=True, exist_ok=True)
-    given.page.write_text(page(runs, given), encoding="utf-8")
+    given.page.write_text(page(runs, numbers, facts), encoding="utf-8")
     print(given.page.read_text(encoding="utf-8"))
 
 

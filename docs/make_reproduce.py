@@ -21,7 +21,8 @@ says so. No published ImageNet, COCO, SQuAD or WikiText figure was measured by u
 Beside these, scripts write pages of their own: `python benchmarks/models.py` ([costs](costs.md)),
 `python benchmarks/detection.py` ([a small DETR with and without](results/detection.md)),
 `python benchmarks/finetune.py` ([fine-tuning](results/finetune.md)), `python benchmarks/text.py`
-([encodings of text](results/text.md)).
+([encodings of text](results/text.md)), `python benchmarks/ablation.py all` (encodings of images).
+What they say, beside the papers: [results](results/README.md).
 """
 PARTS = {"cls": "Classification", "det": "Detection", "lm": "Text"}
 

@@ -4,8 +4,9 @@ import pytest
 import timm
 import torch
 
-import irpe.zoo  # noqa: F401  registers the models
-from irpe.tools.complexity import multiply_adds, parameters
+import irpe
+import irpe.zoo
+from irpe.tools.complexity import activations, multiply_adds, parameters
 
 PRODUCT = "_patch16_224_ctx_product_50_shared_"
 # size, plain M; encodings with the M that their operations add: B H L D N a table
@@ -43,3 +44,14 @@ def test_counting_leaves_the_model_alone():
     model = timm.create_model("deit_tiny_patch16_224", depth=1).train()
     multiply_adds(model, torch.randn(1, 3, 224, 224))
     assert model.training
+
+
+def test_activations():
+    """By hand: one layer of 197 tokens, 3 heads, 192 channels; a table adds 50 numbers a query."""
+    image = torch.randn(1, 3, 224, 224)
+    model = timm.create_model("deit_tiny_patch16_224", depth=1)
+    patches, logits = 196 * 192, 3 * 197 * 197
+    linear = 197 * (3 * 192 + 192 + 192 + 4 * 192 + 192)  # qkv, attention, its projection, MLP
+    assert activations(model, image) == patches + linear + logits + 1000
+    irpe.attach(model, "rpe-1.9-product-ctx-1-k")
+    assert activations(model, image) == patches + linear + logits + 1000 + 3 * 197 * 50

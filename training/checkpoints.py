@@ -19,10 +19,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from irpe.tools.torchfile import Refused, check_torch_file
 from training.errors import UserError, one_line
 
 _STATE = re.compile(r"state-epoch(\d+)-step(\d+)-([0-9a-f]{16})\.pt")
-_WANTED = re.compile(r"(?i)global:? (?:GLOBAL )?(\S+) (?:was not|whose)")
 
 
 @contextlib.contextmanager
@@ -114,17 +114,17 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         if match is not None and _checksum(path) != match[3]:
             raise ValueError("its checksum is not that of its name")
+        check_torch_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise ValueError("it holds something else")
+    except Refused as error:
+        raise UserError(
+            f"resume: {str(path)!r} refused: it wants to build {str(error)!r}, and only tensors "
+            "and plain containers are allowed"
+        ) from error
     except Exception as error:  # torch reports a damaged archive in half a dozen ways
         # torch's own message goes on to advise an unsafe load; it is not passed on.
-        wanted = _WANTED.search(one_line(error))
-        if wanted:
-            raise UserError(
-                f"resume: {str(path)!r} refused: it wants to build {wanted[1]!r}, and only tensors "
-                "and plain containers are allowed"
-            ) from error
         reason = "" if isinstance(error, pickle.UnpicklingError) else f": {one_line(error):.120}"
         raise UserError(
             f"resume: {str(path)!r} is truncated or not a training state{reason}"

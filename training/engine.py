@@ -41,9 +41,9 @@ def _check_launcher() -> None:
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
             # On a CPU accelerate makes DDP of FSDP, without a word.
             raise UserError(
-                f"accelerate launch asks for {name}, which these scripts do not train with (their "
-                "checkpoints hold whole weights, and on a CPU it would be DDP all the same); "
-                "leave it out for DDP; docs/scale.md shows fully_shard"
+                f"accelerate launch asks for {name}, which these scripts do not train with (on a "
+                "CPU it would be DDP all the same); leave it out for DDP, or shard with torchrun "
+                "and run.shard: true (FSDP2)"
             )
     alone = "MASTER_ADDR" in os.environ and not any(
         name in os.environ for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from training.checkpoints import save_tensors
 from training.errors import Interrupted, UserError, one_line
@@ -128,8 +129,10 @@ class FiniteGuard:
 def gradient_norm(accelerator: Accelerator, model: nn.Module, clip: float | None) -> Tensor:
     """Return the norm of the gradient; it is clipped to ``clip`` unless that is None."""
     if clip is not None:
-        return accelerator.clip_grad_norm_(model.parameters(), clip)
-    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = accelerator.clip_grad_norm_(model.parameters(), clip)
+    else:
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def watched_loader(batches: Iterator[Any]) -> Iterator[Any]:

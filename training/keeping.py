@@ -14,13 +14,15 @@ from torch import nn
 from training.checkpoints import States, save_weights
 from training.errors import UserError
 from training.runfolder import RunFolder
+from training.sharding import Sharded
 
 
 class Keeper:
     """Writes and restores all that a step depends on.
 
     Args:
-        raw: the model as the task built it. folder: of the main process, None in others.
+        raw: the model as the task built it, with the weights of now where something is written.
+        folder: of the main process, None in others. sharded: what trains in its place, if any.
         keep: states to keep. patient: whether a run goes on when something cannot be written.
         about: what the header of a weights file says of them. warn: prints a line for people.
     """
@@ -33,6 +35,7 @@ class Keeper:
         schedule: Scheduler,
         ema: ModelEmaV3 | None,
         folder: RunFolder | None,
+        sharded: Sharded | None,
         *,
         keep: int,
         patient: bool,
@@ -40,13 +43,21 @@ class Keeper:
         warn: Callable[[str], None],
     ) -> None:
         self.accelerator, self.raw, self.optimizer = accelerator, raw, optimizer
-        self.schedule, self.ema, self.folder = schedule, ema, folder
+        self.schedule, self.ema, self.folder, self.sharded = schedule, ema, folder, sharded
         self.patient, self.about, self.warn = patient, about, warn
         self.states = None if folder is None else States(folder / "checkpoints", keep)
         self._saved: tuple[int, int] | None = None
 
     def save_state(self, position: dict[str, Any], *, must: bool = False) -> None:
-        """Write a state, on the main process: ``position``, weights and what goes with them."""
+        """Write a state, on the main process: ``position``, weights and what goes with them.
+
+        Sharded, every process has its part of the optimiser's state to give.
+        """
+        optimizer = (
+            self.optimizer.state_dict()
+            if self.sharded is None
+            else self.sharded.gathered(self.optimizer)
+        )
         name = position["epoch"], position["step"]
         if self.states is None or name == self._saved:
             return
@@ -55,7 +66,7 @@ class Keeper:
             **position,
             "model": self.raw.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "schedule": self.schedule.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
@@ -87,7 +98,11 @@ class Keeper:
     def restore(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`save_state` wrote, in every process."""
         self.raw.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.sharded is None:
+            self.optimizer.load_state_dict(state["optimizer"])
+        else:
+            self.sharded.scatter()
+            self.sharded.restore(self.optimizer, state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])

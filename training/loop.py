@@ -26,11 +26,14 @@ from training.plan import Plan, Step
 from training.progress import Clock, Progress
 from training.runfolder import RunFolder
 from training.seeding import derive
+from training.sharding import Sharded
 from training.signals import Signals
 
 
 class Loop:
     """Trains a model: ``raw`` as the task built it, ``model`` as accelerate prepared it.
+
+    With ``sharded``, ``model`` is a sharded copy of ``raw``, which takes its weights when needed.
 
     ``epoch`` epochs are finished, ``within`` steps of the next one, ``step`` steps in all.
     """
@@ -48,22 +51,25 @@ class Loop:
         progress: Progress,
         carried: Callable[[], Any] = lambda: None,
         skipped: Callable[[], None] = lambda: None,
+        sharded: Sharded | None = None,
     ) -> None:
         self.accelerator, self.raw, self.model = accelerator, raw, model
         self.optimizer, self.schedule, self.ema = optimizer, schedule, ema
         self.folder, self.plan, self.progress = folder, plan, progress
-        self.carried, self.skipped = carried, skipped
+        self.carried, self.skipped, self.sharded = carried, skipped, sharded
         self.keeper = Keeper(
-            accelerator, raw, optimizer, schedule, ema, folder,
+            accelerator, raw, optimizer, schedule, ema, folder, sharded,
             keep=plan.keep, patient=plan.patient, about=plan.about, warn=progress.warn,
         )  # fmt: skip
         warn = (lambda text: None) if folder is None else progress.warn  # once, not in each process
-        self.guard = FiniteGuard(accelerator, raw, folder, plan.max_skipped, plan.advice, warn)
+        live = raw if sharded is None else model
+        self.guard = FiniteGuard(accelerator, live, folder, plan.max_skipped, plan.advice, warn)
         self.signals, self.peers = Signals(), Peers(accelerator)
         self.step = self.epoch = self.within = 0
         self.best = math.inf if plan.lower else -math.inf
         self.totals: dict[str, Tensor] = {}  # of this process and epoch: count and sums
         self.clock = Clock()  # of this epoch
+        self._behind = False  # whether ``raw`` lacks the last steps of the sharded model
         self._agreed = 0  # the signal that all processes stop for after this step
         # Reading a number back stalls a GPU, so there it is not done at every step.
         self._look_every = 1 if self.guard.prompt else 10
@@ -121,8 +127,11 @@ class Loop:
         figures = []
         if number % self.plan.eval_every == 0 or last:
             position = self._position()  # an evaluation that is stopped has changed nothing
+            self._gather()
+            # Sharded, a state needs all processes, and they cannot agree within an evaluation.
+            at_once = contextlib.nullcontext() if self.sharded else self.signals.at_once()
             try:
-                with self.signals.at_once():
+                with at_once:
                     figures = evaluate(models)
             except Stopped as stopped:
                 self._stop(stopped.number, position, together=False)
@@ -163,7 +172,7 @@ class Loop:
             if stop:
                 self._stop(stop, self._position(), together=True)
             if self.plan.save_steps and self.step % self.plan.save_steps == 0:
-                self.keeper.save_state(self._position())
+                self._save_state(self._position())
         self._figures()
         names = sorted(self.totals)
         if not names:
@@ -209,7 +218,9 @@ class Loop:
             for name, value in sums.items():
                 self.totals[name] = self.totals.get(name, 0) + value
         self.optimizer.zero_grad()
+        self._behind = True
         if self.ema is not None and not broken:
+            self._gather()
             self.ema.update(self.raw, step=self.step)
         return count
 
@@ -238,10 +249,22 @@ class Loop:
         about = {"epoch": self.epoch, name: f"{score:.6g}"}
         # The state comes last: what is there when it is there belongs to it.
         self.keeper.log(record, must=last)
+        if improved or due:
+            self._gather()
         self.keeper.save_weights(about, improved, due, must=last)
         if due:
-            self.keeper.save_state(self._position(), must=last)
+            self._save_state(self._position(), must=last)
         self._beat("running")
+
+    def _gather(self) -> None:
+        """Let ``raw`` have the weights of now, if they are sharded."""
+        if self.sharded is not None and self._behind:
+            self.sharded.gather()
+            self._behind = False
+
+    def _save_state(self, position: dict[str, Any], must: bool = False) -> None:
+        self._gather()
+        self.keeper.save_state(position, must=must)
 
     def _position(self) -> dict[str, Any]:
         """Return what a state holds beside weights; every process has its part of it."""
@@ -264,7 +287,7 @@ class Loop:
 
     def _stop(self, number: int, position: dict[str, Any], together: bool) -> NoReturn:
         """Save a state and raise :class:`Stopped`."""
-        self.keeper.save_state(position)
+        self._save_state(position)
         self._beat("stopped")
         if together:
             self.peers.any()  # a launcher may kill the others as soon as one has ended

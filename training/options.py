@@ -98,6 +98,8 @@ class RunConfig:
     """cpu: leave a GPU unused"""
     compile: bool = False
     """compile the model with torch.compile"""
+    shard: bool = False
+    """shard weights, gradients and optimiser state over the processes (FSDP2)"""
     threads: int | None = None
     """CPU threads of torch; null: as many as torch chooses"""
     progress: Literal["auto", "bar", "lines", "none"] = "auto"

@@ -20,10 +20,11 @@ from training.engine import from_main_process
 from training.errors import UserError, one_line
 from training.runfolder import RunFolder
 
-# What may differ between the two commands: none of it changes what is computed.
+# What may differ between the two commands: none of it changes what is computed (sharding rounds).
 _FREE = ("resume", *(f"run.{name}" for name in (
     "progress", "threads", "output", "experiment",
     "save_every", "save_steps", "keep", "on_save_error", "max_skipped",
+    "shard",
 )))  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from training.plan import Plan, Step
 from training.progress import Progress
 from training.resume import open_folder
 from training.runfolder import RunFolder
+from training.sharding import Sharded, check_sharding
 
 
 class Task:
@@ -55,7 +56,7 @@ def train(
     config: Any,
     accelerator: Accelerator,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer_of: Callable[[nn.Module], torch.optim.Optimizer],
     task_of: Callable[[Callable[[str], None]], Task],
     *,
     name: str,
@@ -76,6 +77,7 @@ def train(
 
     Args:
         config: of a script: has epochs, seed, resume, grad_accum_steps, sched, ema, run.
+        optimizer_of: makes the optimiser of a model: this one, or its sharded copy.
         task_of: makes the task from a function that prints a line for people.
         model: on the accelerator's device. name: of the folder. spec: of the model's encoding,
             None without one. steps: of an epoch. best: the figure that decides which
@@ -83,12 +85,18 @@ def train(
             pace. line: of an epoch, from its record and the number of epochs.
     """
     start = time.perf_counter()
+    check_sharding(config.run, accelerator.num_processes)
+    sharded = Sharded(model, accelerator, config.run) if config.run.shard else None
+    optimizer = optimizer_of(model if sharded is None else sharded.model)
     schedule, epochs = make_schedule(optimizer, config.sched, config.epochs, steps)
     ema = make_ema(model, config.ema)
     folder, state = open_folder(accelerator, config, name)
-    if config.run.compile:
-        model.compile()
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    if sharded is not None:
+        wrapped, optimizer = sharded.model, accelerator.prepare(optimizer)
+    else:
+        if config.run.compile:
+            model.compile()
+        wrapped, optimizer = accelerator.prepare(model, optimizer)
     style = config.run.progress if accelerator.is_main_process else "none"
     progress = Progress(steps * epochs, epochs, style, unit)
     task = task_of(progress.say)
@@ -116,7 +124,7 @@ def train(
 
     loop = Loop(
         accelerator, model, wrapped, optimizer, schedule, ema, folder, plan, progress,
-        carried, task.skipped,
+        carried, task.skipped, sharded,
     )  # fmt: skip
     if state is not None:
         loop.restore(state)

@@ -30,8 +30,10 @@ def create(name: str, size: tuple[int, int] | None = None, pretrained: bool = Fa
             weights that cannot be had.
     """
     if not timm.is_model(name):
-        known = timm.list_models()
-        near = get_close_matches(name, known, _SHOWN, 0.5) or timm.list_models(f"*{name}*")[:3]
+        # By their beginnings: most names are far longer than what people remember of them.
+        known = {known[: len(name)]: known for known in reversed(timm.list_models())}
+        near = [known[found] for found in get_close_matches(name, known, _SHOWN)]
+        near = near or timm.list_models(f"*{name}*")[:_SHOWN]
         hint = f"near it: {', '.join(near)}" if near else "timm.list_models() has all names"
         raise IrpeError(f"there is no model {name!r}; {hint}")
     options: dict[str, Any] = {} if size is None else {"img_size": size}

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from ..buckets import bucket_ids
 from ..errors import IrpeError
-from ..geometry import Grid, Sequence
+from ..geometry import Geometry, Grid, Sequence
 from ..spec import Spec, parse, parse_image
-from .pictures import mark
+from .pictures import COLOURS, colour_bar, mark
+
+_NUMBERED = 32  # patches on a side
 
 
 def bucket_maps(spec: str | Spec, grid: Grid, at: tuple[int, int]) -> list[Tensor]:
@@ -21,26 +23,28 @@ def bucket_maps(spec: str | Spec, grid: Grid, at: tuple[int, int]) -> list[Tenso
     row, column = at
     if not (0 <= row < grid.height and 0 <= column < grid.width):
         raise IrpeError(f"there is no patch {at} in a grid of {grid.height}x{grid.width}")
-    ids, _ = bucket_ids(spec, Grid(grid.height, grid.width))
+    keys, _ = Grid(grid.height, grid.width).positions(torch.device("cpu"))
+    ids, _ = bucket_ids(spec, Geometry(torch.tensor([at]), keys))
     maps = ids if isinstance(ids, tuple) else (ids,)
-    query = row * grid.width + column
-    return [m[query].view(grid.height, grid.width) for m in maps]
+    return [m.view(grid.height, grid.width) for m in maps]
 
 
 def bucket_row(spec: str | Spec, length: int, at: int) -> Tensor:
     """Bucket ids int64 ``[length]`` of all tokens of a text as keys, for the query at a place."""
     if not 0 <= at < length:
         raise IrpeError(f"there is no token {at} in a text of {length} tokens")
-    ids, _ = bucket_ids(spec, Sequence(length))
+    keys = torch.arange(length)
+    ids, _ = bucket_ids(spec, Sequence(1, positions=torch.tensor([at]), keys=keys))
     assert isinstance(ids, Tensor)
-    return ids[at]
+    return ids[0]
 
 
 def plot_buckets(spec: str | Spec, grid: Grid, at: tuple[int, int], axes: Any) -> None:
     """Draw a bucket map into matplotlib axes: buckets in use as colours, ids as numbers.
 
     For method cross, the pairs of row and column bucket are drawn. Lines stand where one bucket
-    ends and another begins, which colours alone do not show in grey.
+    ends and another begins, which colours alone do not show in grey. Grids too large for numbers
+    get a colour bar instead.
     """
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
@@ -49,18 +53,24 @@ def plot_buckets(spec: str | Spec, grid: Grid, at: tuple[int, int], axes: Any) -
     labels = maps[0] if len(maps) == 1 else maps[0] * (int(maps[1].max()) + 1) + maps[1]
     buckets = torch.unique(labels, return_inverse=True)[1].numpy()
     count = int(buckets.max()) + 1
-    # Neighbouring buckets get colours far apart, all of them light enough for black numbers.
-    light = colormaps["hsv"]((torch.arange(count) * 0.618033988749895 % 1.0).numpy()) * 0.35 + 0.65
-    axes.imshow(buckets, cmap=ListedColormap(light), vmin=-0.5, vmax=count - 0.5)
-    for y in range(grid.height):
-        for x in range(grid.width):
-            text = ",".join(str(int(m[y, x])) for m in maps)
-            axes.text(x, y, text, ha="center", va="center", fontsize=6, color="black")
+    if max(grid.height, grid.width) > _NUMBERED:
+        image = axes.imshow(buckets, cmap=COLOURS)
+        colour_bar(axes.figure, image, axes, "bucket, counted among those in use")
+    else:
+        # Neighbouring buckets get colours far apart, all of them light enough for black numbers.
+        hues = (torch.arange(count) * 0.618033988749895 % 1.0).numpy()
+        light = ListedColormap(colormaps["hsv"](hues) * 0.35 + 0.65)
+        axes.imshow(buckets, cmap=light, vmin=-0.5, vmax=count - 0.5)
+        for y in range(grid.height):
+            for x in range(grid.width):
+                text = ",".join(str(int(m[y, x])) for m in maps)
+                axes.text(x, y, text, ha="center", va="center", fontsize=6, color="black")
     rows, columns = (buckets[1:] != buckets[:-1]).nonzero()
     axes.hlines(rows + 0.5, columns - 0.5, columns + 0.5, color="black", lw=0.6)
     rows, columns = (buckets[:, 1:] != buckets[:, :-1]).nonzero()
     axes.vlines(columns + 0.5, rows - 0.5, rows + 0.5, color="black", lw=0.6)
     mark(axes, at)
+    axes.locator_params(integer=True)
     axes.set_xlabel("column of the key's patch")
     axes.set_ylabel("row of the key's patch")
     axes.set_title(f"{parse_image(spec).method}: {count} buckets", fontsize=10)

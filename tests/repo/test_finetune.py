@@ -1,6 +1,5 @@
 """benchmarks/finetune.py at toy sizes, and how it sums up."""
 
-import argparse
 import importlib
 import os
 import re
@@ -24,8 +23,8 @@ def test_the_page_is_that_of_the_runs(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks/finetune.py"), "--seeds=3", "--epochs=1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, "--more=1", f"--page={page}"], capture_output=True, text=True, env=environment,
-        check=False,
+        [*command, "--more=1", f"--page={page}", f"--name={tmp_path / 'figures'}"],
+        capture_output=True, text=True, env=environment, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     text = page.read_text()
@@ -48,7 +47,8 @@ def test_verdicts(script):
     assert script.spread([1.0, 2.0, 3.0], ".2f") == ("2.00 ± 2.48", True)  # 4.303 / sqrt(3)
     assert script.spread([1.0, 1.1, 1.2], "+.1f") == ("+1.1 ± 0.2", False)
 
-    given = argparse.Namespace(seeds=3, epochs=1, more=1)
+    given = {"seeds": 3, "epochs": 1, "more": 1}
+    facts = {"processor": "a processor", "threads": 1, "torch": "2", "date": "a day"}
 
     def runs(gain, loss):
         names = ("as trained", "fine-tuned without tables", "fine-tuned with tables")
@@ -58,8 +58,8 @@ def test_verdicts(script):
             for n, b in enumerate(base)
         ]
 
-    better = script.page(runs(1.0, -0.1), given)
+    better = script.page(runs(1.0, -0.1), given, facts)
     assert better.count("better with tables") == 2
-    worse = script.page(runs(-1.0, 0.1), given)
+    worse = script.page(runs(-1.0, 0.1), given, facts)
     assert worse.count("worse with tables") == 2
-    assert script.page(runs(-0.01, -0.001), given).count("a tie") == 3  # once explained
+    assert script.page(runs(-0.01, -0.001), given, facts).count("a tie") == 3  # once explained

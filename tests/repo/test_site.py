@@ -23,10 +23,8 @@ def site(tmp_path_factory):
 def test_every_page_is_built(site):
     pages = {p.relative_to(ROOT / "docs") for p in (ROOT / "docs").rglob("*.md")}
     for page in pages:
-        built = site / (
-            "index.html" if page.name == "index.md" else page.with_suffix("") / "index.html"
-        )
-        assert built.is_file(), page
+        folder = page.parent if page.name in ("index.md", "README.md") else page.with_suffix("")
+        assert (site / folder / "index.html").is_file(), page
     assert (site / "interactive" / "buckets.html").is_file()
     assert not list(site.rglob("*.py"))
 

@@ -51,6 +51,16 @@ def test_a_drawn_map(spec, size, at):
     assert frame.get_xy() == (at[1] - 0.5, at[0] - 0.5)
 
 
+def test_a_large_map_has_a_colour_bar_for_numbers(tmp_path):
+    """And no pairs of all patches with all others: 40,000 of them would not fit into memory."""
+    figures = figure(4, 4)
+    axes = figures.subplots()
+    plot_buckets(SPECS[0], irpe.Grid(200, 200), (150, 20), axes)
+    assert not axes.texts and len(figures.axes) == 2 and "bucket" in figures.axes[1].get_ylabel()
+    assert main(["buckets", SPECS[1], "--grid", "3x400", "--out", str(tmp_path / "a.png")]) == 0
+    assert main(["buckets", "t5", "--length", "100000"]) == 0
+
+
 def test_lines_stand_between_buckets():
     axes = figure(4, 4).subplots()
     plot_buckets(SPECS[0], irpe.Grid(6, 9), (3, 3), axes)

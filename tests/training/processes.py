@@ -9,8 +9,8 @@ from pathlib import Path
 from cls_command import ROOT
 
 
-def launch(processes: int, script: Path, *arguments: str) -> list[str]:
-    """Run ``script`` and return what each process printed; all must end well."""
+def start(processes: int, script: Path, *arguments: str) -> list[subprocess.Popen]:
+    """Start ``script`` in so many processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -35,6 +35,12 @@ def launch(processes: int, script: Path, *arguments: str) -> list[str]:
                 text=True,
             )
         )
+    return running
+
+
+def launch(processes: int, script: Path, *arguments: str) -> list[str]:
+    """Run ``script`` and return what each process printed; all must end well."""
+    running = start(processes, script, *arguments)
     outputs = [process.communicate()[0] for process in running]
     assert [process.returncode for process in running] == [0] * processes, outputs
     return outputs

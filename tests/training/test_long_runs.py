@@ -12,6 +12,7 @@ from run_files import files, newest_state
 from safetensors.torch import load_file
 
 from training.checkpoints import States
+from training.engine import make_accelerator
 from training.lm.language import Held, Language
 from training.loop import Loop
 from training.runfolder import RunFolder
@@ -195,6 +196,24 @@ def test_the_first_that_is_not_finite_stops(lm, spoilt, tmp_path: Path):
 
 
 @pytest.mark.parametrize("how", [lambda loss: loss * float("nan"), infinite_gradient])
+def test_figures_that_stay_on_a_gpu(how, lm, spoilt, tmp_path: Path, monkeypatch):
+    """Looked at every tenth step, and before anything is saved."""
+    real = Loop.__init__
+
+    def init(self, *given):
+        real(self, *given)
+        self.guard.prompt, self._look_every = False, 10
+
+    monkeypatch.setattr(Loop, "__init__", init)
+    options = ["--run.experiment=x", "--epochs=2", "--steps_per_epoch=9", "--run.save_steps=4"]
+    spoilt([5], how)
+    status, _, err = lm(*options, "--optim.clip_grad=null")
+    assert status == 2
+    assert "became" in err and "in epoch 1, by step 8" in err
+    assert newest_state(tmp_path / "runs" / "x")["step"] == 4
+
+
+@pytest.mark.parametrize("how", [lambda loss: loss * float("nan"), infinite_gradient])
 @pytest.mark.parametrize("clip", ["null", "1.0"])
 def test_steps_are_left_out(how, clip, lm, spoilt, tmp_path: Path):
     options = ["--run.max_skipped=2", f"--optim.clip_grad={clip}", *OPTIONS]
@@ -209,6 +228,25 @@ def test_steps_are_left_out(how, clip, lm, spoilt, tmp_path: Path):
     assert status == 2
     assert "by step 8" in err and "after 2 steps left out" in err
     assert newest_state(tmp_path / "runs" / "y")["skipped"] == 2
+
+
+@pytest.mark.parametrize("clip", ["null", "1.0"])
+def test_a_loss_that_is_not_finite_beside_a_scaler(clip, lm, spoilt, tmp_path, monkeypatch):
+    """fp16 on a CPU: the step is left out by the guard, and the scale stays."""
+
+    def make(config):
+        accelerator = make_accelerator(config)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+        return accelerator
+
+    monkeypatch.setattr("training.lm.run.make_accelerator", make)
+    spoilt([5])
+    options = ["--run.experiment=x", f"--optim.clip_grad={clip}", "--run.max_skipped=1"]
+    status, _, err = lm(*options)
+    assert status == 0, err
+    state = newest_state(tmp_path / "runs" / "x")
+    assert (state["skipped"], state["scaler"]["scale"]) == (1, 1024.0)
 
 
 def test_a_step_left_out_changes_nothing(lm, spoilt, tmp_path: Path, monkeypatch):

@@ -11,6 +11,7 @@ from cls_command import ROOT
 from lm_command import TINY, records, same
 from processes import launch
 from released import released_names
+from run_files import newest_state
 
 import train_lm
 from models.text import Bert, SpanFinder
@@ -84,7 +85,9 @@ def test_excerpts_resume_and_processes(lm, library, tmp_path: Path, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "_one_step", step)
-        assert lm(*library, "--run.experiment=parts")[0] == 130
+        assert lm(*library, "--run.experiment=parts", "--run.save_steps=1")[0] == 130
+    state = newest_state(tmp_path / "runs" / "parts")
+    assert state["step"] == 9 and state["within"] > 0
     assert lm(*library, "--run.experiment=parts", "--resume=auto")[0] == 0
     runs = tmp_path / "runs"
     assert records(runs / "whole") == records(runs / "parts")
@@ -250,7 +253,10 @@ def test_questions_run_and_resume(lm, asked, tmp_path: Path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "_one_step", step)
-        assert lm(*asked, "--encoding=shaw,clip=8", "--run.experiment=parts")[0] == 130
+        saving = ["--run.experiment=parts", "--run.save_steps=1"]
+        assert lm(*asked, "--encoding=shaw,clip=8", *saving)[0] == 130
+    state = newest_state(tmp_path / "runs" / "parts")
+    assert state["step"] == 8 and state["within"] > 0
     assert lm(*asked, "--encoding=shaw,clip=8", "--run.experiment=parts", "--resume=auto")[0] == 0
     assert same(folder, tmp_path / "runs" / "parts")
     file = folder / "checkpoints" / "last.safetensors"

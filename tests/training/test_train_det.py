@@ -16,7 +16,7 @@ from PIL import Image
 from processes import launch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from run_files import files
+from run_files import files, newest_state
 
 from irpe.tools.weights import read_weights
 from training.data.scenes import Scenes, make_scenes
@@ -161,7 +161,9 @@ def test_an_interrupted_run_resumes(det, tmp_path: Path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "_one_step", step)
-        assert det(*options, "--run.experiment=parts")[0] == 130
+        assert det(*options, "--run.experiment=parts", "--run.save_steps=1")[0] == 130
+    state = newest_state(tmp_path / "runs" / "parts")
+    assert (state["step"], state["within"]) == (4, 1)
     assert det(*options, "--run.experiment=parts", "--resume=auto")[0] == 0
     runs = tmp_path / "runs"
     assert records(runs / "whole") == records(runs / "parts")

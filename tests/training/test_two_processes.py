@@ -2,16 +2,21 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from cls_command import ROOT, TINY
-from processes import launch
+from lm_command import TINY as TEXT
+from lm_command import records
+from processes import launch, start
+from run_files import newest_state
 
 from irpe.tools.weights import read_weights
 from training.errors import script
@@ -72,3 +77,33 @@ def test_a_script_leaves_its_group(tmp_path: Path):
 
     assert main() == 0
     assert not dist.is_initialized()
+
+
+def test_a_signal_to_one_stops_both_and_one_goes_on_alone(lm, book, tmp_path: Path):
+    """In mid-epoch; the sums so far of both processes are in the figures of the one."""
+    options = ["--epochs=2", "--steps_per_epoch=400", "--encoding=alibi", "--optim.opt=sgd"]
+    options += ["--sample=0", "--run.device=cpu", "--run.eval_every=2"]
+    given = [*TEXT, *options, f"--data.root={book}", f"--run.output={tmp_path / 'runs'}"]
+    folder = tmp_path / "runs" / "x"
+    running = start(2, ROOT / "train_lm.py", *given, "--run.experiment=x")
+    try:
+        while not (folder / "progress.json").exists():  # it is there after the first step
+            assert running[0].poll() is None, running[0].communicate()
+            time.sleep(0.05)
+        running[1].send_signal(signal.SIGTERM)
+        outputs = [process.communicate(timeout=60)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [143, 143], outputs
+    assert "stopped by SIGTERM" in outputs[0] and "stopped" not in outputs[1]
+    state = newest_state(folder)
+    assert state["epoch"] < 2 and state["totals"]["rows"].shape[0] == 2
+    assert lm(*options, "--run.experiment=x", "--resume=auto")[0] == 0
+    assert lm(*options, "--run.experiment=y")[0] == 0
+    both, one = records(folder), records(tmp_path / "runs" / "y")
+    assert [record["epoch"] for record in both] == [1, 2]
+    for a, b in zip(both, one, strict=True):
+        assert a["step"] == b["step"]
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+    assert both[1]["loss"] == pytest.approx(one[1]["loss"], rel=1e-4)

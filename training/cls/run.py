@@ -80,7 +80,7 @@ def train(config: ClsConfig) -> dict[str, Any]:
         config,
         accelerator,
         model,
-        make_optimizer(model, config.optim, config.batch_size),
+        lambda model: make_optimizer(model, config.optim, config.batch_size),
         lambda say: Classify(
             accelerator,
             loaders,

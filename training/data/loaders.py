@@ -7,6 +7,7 @@ Processes share an epoch by taking every W-th sample of one common order. Loader
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -127,7 +128,17 @@ def make_loader(
         persistent_workers=workers > 0 and not streaming,
         # Of its own, so that drawing base seeds does not disturb the model's generator.
         generator=torch.Generator().manual_seed(derive(seed, "loader", rank)),
+        worker_init_fn=_outlive_signals,
     )
+
+
+def _outlive_signals(worker: int) -> None:
+    """Leave the answer to a signal that all processes of a job get to the loop.
+
+    It needs batches to end its step. A minute later the process ends in any case.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *given: signal.alarm(60))
 
 
 def set_epoch(loader: DataLoader, epoch: int) -> None:

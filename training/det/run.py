@@ -88,7 +88,7 @@ def train(config: DetConfig) -> dict[str, Any]:
         config,
         accelerator,
         model,
-        make_optimizer(config, model),
+        lambda model: make_optimizer(config, model),
         lambda say: Detect(
             accelerator,
             loaders,

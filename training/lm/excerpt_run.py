@@ -69,7 +69,7 @@ def train(config: LmConfig) -> dict[str, Any]:
         config,
         accelerator,
         model,
-        make_optimizer(model, config.optim, config.batch_size),
+        lambda model: make_optimizer(model, config.optim, config.batch_size),
         lambda say: task,
         name=f"excerpts{config.excerpts.size}-{spec}-seed{config.seed}",
         spec=None,

@@ -57,7 +57,7 @@ def train(config: LmConfig) -> dict[str, Any]:
         config,
         accelerator,
         model,
-        make_optimizer(model, config.optim, config.batch_size),
+        lambda model: make_optimizer(model, config.optim, config.batch_size),
         lambda say: task,
         name=f"questions-{spec}-seed{config.seed}",
         spec=None,

@@ -81,7 +81,7 @@ def train(config: LmConfig) -> dict[str, Any]:
         config,
         accelerator,
         model,
-        make_optimizer(model, config.optim, config.batch_size),
+        lambda model: make_optimizer(model, config.optim, config.batch_size),
         task_of,
         name=f"lm-{spec}-seed{config.seed}",
         spec=None,

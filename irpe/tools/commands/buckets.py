@@ -35,8 +35,8 @@ def _image(spec: Spec, size: int, given: argparse.Namespace) -> None:
         print(f"{name}{name and ': '}{used} of the table's {size} in use from here")
         print("\n".join(number_map(ids.tolist(), at)))
     if given.out:
-        wide = max(3.5, 0.75 + 0.3 * width * (1.5 if len(maps) == 2 else 1))
-        made = figure(wide, max(3.0, 0.9 + (wide - 0.75) * height / width))
+        side = min(0.3 * (1.5 if len(maps) == 2 else 1), 12 / max(height, width))
+        made = figure(max(3.5, 0.75 + side * width), max(3.0, 0.9 + side * height))
         axes = made.subplots()
         plot_buckets(spec, grid, at, axes)
         axes.set_title(f"{spec}\n{axes.get_title()}, query at {at[0]},{at[1]}", fontsize=10)

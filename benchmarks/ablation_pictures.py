@@ -1,0 +1,89 @@
+"""Pictures of benchmarks/ablation.py, told apart by marker and dash and not by colour alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ablation_tables import Table
+from canvases import SIDE
+from measure import student
+
+STYLES = (
+    ("black", "o", "-"), ("0.35", "s", "--"), ("#1f5fa8", "D", "-"), ("#1f5fa8", "^", "--"),
+    ("#d1761b", "v", "-."), ("#d1761b", "P", ":"), ("0.6", "x", "-"),
+)  # fmt: skip
+Lines = dict[str, list[dict[str, Any]]]
+
+
+def draw(name: str, table: Table, own: Lines, path: Path) -> None:
+    """Draw a table's means with their 95 % intervals."""
+    from matplotlib.figure import Figure
+
+    height = 3.6 if name in ("sizes", "buckets") else 1.2 + 0.32 * len(own)
+    figure = Figure(figsize=(7, height), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    {"sizes": _sizes, "buckets": _buckets}.get(name, _rows)(axes, own)
+    seeds = len(next(iter(own.values())))
+    axes.set_title(f"{table.title}\nmean of {seeds} seeds, 95 % interval", fontsize=9)
+    figure.savefig(path)
+
+
+def _spreads(own: Lines) -> list[tuple[float, float]]:
+    return [student([line["accuracy"] for line in lines]) for lines in own.values()]
+
+
+def _rows(axes: Any, own: Lines) -> None:
+    """A row, a line; a dotted one down from where the absolute embedding alone stands."""
+    spreads = _spreads(own)
+    places = range(len(own))
+    axes.errorbar(
+        [mean for mean, _ in spreads], places, xerr=[half for _, half in spreads], color="black",
+        fmt="o", markersize=5, capsize=3,
+    )  # fmt: skip
+    if "absolute only" in own:
+        base = spreads[list(own).index("absolute only")][0]
+        axes.axvline(base, color="0.4", linestyle=":", linewidth=1)
+    axes.set_yticks(places, list(own))
+    axes.invert_yaxis()
+    axes.set_xlabel("accuracy, %")
+
+
+def _buckets(axes: Any, own: Lines) -> None:
+    places = [int(row) for row in own]
+    _line(axes, places, _spreads(own), "black", "o", "-", None)
+    axes.set_xscale("symlog", base=2, linthresh=8)
+    axes.set_xticks(places, list(own))
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("buckets (0: absolute embedding only)")
+    axes.set_ylabel("accuracy, %")
+
+
+def _sizes(axes: Any, own: Lines) -> None:
+    """Squares only: rectangles are no points of the same line."""
+    native = f"{SIDE}x{SIDE}"
+    for (row, lines), style in zip(own.items(), STYLES, strict=True):
+        by_side: dict[int, list[float]] = {}
+        for line in lines:
+            for size, accuracy in {native: line["accuracy"], **line["sizes"]}.items():
+                height, width = map(int, size.split("x"))
+                if height == width:
+                    by_side.setdefault(height, []).append(accuracy)
+        sides = sorted(by_side)
+        _line(axes, sides, [student(by_side[side]) for side in sides], *style, row)
+    axes.set_xticks(sides, [f"{side / SIDE:g}x" for side in sides])
+    axes.set_xlabel("side of the test canvases over that of training")
+    axes.set_ylabel("accuracy, %")
+    axes.legend(frameon=False, fontsize=8, handlelength=4)
+
+
+def _line(
+    axes: Any, places: Sequence[int], spreads: Sequence[tuple[float, float]],
+    colour: str, marker: str, dash: str, label: str | None,
+) -> None:  # fmt: skip
+    axes.errorbar(
+        places, [mean for mean, _ in spreads], yerr=[half for _, half in spreads], color=colour,
+        marker=marker, linestyle=dash, markersize=5, capsize=3, label=label,
+    )  # fmt: skip
