@@ -91,6 +91,6 @@ def _draw_distances(axes: Any, layers: list[Layer], number: int) -> None:
     axes.set_xlabel("layer", fontsize=8)
     axes.set_ylabel("mean distance of attention, patches", fontsize=8)
     axes.set_xticks(numbers[:: 1 + len(numbers) // 16])
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.15 * max(float(layer.distances.max()) for layer in layers) or None)
     axes.tick_params(labelsize=7)
     axes.legend(fontsize=7)

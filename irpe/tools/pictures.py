@@ -25,7 +25,7 @@ def save(made: Any, path: str) -> None:
     known = made.canvas.get_supported_filetypes()
     if Path(path).suffix.removeprefix(".").lower() not in known:
         raise IrpeError(f"cannot draw {path!r}: a picture's name ends in .png, .svg or .pdf")
-    made.savefig(path)
+    made.savefig(path, bbox_inches="tight")  # labels at the edges whole
     print(f"picture: {path}")
 
 

@@ -47,6 +47,16 @@ class Tables:
     what: str
 
 
+def trained_grid(weights: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """(side, side) of a square absolute embedding in a state dict, up to two tokens before it."""
+    length = next((v.shape[-2] for k, v in weights.items() if k.endswith("pos_embed")), 0)
+    for prefix in (1, 0, 2):
+        side = math.isqrt(max(length - prefix, 0))
+        if side and side * side == length - prefix:
+            return side, side
+    return None
+
+
 def read_tables(
     weights: Mapping[str, Tensor], spec: str | Spec, grid: tuple[int, int]
 ) -> list[Tables]:

@@ -9,7 +9,7 @@ from oracles import buckets as plain
 
 import irpe
 from irpe.tools.command import main
-from irpe.tools.tables import draw_tables, read_tables
+from irpe.tools.tables import draw_tables, read_tables, trained_grid
 
 HEADS, DIM = 3, 4
 
@@ -121,3 +121,9 @@ def test_names_of_detr_and_of_equal_numbers():
     name = "layers.{}.blocks.0.attn.rpe_k.lookup_table_weight"  # as Swin's
     found = read_tables({name.format(n): table for n in (0, 1)}, spec, (3, 3))
     assert found[0].layers == [1, 2]
+
+
+def test_the_grid_that_a_checkpoint_was_trained_on():
+    for length, grid in ((16, (4, 4)), (17, (4, 4)), (198, (14, 14)), (15, None), (2, (1, 1))):
+        assert trained_grid({"net.pos_embed": torch.zeros(1, length, 8)}) == grid, length
+    assert trained_grid({"weight": torch.zeros(4, 4)}) is None

@@ -4,7 +4,7 @@ import argparse
 
 from ...errors import IrpeError
 from ..pictures import save
-from ..tables import MEETS, draw_tables, read_tables
+from ..tables import MEETS, draw_tables, read_tables, trained_grid
 from ..terminal import table
 from ..weights import read_checkpoint
 
@@ -18,8 +18,8 @@ def run(given: argparse.Namespace) -> None:
             f"{given.checkpoint!r} does not say its encoding: say it, as "
             "--rpe rpe-1.9-product-ctx-1-k"
         )
-    found = read_tables(held.weights, spec, given.grid)
-    height, width = given.grid
+    height, width = given.grid or trained_grid(held.weights) or (14, 14)
+    found = read_tables(held.weights, spec, (height, width))
     print(f"{given.checkpoint}: {spec}, offsets of a grid of {height}x{width}")
     for kind in found:
         print(f"\n{kind.kind}, {MEETS[kind.kind]}: {kind.what}")
