@@ -43,6 +43,7 @@ RUN = [
     "--eval_batch_size=360", "--sched.warmup_epochs=0", "--run.progress=none", "--run.device=cpu",
 ]  # fmt: skip
 RUN_STEPS, OWN_STEPS = 2 * (1437 // 256), 3
+GRIDS = 4  # of the steps with an encoding attached
 
 
 @dataclass
@@ -110,7 +111,9 @@ def soak(seconds: float, folder: Path, rounds: int | None = None) -> Record:
     # Once: the parser leaves some types behind each time, and a process parses once.
     options = config.parse(ClsConfig, RUN, "train_cls.py")
     end = time.monotonic() + seconds
-    for number, grid in enumerate(itertools.cycle(sizes(20))):
+    # A few grids by turns: for every new size torch keeps its own kernels (oneDNN's cache), which
+    # ``many_grids`` shows.
+    for number, grid in enumerate(itertools.cycle(itertools.islice(sizes(20), GRIDS))):
         if number == rounds or (rounds is None and time.monotonic() > end):
             return record
         steps += one_round(options, model, grid, folder)
