@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     )
     one.add_argument("checkpoint", metavar="CKPT", help="a .safetensors, .pth, .pt or .bin file")
     one.add_argument("--rpe", metavar="SPEC", help="the encoding, where the file does not say it")
-    _grid(one, None, ": that of a square pos_embed in the file, else 14x14")
+    _grid(one, None, "that of a square pos_embed in the file, else 14x14")
     _out(one)
 
     one = add(
@@ -115,13 +115,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _grid(one: argparse.ArgumentParser, default: str | None, otherwise: str = "") -> None:
+    told = default or otherwise
     one.add_argument(
         "--grid",
         type=size,
         default=None if default is None else size(default),
         metavar="HxW",
-        help="rows x columns of patches"
-        + (f" (default {default})" if default else f" (default{otherwise})" if otherwise else ""),
+        help="rows x columns of patches" + (f" (default {told})" if told else ""),
     )
 
 

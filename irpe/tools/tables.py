@@ -49,7 +49,8 @@ class Tables:
 
 def trained_grid(weights: Mapping[str, Tensor]) -> tuple[int, int] | None:
     """(side, side) of a square absolute embedding in a state dict, up to two tokens before it."""
-    length = next((v.shape[-2] for k, v in weights.items() if k.endswith("pos_embed")), 0)
+    rows = (v for k, v in weights.items() if k.endswith("pos_embed") and v.dim() == 3)
+    length = next((v.shape[1] for v in rows), 0)  # [1, L, C]
     for prefix in (1, 0, 2):
         side = math.isqrt(max(length - prefix, 0))
         if side and side * side == length - prefix:

@@ -127,3 +127,5 @@ def test_the_grid_that_a_checkpoint_was_trained_on():
     for length, grid in ((16, (4, 4)), (17, (4, 4)), (198, (14, 14)), (15, None), (2, (1, 1))):
         assert trained_grid({"net.pos_embed": torch.zeros(1, length, 8)}) == grid, length
     assert trained_grid({"weight": torch.zeros(4, 4)}) is None
+    for shape in ((16,), (1, 8, 5, 16)):  # a map's, or nobody's
+        assert trained_grid({"pos_embed": torch.zeros(shape)}) is None, shape
