@@ -19,13 +19,13 @@ def draw(name: str, table: Table, own: Lines, path: Path) -> None:
     """Draw a table's means with their 95 % intervals."""
     from matplotlib.figure import Figure
 
-    height = 3.6 if name in ("sizes", "buckets") else 1.2 + 0.32 * len(own)
+    height = 3.6 if name in ("sizes", "buckets", "budget") else 1.2 + 0.32 * len(own)
     figure = Figure(figsize=(7, height), layout="constrained", dpi=150)
     axes = figure.subplots()
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    {"sizes": _sizes, "buckets": _buckets}.get(name, _rows)(axes, own)
+    {"sizes": _sizes, "buckets": _buckets, "budget": _budget}.get(name, _rows)(axes, own)
     seeds = len(next(iter(own.values())))
     axes.set_title(f"{table.title}\nmean of {seeds} seeds, 95 % interval", fontsize=9)
     figure.savefig(path)
@@ -59,6 +59,22 @@ def _buckets(axes: Any, own: Lines) -> None:
     axes.set_xticks([], minor=True)
     axes.set_xlabel("buckets (0: absolute embedding only)")
     axes.set_ylabel("accuracy, %")
+
+
+def _budget(axes: Any, own: Lines) -> None:
+    """A line for each model: its rows are called after it and its share of the steps."""
+    spreads: dict[str, dict[int, tuple[float, float]]] = {}
+    for row, spread in zip(own, _spreads(own), strict=True):
+        model, share = row.rsplit(", ", 1)
+        spreads.setdefault(model, {})[int(share.removesuffix("%"))] = spread
+    for (model, line), style in zip(spreads.items(), STYLES, strict=False):
+        _line(axes, list(line), list(line.values()), *style, model)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(line), [f"{share} %" for share in line])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("steps of training")
+    axes.set_ylabel("accuracy, %")
+    axes.legend(frameon=False, fontsize=8, handlelength=4)
 
 
 def _sizes(axes: Any, own: Lines) -> None:

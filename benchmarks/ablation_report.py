@@ -22,8 +22,9 @@ one: which digit is it? timm's ViT, {depth} blocks of width {dim} with {heads} h
 {patch}, no class token, {steps} steps of {batch} canvases (twice as large ones: {large_steps} of
 {large_batch}), AdamW, learning rate {lr:g}, tested on {tests} canvases. Rate, width and depth were
 tuned on the plain model (absolute only) alone, with seeds 1000 and 1001; all rows have them. The
-number of steps is what a run of some ten seconds allows, and no model is trained to the end. This
-is not ImageNet, where the paper measured DeiT-S; its figures stand beside ours.
+number of steps is what 40 seconds of one core allow the slowest of them, and no model is trained
+to the end: see *Length of training*. This is not ImageNet, where the paper measured DeiT-S; its
+figures stand beside ours.
 
 Accuracy in percent, mean over seeds ± half of its 95 % interval (Student). Differences are taken
 seed by seed: of one seed, all models have the same first weights, training and test canvases. A

@@ -5,7 +5,7 @@ al., ICCV 2021: top-1 of DeiT-S on ImageNet, in percent.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # The published models' ratios: irpe/zoo.py.
 RATIOS = {"euc": 20.0, "quant": 33.0, "cross": 20.0, "product": 1.9}
@@ -20,17 +20,20 @@ class Cell:
     Attributes:
         scale: canvases, and with them the grid, are so many times as large.
         sizes: whether it is tested at other sizes too.
+        budget: share of the steps of training that it has.
     """
 
     encoding: str | None = None
     absolute: bool = True
     scale: int = 1
     sizes: bool = False
+    budget: float = 1.0
 
     @property
     def key(self) -> str:
         parts = [self.encoding or "none", "absolute" if self.absolute else "relative"]
         parts += [f"scale {self.scale}"] * (self.scale > 1) + ["sizes"] * self.sizes
+        parts += [f"budget {self.budget:g}"] * (self.budget != 1)
         return " | ".join(parts)
 
 
@@ -113,7 +116,7 @@ def _shared() -> Table:
 def _index() -> Table:
     rows = {
         f"{index}, {mode}, {grid}": Cell(spec + option, scale=scale)
-        for scale, grid in ((1, "8x8"), (2, "16x16"))
+        for scale, grid in ((1, "6x6"), (2, "12x12"))
         for mode, spec in (("bias", BIAS), ("ctx", CTX))
         for index, option in (("clip", ",index=clip"), ("piecewise", ""))
     }
@@ -121,7 +124,7 @@ def _index() -> Table:
     return Table(
         "Clip or piecewise index (Table 3)",
         "Product, shared, on keys, beside a learned absolute embedding. The paper's grid is 14x14; "
-        "it sees a difference only for longer sequences. 16x16: the canvases twice as large.",
+        "it sees a difference only for longer sequences. 12x12: the canvases twice as large.",
         rows,
         dict(zip(names[:4], ("80.1", "80.0", "80.9", "80.9"), strict=True)),
         tuple(
@@ -201,6 +204,23 @@ def _sizes() -> Table:
     )
 
 
+def _budget() -> Table:
+    cells = {"absolute only": Cell(), "k": Cell(CTX, False), "qkv": Cell(SEVERAL["qkv"], False)}
+    cells |= {"absolute + k": Cell(CTX), "rope-axial": Cell("rope-axial", False)}
+    shares = (0.25, 0.5, 1.0)
+    pairs = [(f"{row}, {share:.0%}", f"absolute only, {share:.0%}")
+             for share in shares for row in list(cells)[1:]]  # fmt: skip
+    return Table(
+        "Length of training",
+        "Each length is a schedule of its own, up to the number of steps of the other tables. "
+        "Product, contextual, shared. The paper trains for 300 epochs.",
+        {f"{row}, {share:.0%}": replace(cell, budget=share)
+         for row, cell in cells.items() for share in shares},
+        {},
+        _pairs(*pairs),
+    )  # fmt: skip
+
+
 def _decide() -> Table:
     rows = {"absolute only": Cell(), "product, no absolute": Cell(CTX, False)}
     rows |= {method: Cell(f"rpe-{ratio}-{method}-ctx-1-k") for method, ratio in RATIOS.items()}
@@ -226,5 +246,6 @@ def _pairs(*pairs: Iterable[str]) -> tuple[Comparison, ...]:
 
 TABLES = {
     "modes": _modes(), "shared": _shared(), "index": _index(), "where": _where(),
-    "buckets": _buckets(), "rivals": _rivals(), "sizes": _sizes(), "decide": _decide(),
+    "buckets": _buckets(), "rivals": _rivals(), "sizes": _sizes(), "budget": _budget(),
+    "decide": _decide(),
 }  # fmt: skip

@@ -4,7 +4,11 @@ Scans of scikit-learn's digits, 8 x 8 pixels, enlarged to nearly the canvas's he
 made up by where its parts are to each other, and it may stand further left, right, up or down.
 """
 
+import sys
 from functools import cache
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
@@ -15,9 +19,9 @@ from training.data.digits import Digits
 from training.data.painting import glyph
 from training.seeding import derive
 
-SIDE = 16  # pixels of a canvas
-HEIGHTS = (14, 16)  # of a digit, least and most
-PIECE = 4  # side of the fragment
+SIDE = 12  # pixels of a canvas
+HEIGHTS = (10, 12)  # of a digit, least and most
+PIECE = 3  # side of the fragment
 Data = tuple[Tensor, Tensor]
 
 

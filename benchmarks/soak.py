@@ -3,14 +3,16 @@
     python benchmarks/soak.py --minutes 30
 
 Each round is a run as of ``train_cls.py`` on digits (two epochs, each with an evaluation and a
-checkpoint), then a few steps of a model that lives on, on a grid that no round had before, with an
-encoding attached before and detached after them. Then 1,000 grids go through one model. Printed:
-the slope of the resident memory over training steps with its 95 % interval, and what bucket ids
-the geometries alive hold.
+checkpoint), then a few steps of a model that lives on, on one of a few grids, with an encoding
+attached before and detached after them. Then 1,000 grids go through two models. Printed: the slope
+over training steps, with its 95 % interval, of the resident memory and of what the C library has
+handed out and not got back (the difference is its free space); and what bucket ids the geometries
+alive hold.
 """
 
 import argparse
 import contextlib
+import ctypes
 import gc
 import io
 import itertools
@@ -48,10 +50,11 @@ GRIDS = 4  # of the steps with an encoding attached
 
 @dataclass
 class Record:
-    """After each round: training steps so far, resident MiB, and what is alive."""
+    """After each round: training steps so far, MiB, and what is alive."""
 
     steps: list[int] = field(default_factory=list)
     resident: list[float] = field(default_factory=list)
+    handed_out: list[float] = field(default_factory=list)
     tensors: list[int] = field(default_factory=list)
     geometries: list[int] = field(default_factory=list)
 
@@ -59,6 +62,27 @@ class Record:
 def resident() -> float:
     """Resident memory of this process in MiB."""
     return psutil.Process().memory_info().rss / 2**20
+
+
+class Mallinfo(ctypes.Structure):
+    """``struct mallinfo2`` of the GNU C library."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd",
+            "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    ]  # fmt: skip
+
+
+def handed_out() -> float:
+    """MiB that the C library has handed out; nan where it can't tell (it is not GNU's)."""
+    if (ask := getattr(ctypes.CDLL(None), "mallinfo2", None)) is None:
+        return math.nan
+    ask.restype = Mallinfo
+    told = ask()
+    return (told.uordblks + told.hblkhd) / 2**20
 
 
 def alive(kind: type) -> list:
@@ -121,6 +145,7 @@ def soak(seconds: float, folder: Path, rounds: int | None = None) -> Record:
         record.geometries.append(len(alive(irpe.Geometry)))
         record.steps.append(steps)
         record.resident.append(resident())
+        record.handed_out.append(handed_out())
     raise AssertionError("a cycle has no end")
 
 
@@ -157,15 +182,18 @@ def main() -> None:
         record = soak(60 * options.minutes, Path(folder))
     # What is made once (caches of kernels, the allocator's arenas) is over by then.
     first = len(record.steps) // 3
-    steps, memory = record.steps[first:], record.resident[first:]
-    print(f"{len(record.steps)} rounds, {record.steps[-1]} training steps")
-    if len(steps) > 2:
-        rise, half = slope(steps, memory)
-        print(
-            f"resident memory from {memory[0]:.0f} to {memory[-1]:.0f} MiB over the last two "
-            f"thirds: {rise:+.2f} MiB per 1,000 steps, 95 % interval "
-            f"{rise - half:+.2f} to {rise + half:+.2f} (least squares, rounds taken as independent)"
-        )
+    steps = record.steps[first:]
+    print(
+        f"{len(record.steps)} rounds, {record.steps[-1]} training steps; over the last two thirds"
+    )
+    for name, whole in (("resident", record.resident), ("handed out", record.handed_out)):
+        if len(memory := whole[first:]) > 2:
+            rise, half = slope(steps, memory)
+            print(
+                f"memory {name}: {memory[0]:.2f} to {memory[-1]:.2f} MiB, {rise:+.3f} MiB per "
+                f"1,000 steps, 95 % interval {rise - half:+.3f} to {rise + half:+.3f} (least "
+                "squares, rounds taken as independent)"
+            )
     print(f"tensors alive after a round: {record.tensors[first]} then, {record.tensors[-1]} now")
     print(f"geometries alive: {record.geometries[first]} then, {record.geometries[-1]} now")
     before = resident()
