@@ -2,6 +2,7 @@
 
     python benchmarks/attention.py                       # a GPU: all that fits into 8 minutes
     python benchmarks/attention.py --original DIR        # also the original's irpe.py, from DIR
+    python benchmarks/attention.py --device cpu          # float32, batches that a CPU can do
     python benchmarks/attention.py --device cpu --tiny   # every step, toy sizes: times mean nothing
 
 Each case (dtype, head dim, method, length) first passes a gate on correctness; a way of computing
@@ -29,15 +30,16 @@ from report import headline, plot, report
 from session import RED, Settings, compile_ahead, serve
 
 BARS = {"bias": 1.15, "k": 1.3, "qk": 1.6, "qkv": 2.0}  # forward + backward, bfloat16
-TOKENS = 65536  # of a batch, about: B * L
+TOKENS = {"cuda": 65536, "cpu": 2048}  # of a batch, about: B * L
 PATIENCE = 90  # seconds without a word, then a process hangs
 GRIDS = [(14, 14, 1), (64, 64, 0), (24, 24, 1), (32, 32, 1), (42, 42, 0), (7, 7, 1)]
+CPU_GRIDS = [(14, 14, 1), (32, 32, 1), (42, 42, 0), (24, 24, 1)]
 DETR_GRIDS = [(25, 34, 0), (42, 42, 0)]
 AHEAD = 20  # cases that are compiled for ahead: as many as there may be time for
 SOME = [(14, 14, 1), (32, 32, 1)]
 
 
-def cases(tiny: bool) -> list[Case]:
+def cases(device: str, tiny: bool) -> list[Case]:
     """The most important first."""
     if tiny:
         return [
@@ -48,9 +50,11 @@ def cases(tiny: bool) -> list[Case]:
     def some(dtype: str, dim: int, methods: tuple[str, ...], grids: list) -> Iterator[Case]:
         heads = 6 if dim == 64 else 8
         for method, (height, width, prefix) in itertools.product(methods, grids):
-            batch = round(TOKENS / (prefix + height * width))
+            batch = max(1, round(TOKENS[device] / (prefix + height * width)))
             yield Case(height, width, prefix, dim, heads, batch, dtype, method)
 
+    if device == "cpu":
+        return list(some("float32", 64, ("product",), CPU_GRIDS))
     methods = ("product", "cross", "euc")
     order = [
         *some("bfloat16", 64, ("product",), GRIDS),
@@ -170,15 +174,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not gpu:
         parser.error("there is no GPU: --device cpu --tiny tries the script itself")
-    if arguments.device == "cpu" and not arguments.tiny:
-        parser.error("on a CPU these sizes take hours: add --tiny")
     if arguments.original is not None and not (arguments.original / "irpe.py").is_file():
         parser.error(f"--original {arguments.original}: there is no irpe.py in it")
 
     rounds, attempts = (1, 1) if arguments.tiny else (arguments.rounds, 2)
     settings = Settings(arguments.device, rounds, attempts, arguments.original)
     name = arguments.name or f"attention_{suffix(arguments.device)}"
-    order = cases(arguments.tiny)
+    order = cases(arguments.device, arguments.tiny)
     figures: dict[str, Any] = {
         "command": " ".join(["python benchmarks/attention.py", *sys.argv[1:]]),
         "machine": machine(),

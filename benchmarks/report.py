@@ -27,10 +27,11 @@ LIMITS = {
 def headline(case: dict) -> str:
     if "cannot" in case:
         return f"{case['case']}: {case['cannot']}"
-    found = {mode: over(case, f"{mode} triton", "both") for mode in MODES}
+    ways = {way: {mode: over(case, f"{mode} {way}", "both") for mode in MODES} for way in WAYS}
+    own = "eager" if set(ways["triton"].values()) == {"-"} else "triton"
     noise = "" if case["quiet"] else ", noisy"
-    ratios = ", ".join(f"{mode} {value}" for mode, value in found.items())
-    return f"{case['case']}: triton over {case['base']}: {ratios}{noise}"
+    ratios = ", ".join(f"{mode} {value}" for mode, value in ways[own].items())
+    return f"{case['case']}: {own} over {case['base']}: {ratios}{noise}"
 
 
 def kin(case: dict) -> tuple[str, int, str, str]:

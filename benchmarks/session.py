@@ -23,7 +23,8 @@ from fused import compare  # the tests' own comparison, with their error budget
 
 CONTROL = "control"
 PASSED, RED = "passed", "the gate is red"
-SHARE = 0.25  # seconds of the clock that a way gets for its rounds, forward or both
+# Seconds of the clock that a way gets for its rounds, forward or both.
+SHARE = {"cuda": 0.25, "cpu": 1.0}
 DIFFERS = 0.5  # relative: rounding in bfloat16 stays below, a gradient that is missing does not
 
 
@@ -92,7 +93,7 @@ class Session:
             for name in WAYS:
                 if name == "original" and self.settings.original is None:
                     continue
-                if name == "eager" and "sdpa" in self._did(mode):
+                if name == "eager" and self.cuda and "sdpa" in self._did(mode):
                     continue
                 make = lambda name=name, mode=mode: way(  # noqa: E731
                     name, mode, inputs, self.settings.original
@@ -189,8 +190,8 @@ class Session:
         }
         cells[CONTROL] = _guarded(CONTROL, self.ready[base][kind], failed)
         first = interleaved(cells, 1, warmup=0, clock=clock)
-        most = self.settings.rounds
-        rounds = {name: min(most, max(5, int(SHARE / s))) for name, (s,) in first.items()}
+        most, share = self.settings.rounds, SHARE[self.settings.device]
+        rounds = {name: min(most, max(5, int(share / s))) for name, (s,) in first.items()}
         rounds[base] = rounds[CONTROL] = max(rounds.values())
         for _ in range(self.settings.attempts):
             times = interleaved(cells, rounds, warmup=0, clock=clock)
