@@ -174,7 +174,9 @@ def test_a_wrong_kernel_is_not_timed(benchmarks, monkeypatch):
 
     monkeypatch.setitem(functional._RUN, "triton", wrong)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    session = Session(cases(device, tiny=True)[0], Settings(device, 1, 1, None), {}, lambda step: None)
+    session = Session(
+        cases(device, tiny=True)[0], Settings(device, 1, 1, None), {}, lambda step: None
+    )
     case = session.figures()
     assert case["gate"]["k"] == "passed" and "ms" in case["rows"]["k triton"]["both"]
     for mode in ("qk", "qkv"):
