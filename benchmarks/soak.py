@@ -27,6 +27,7 @@ from pathlib import Path
 import psutil
 import timm
 import torch
+from measure import machine, save
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -173,35 +174,58 @@ def slope(x: list[int], y: list[float]) -> tuple[float, float]:
     return 1000 * rise, 1000 * 1.96 * math.sqrt(rest / max(n - 2, 1) / spread)
 
 
+def growth(steps: list[int], memory: list[float]) -> dict[str, float]:
+    """First and last MiB, and the slope per 1,000 steps with the ends of its 95 % interval."""
+    rise, half = slope(steps, memory)
+    return {
+        "from": memory[0], "to": memory[-1], "rise": rise, "low": rise - half, "high": rise + half
+    }  # fmt: skip
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--grids", type=int, default=1000)
+    parser.add_argument("--name", help="of the result file: soak writes results/soak_cpu.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         record = soak(60 * options.minutes, Path(folder))
     # What is made once (caches of kernels, the allocator's arenas) is over by then.
     first = len(record.steps) // 3
-    steps = record.steps[first:]
-    print(
-        f"{len(record.steps)} rounds, {record.steps[-1]} training steps; over the last two thirds"
-    )
-    for name, whole in (("resident", record.resident), ("handed out", record.handed_out)):
-        if len(memory := whole[first:]) > 2:
-            rise, half = slope(steps, memory)
-            print(
-                f"memory {name}: {memory[0]:.2f} to {memory[-1]:.2f} MiB, {rise:+.3f} MiB per "
-                f"1,000 steps, 95 % interval {rise - half:+.3f} to {rise + half:+.3f} (least "
-                "squares, rounds taken as independent)"
-            )
-    print(f"tensors alive after a round: {record.tensors[first]} then, {record.tensors[-1]} now")
-    print(f"geometries alive: {record.geometries[first]} then, {record.geometries[-1]} now")
+    if len(record.steps) - first < 3:
+        parser.error(f"--minutes {options.minutes:g} is too short: {len(record.steps)} rounds")
+    figures = {
+        "command": f"python benchmarks/soak.py --minutes {options.minutes:g}",
+        "machine": machine(), "rounds": len(record.steps), "steps": record.steps[-1],
+        "resident": growth(record.steps[first:], record.resident[first:]),
+        "handed_out": growth(record.steps[first:], record.handed_out[first:]),
+        "tensors": [record.tensors[first], record.tensors[-1]],
+        "geometries": [record.geometries[first], record.geometries[-1]],
+    }  # fmt: skip
+    print(f"{figures['rounds']} rounds, {figures['steps']} training steps; of the last two thirds:")
+    for name in ("resident", "handed_out"):
+        own = figures[name]
+        print(
+            f"memory {name.replace('_', ' ')}: {own['from']:.2f} to {own['to']:.2f} MiB, "
+            f"{own['rise']:+.3f} MiB per 1,000 steps, 95 % interval {own['low']:+.3f} to "
+            f"{own['high']:+.3f} (least squares, rounds taken as independent)"
+        )
+    for name in ("tensors", "geometries"):
+        print("{} alive after a round: {} then, {} now".format(name, *figures[name]))
     before = resident()
     geometries, held = many_grids(options.grids)
+    figures["many_grids"] = {
+        "count": options.grids, "geometries": max(geometries), "mib": max(held) / 2**20,
+        "resident_mib": resident() - before,
+    }  # fmt: skip
     print(
         f"{options.grids} grids through two models: at most {max(geometries)} geometries alive, "
         f"{max(held) / 2**20:.1f} MiB of bucket ids, resident memory {resident() - before:+.0f} MiB"
     )
+    if options.name:
+        print("written to", save(f"{options.name}_cpu", figures))
 
 
 if __name__ == "__main__":

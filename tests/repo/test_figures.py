@@ -18,6 +18,9 @@ WRITTEN_BY_PEOPLE = {
     ("docs/costs.md", "Time and memory"): [
         "models_cpu.json", "models_encoder_cpu.json", "text_attention_cpu.json"
     ],
+    ("docs/costs.md", "Startup"): ["startup_cpu.json"],
+    ("docs/scale.md", "What two processes show"): ["scaling_cpu.json"],
+    ("docs/long_runs.md", "Measured"): ["soak_cpu.json"],
 }  # fmt: skip
 # Counted and not measured, or a setting: tests/test_complexity.py holds the first.
 NOT_MEASURED = r"Multiply-adds:[^.]*\.|\d+ % interval|[A-Z] = \d+|torch \S+|\d{4}-\d\d-\d\d|`[^`]*`"

@@ -50,3 +50,6 @@ def test_slope():
     assert soak.slope(x, [5.0, 7.0, 9.0, 11.0]) == (2.0, 0.0)
     rise, half = soak.slope(x, [5.0, 7.1, 8.9, 11.0])
     assert abs(rise - 1.98) < 1e-9 and 0 < half < 0.2
+    own = soak.growth(x, [5.0, 7.1, 8.9, 11.0])
+    assert (own["from"], own["to"], own["rise"]) == (5.0, 11.0, rise)
+    assert own["low"] == rise - half and own["high"] == rise + half
