@@ -20,14 +20,19 @@ def draw(name: str, table: Table, own: Lines, path: Path) -> None:
     from matplotlib.figure import Figure
 
     height = 3.6 if name in ("sizes", "buckets", "budget") else 1.2 + 0.32 * len(own)
-    figure = Figure(figsize=(7, height), layout="constrained", dpi=150)
-    axes = figure.subplots()
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    {"sizes": _sizes, "buckets": _buckets, "budget": _budget}.get(name, _rows)(axes, own)
+    wide = name == "sizes"
+    figure = Figure(figsize=(9 if wide else 7, height), layout="constrained", dpi=150)
+    panels = figure.subplots(
+        1, 1 + wide, squeeze=False, sharey=True, width_ratios=(2, 1)[: 1 + wide]
+    )
+    for axes in panels.flat:
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    drawing = {"sizes": _sizes, "buckets": _buckets, "budget": _budget}.get(name, _rows)
+    drawing(*panels.flat, own)
     seeds = len(next(iter(own.values())))
-    axes.set_title(f"{table.title}\nmean of {seeds} seeds, 95 % interval", fontsize=9)
+    figure.suptitle(f"{table.title}\nmean of {seeds} seeds, 95 % interval", fontsize=9)
     figure.savefig(path)
 
 
@@ -74,25 +79,38 @@ def _budget(axes: Any, own: Lines) -> None:
     axes.set_xticks([], minor=True)
     axes.set_xlabel("steps of training")
     axes.set_ylabel("accuracy, %")
-    axes.legend(frameon=False, fontsize=8, handlelength=4)
+    _legend(axes)
 
 
-def _sizes(axes: Any, own: Lines) -> None:
-    """Squares only: rectangles are no points of the same line."""
+def _sizes(squares: Any, rectangles: Any, own: Lines) -> None:
+    """Squares by their side; rectangles beside them, which are no points of the same line."""
     native = f"{SIDE}x{SIDE}"
-    for (row, lines), style in zip(own.items(), STYLES, strict=True):
-        by_side: dict[int, list[float]] = {}
+    for shift, ((row, lines), style) in enumerate(zip(own.items(), STYLES, strict=True)):
+        by_size: dict[tuple[int, int], list[float]] = {}
         for line in lines:
             for size, accuracy in {native: line["accuracy"], **line["sizes"]}.items():
                 height, width = map(int, size.split("x"))
-                if height == width:
-                    by_side.setdefault(height, []).append(accuracy)
-        sides = sorted(by_side)
-        _line(axes, sides, [student(by_side[side]) for side in sides], *style, row)
-    axes.set_xticks(sides, [f"{side / SIDE:g}x" for side in sides])
-    axes.set_xlabel("side of the test canvases over that of training")
-    axes.set_ylabel("accuracy, %")
-    axes.legend(frameon=False, fontsize=8, handlelength=4)
+                by_size.setdefault((height, width), []).append(accuracy)
+        sides = sorted(h for h, w in by_size if h == w)
+        _line(squares, sides, [student(by_size[n, n]) for n in sides], *style, row)
+        others = sorted((size for size in by_size if size[0] != size[1]), key=lambda s: s[0] * s[1])
+        colour, marker, _ = style
+        places = [place + 0.1 * (shift - 3) for place in range(len(others))]
+        spreads = [student(by_size[size]) for size in others]
+        _line(rectangles, places, spreads, colour, marker, "none", row)
+    squares.set_xticks(sides, [f"{side / SIDE:.2g}x" for side in sides])
+    squares.set_xlabel("side of the test canvases over that of training")
+    squares.set_ylabel("accuracy, %")
+    rectangles.set_xticks(range(len(others)), [f"{h}x{w}" for h, w in others])
+    rectangles.set_xlabel("height x width, pixels")
+    _legend(rectangles)
+
+
+def _legend(axes: Any) -> None:
+    """Beside the lines: there is no place among them."""
+    axes.legend(
+        frameon=False, fontsize=8, handlelength=4, loc="center left", bbox_to_anchor=(1, 0.5)
+    )
 
 
 def _line(

@@ -200,20 +200,31 @@ def _sizes() -> Table:
         "is resized by timm. The paper has no such table.",
         cells,
         {},
-        _pairs(*((name, "absolute only") for name in list(cells)[1:])),
+        _pairs(
+            *((name, "absolute only") for name in list(cells)[1:]),
+            ("qkv", "rope-axial"),
+            ("qkv", "rope-mixed"),
+        ),
     )
 
 
 def _budget() -> Table:
     cells = {"absolute only": Cell(), "k": Cell(CTX, False), "qkv": Cell(SEVERAL["qkv"], False)}
     cells |= {"absolute + k": Cell(CTX), "rope-axial": Cell("rope-axial", False)}
-    shares = (0.25, 0.5, 1.0)
-    pairs = [(f"{row}, {share:.0%}", f"absolute only, {share:.0%}")
-             for share in shares for row in list(cells)[1:]]  # fmt: skip
+    shares = (0.25, 0.5, 1.0, 2.0)
+    pairs = [
+        (f"{more}, {share:.0%}", f"{less}, {share:.0%}")
+        for share in shares
+        for more, less in [
+            *((row, "absolute only") for row in list(cells)[1:]),
+            ("qkv", "rope-axial"),
+        ]
+    ]
     return Table(
         "Length of training",
-        "Each length is a schedule of its own, up to the number of steps of the other tables. "
-        "Product, contextual, shared. The paper trains for 300 epochs.",
+        "Each length is a schedule of its own; 100%: that of the other tables. The longest alone "
+        "may take more than 40 seconds. Product, contextual, shared. The paper trains for 300 "
+        "epochs.",
         {f"{row}, {share:.0%}": replace(cell, budget=share)
          for row, cell in cells.items() for share in shares},
         {},
