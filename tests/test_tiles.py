@@ -277,16 +277,19 @@ def test_dropout_keeps_what_it_says(tiles):
 
 
 def test_where_tiles_serve():
-    def served(geometry, kind="query", dtype=torch.float32, **made):
-        q = torch.zeros(1, 1, geometry.query_length, 4, dtype=dtype, **made)
+    def served(geometry, kind="query", dtype=torch.float32, heads=1, **made):
+        q = torch.zeros(1, heads, geometry.query_length, 4, dtype=dtype, **made)
         buckets = BucketIds(irpe.buckets.image.image_buckets(irpe.parse(SPECS[0]))[0], geometry)
         terms = (Term(kind, torch.zeros(1, 4, 49), buckets),)
         return tiled.serves(eager.Call(q, q, q, terms, None, False, 0.0, 1.0))
 
-    assert served(irpe.Grid(24, 24)) and served(irpe.Grid(1, 300))
-    assert not served(irpe.Grid(20, 20)) and not served(irpe.Grid(1, 200))
-    assert served(irpe.Grid(24, 24), dtype=torch.float16)
-    assert not served(irpe.Grid(24, 24), dtype=torch.bfloat16)
+    # 30 logits of 24x24 tokens are more than 32 MiB, 20 are less.
+    assert served(irpe.Grid(24, 24), heads=30) and served(irpe.Grid(1, 300))
+    assert not served(irpe.Grid(24, 24), heads=20) and served(irpe.Grid(32, 32), heads=1)
+    assert not served(irpe.Grid(24, 24, prefix=1), heads=30) and served(irpe.Grid(32, 32, prefix=1))
+    assert not served(irpe.Grid(20, 20), heads=99) and not served(irpe.Grid(1, 200))
+    assert served(irpe.Grid(24, 24), dtype=torch.float16, heads=30)
+    assert not served(irpe.Grid(24, 24), dtype=torch.bfloat16, heads=30)
     assert served(irpe.Grid(32, 32), dtype=torch.bfloat16)
-    assert not served(irpe.Grid(24, 24), kind="gain")
-    assert not served(irpe.Grid(24, 24), device="meta")
+    assert not served(irpe.Grid(32, 32), kind="gain")
+    assert not served(irpe.Grid(32, 32), device="meta")

@@ -16,9 +16,11 @@ from .groups import Grads, Group, Plan
 from .part import Shared, Work
 from .patterns import grouped, pattern_of
 from .rows import add_times, outer
+from .runs import WholeGrid
 from .tiles import Tiles
 
 SIZE = 2**19  # numbers of a tile for each thread: 2 MiB
+KEPT = 2**25  # bytes: larger memory goes back to the system (malloc), to be cleared when asked for
 KINDS = frozenset({"bias", "query", "key", "value"})
 
 
@@ -31,11 +33,18 @@ def serves(call: Call) -> bool:
 
 
 def least(call: Call) -> int:
-    """L * S from which tiles are faster, as measured with head dims 32 and 64."""
+    """L * S from which tiles are faster or, at the same speed, take less memory, as measured."""
     if call.q.dtype == torch.bfloat16:
         return 2**20  # the other way multiplies in bfloat16
-    geometries = [term.buckets.geometry for term in call.terms]
-    return 2**16 if isinstance(pattern_of(geometries, call.is_causal), Line) else 2**18
+    pattern = pattern_of([term.buckets.geometry for term in call.terms], call.is_causal)
+    if isinstance(pattern, Line):
+        return 2**16
+    if isinstance(pattern, WholeGrid):
+        # Prefix tokens slow tiles down. Logits that the C library keeps cost the other way less.
+        B, H, L, _ = call.q.shape
+        if pattern.prefix or 4 * B * H * L * call.k.shape[-2] <= KEPT:
+            return 2**20
+    return 2**18
 
 
 class Pass(Shared):
