@@ -3,13 +3,16 @@
     python benchmarks/plots.py
 
 Time and peak memory of a training step over the same one without terms, by tokens and mode. Models
-on a CPU take the backend that ``auto`` picks. Files of GPUs join when there are any.
+on a CPU take the backend that ``auto`` picks. Attention alone, by tokens, mode and backend, is
+drawn from each file of ``attention.py`` that there is.
 """
 
 import argparse
 import json
 from pathlib import Path
 from typing import Any
+
+import report
 
 RESULTS = Path(__file__).parent / "results"
 PAGES = Path(__file__).parents[1] / "docs" / "results"
@@ -116,6 +119,10 @@ def main() -> None:
     for what, name in (("ratio", "costs_time.png"), ("peak_mib", "costs_memory.png")):
         draw(what, out / name)
         print("written to", out / name)
+    for path in sorted(RESULTS.glob("attention_*.json")):
+        name = f"costs_{path.stem}.png"
+        if report.plot(read(path.name), out / name):
+            print("written to", out / name)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from session import CONTROL, PASSED
 STYLES = {
     "triton": ("triton", {"color": "black", "marker": "o", "linewidth": 2.2}),
     "sdpa": ("sdpa", {"color": "0.35", "marker": "s", "linestyle": "--"}),
-    "eager": ("eager", {"color": "0.35", "marker": "D", "linestyle": "--"}),
+    "eager": ("eager", {"color": "black", "marker": "D", "linestyle": "--"}),
     "flex": ("FlexAttention", {"color": "0.35", "marker": "^", "linestyle": "-."}),
     "flat index": ("flat index", {"color": "0.55", "marker": "v", "linestyle": ":"}),
     "original": ("original", {"color": "0.55", "marker": "x", "linestyle": ":"}),

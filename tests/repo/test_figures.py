@@ -16,7 +16,8 @@ RESULTS, PAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "results"
 WRITTEN_BY_PEOPLE = {
     ("README.md", "What it gives, and what it costs"): ["models_cpu.json", "image.md"],
     ("docs/costs.md", "Time and memory"): [
-        "models_cpu.json", "models_encoder_cpu.json", "text_attention_cpu.json"
+        "models_cpu.json", "models_encoder_cpu.json", "text_attention_cpu.json",
+        "attention_cpu.json",
     ],
     ("docs/costs.md", "Startup"): ["startup_cpu.json"],
     ("docs/scale.md", "What two processes show"): ["scaling_cpu.json"],
