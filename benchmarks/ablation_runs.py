@@ -35,7 +35,7 @@ RECIPE: dict[str, Any] = {
     # Of cells whose canvases are larger, which take four times as long and more.
     "large_steps": 640, "large_batch": 16,
 }  # fmt: skip
-QUICK = {**RECIPE, "steps": 20, "batch": 8, "large_steps": 20, "large_batch": 4, "tests": 50}
+QUICK = {**RECIPE, "steps": 44, "batch": 8, "large_steps": 20, "large_batch": 4, "tests": 50}
 # Sides of canvases in pixels, and rectangles, that models are tested at beside SIDE.
 SIDES = (6, 8, 16, 18, 24)
 RECTANGLES = ((12, 18), (18, 12), (12, 24))

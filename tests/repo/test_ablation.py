@@ -125,6 +125,7 @@ def test_every_cell_builds_from_the_same_weights(cell):
 
 
 def test_tables():
+    from ablation_runs import QUICK
     from ablation_tables import TABLES
 
     for name, table in TABLES.items():
@@ -134,6 +135,8 @@ def test_tables():
         for comparison in table.comparisons:
             assert set(comparison.more + comparison.less) <= set(table.rows), comparison
             assert not set(comparison.more) & set(comparison.less)
+        for cell in table.rows.values():  # OneCycleLR wants a warm-up of more than one step
+            assert int(cell.budget * QUICK["steps"]) * QUICK["warmup"] > 1, cell
     texts = {c.text: (c.more, c.less) for c in TABLES["modes"].comparisons}
     more, less = texts["contextual over bias, all methods"]
     assert more == ("euc, ctx", "quant, ctx", "cross, ctx", "product, ctx") and len(less) == 4
