@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ablation_runs import accuracies
 from ablation_tables import Table
 from canvases import SIDE
 from measure import student
@@ -84,24 +85,20 @@ def _budget(axes: Any, own: Lines) -> None:
 
 def _sizes(squares: Any, rectangles: Any, own: Lines) -> None:
     """Squares by their side; rectangles beside them, which are no points of the same line."""
-    native = f"{SIDE}x{SIDE}"
-    for shift, ((row, lines), style) in enumerate(zip(own.items(), STYLES, strict=True)):
-        by_size: dict[tuple[int, int], list[float]] = {}
-        for line in lines:
-            for size, accuracy in {native: line["accuracy"], **line["sizes"]}.items():
-                height, width = map(int, size.split("x"))
-                by_size.setdefault((height, width), []).append(accuracy)
-        sides = sorted(h for h, w in by_size if h == w)
-        _line(squares, sides, [student(by_size[n, n]) for n in sides], *style, row)
-        others = sorted((size for size in by_size if size[0] != size[1]), key=lambda s: s[0] * s[1])
-        colour, marker, _ = style
+    found = accuracies(own)
+    sides = {side: size for size in found for side, other in [size.split("x")] if side == other}
+    others = [size for size in found if size not in sides.values()]
+    for shift, (row, (colour, marker, dash)) in enumerate(zip(own, STYLES, strict=True)):
+        spreads = {size: student(values[row]) for size, values in found.items()}
+        heights = [int(side) for side in sides]
+        line = [spreads[size] for size in sides.values()]
+        _line(squares, heights, line, colour, marker, dash, row)
         places = [place + 0.1 * (shift - 3) for place in range(len(others))]
-        spreads = [student(by_size[size]) for size in others]
-        _line(rectangles, places, spreads, colour, marker, "none", row)
-    squares.set_xticks(sides, [f"{side / SIDE:.2g}x" for side in sides])
+        _line(rectangles, places, [spreads[size] for size in others], colour, marker, "none", row)
+    squares.set_xticks(heights, [f"{side / SIDE:.2g}x" for side in heights])
     squares.set_xlabel("side of the test canvases over that of training")
     squares.set_ylabel("accuracy, %")
-    rectangles.set_xticks(range(len(others)), [f"{h}x{w}" for h, w in others])
+    rectangles.set_xticks(range(len(others)), others)
     rectangles.set_xlabel("height x width, pixels")
     _legend(rectangles)
 

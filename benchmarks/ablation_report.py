@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ablation_pictures import draw
-from ablation_runs import QUICK
+from ablation_runs import QUICK, accuracies
 from ablation_tables import TABLES, Comparison, Table
 from canvases import HEIGHTS, PIECE, SIDE
 from measure import student
@@ -106,24 +106,8 @@ def _differences(values: Values, table: Table) -> str:
     return "\n".join(rows)
 
 
-def sizes(own: dict[str, list[Line]]) -> dict[str, Values]:
-    """Accuracies by size and row, the size of training among them, squares in order first."""
-    native = f"{SIDE}x{SIDE}"
-    found: dict[str, Values] = {}
-    for row, lines in own.items():
-        for line in lines:
-            for size, accuracy in {native: line["accuracy"], **line["sizes"]}.items():
-                found.setdefault(size, {}).setdefault(row, []).append(accuracy)
-
-    def order(size: str) -> tuple[bool, int, int]:
-        height, width = map(int, size.split("x"))
-        return height != width, height * width, height
-
-    return {size: found[size] for size in sorted(found, key=order)}
-
-
 def _sizes(own: dict[str, list[Line]]) -> list[str]:
-    table, by_size = TABLES["sizes"], sizes(own)
+    table, by_size = TABLES["sizes"], accuracies(own)
     lines = "|---" * (1 + len(by_size)) + "|"
     rows = [f"| accuracy, % | {' | '.join(by_size)} |", lines]
     for row in own:

@@ -103,3 +103,18 @@ def execute(cell: Cell, seed: int, recipe: dict[str, Any]) -> dict[str, Any]:
     line["seconds"] = round(time.perf_counter() - start, 1)
     line["cpu_seconds"] = round(time.process_time() - cpu, 1)
     return {**line, "recipe": recipe, "machine": machine()}
+
+
+def accuracies(rows: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, list[float]]]:
+    """Of lines tested at several sizes: by size and row, that of training too, squares first."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row, lines in rows.items():
+        for line in lines:
+            for size, accuracy in {f"{SIDE}x{SIDE}": line["accuracy"], **line["sizes"]}.items():
+                found.setdefault(size, {}).setdefault(row, []).append(accuracy)
+
+    def order(size: str) -> tuple[bool, int, int]:
+        height, width = map(int, size.split("x"))
+        return height != width, height * width, height
+
+    return {size: found[size] for size in sorted(found, key=order)}

@@ -24,10 +24,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import psutil
 import timm
 import torch
-from measure import machine, save
+from measure import machine, resident, save
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -58,11 +57,6 @@ class Record:
     handed_out: list[float] = field(default_factory=list)
     tensors: list[int] = field(default_factory=list)
     geometries: list[int] = field(default_factory=list)
-
-
-def resident() -> float:
-    """Resident memory of this process in MiB."""
-    return psutil.Process().memory_info().rss / 2**20
 
 
 class Mallinfo(ctypes.Structure):
@@ -145,7 +139,7 @@ def soak(seconds: float, folder: Path, rounds: int | None = None) -> Record:
         record.tensors.append(len(alive(Tensor)))
         record.geometries.append(len(alive(irpe.Geometry)))
         record.steps.append(steps)
-        record.resident.append(resident())
+        record.resident.append(resident() / 1024)
         record.handed_out.append(handed_out())
     raise AssertionError("a cycle has no end")
 
@@ -218,11 +212,11 @@ def main() -> None:
     geometries, held = many_grids(options.grids)
     figures["many_grids"] = {
         "count": options.grids, "geometries": max(geometries), "mib": max(held) / 2**20,
-        "resident_mib": resident() - before,
+        "resident_mib": (resident() - before) / 1024,
     }  # fmt: skip
     print(
-        f"{options.grids} grids through two models: at most {max(geometries)} geometries alive, "
-        f"{max(held) / 2**20:.1f} MiB of bucket ids, resident memory {resident() - before:+.0f} MiB"
+        "{count} grids through two models: at most {geometries} geometries alive, {mib:.1f} MiB of "
+        "bucket ids, resident memory {resident_mib:+.0f} MiB".format(**figures["many_grids"])
     )
     if options.name:
         print("written to", save(f"{options.name}_cpu", figures))
