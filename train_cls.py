@@ -3,30 +3,21 @@
     python train_cls.py --config configs/cls/digits.yaml
     python train_cls.py --config configs/cls/deit_small_k.yaml --data.root /data/imagenet
     python train_cls.py --config FILE --eval-only --checkpoint weights.pth
+    python train_cls.py --config FILE --data.name folder --data.root DIR --checkpoint plain.pth \\
+        --rpe rpe-1.9-product-ctx-1-k
 
-`--help` lists every option. Several processes: put `accelerate launch` or `torchrun` in front.
+A checkpoint may start a training of other classes, another image size or another encoding: the run
+prints what it took. `--help` lists every option. Several processes: put `accelerate launch` or
+`torchrun` in front.
 """
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Sequence
 
-from training import config as configuration
 from training.cls.options import ClsConfig
-from training.cls.run import evaluate, train
-from training.errors import script
+from training.cls.run import open_task
+from training.run import main_of
 
-
-@script
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the configuration, then evaluate or train."""
-    config = configuration.parse(ClsConfig, argv, "train_cls.py")
-    if config.eval_only:
-        evaluate(config)
-    else:
-        train(config)
-
+main = main_of(ClsConfig, open_task, "train_cls.py")
 
 if __name__ == "__main__":
     sys.exit(main())

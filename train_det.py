@@ -3,30 +3,20 @@
     python train_det.py --config configs/det/digits.yaml
     python train_det.py --config configs/det/detr_r50_k_150.yaml --coco_path /data/coco
     python train_det.py --config FILE --eval-only --checkpoint weights.pth
+    python train_det.py --config FILE --data.name coco --coco_path DIR --checkpoint detr.pth
 
-`--help` lists every option. Several processes: put `accelerate launch` or `torchrun` in front.
+A checkpoint may start a training of other classes, another image size or another encoding: the run
+prints what it took. `--help` lists every option. Several processes: put `accelerate launch` or
+`torchrun` in front.
 """
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Sequence
 
-from training import config as configuration
+from training.det.detect import open_task
 from training.det.options import DetConfig
-from training.det.run import evaluate, train
-from training.errors import script
+from training.run import main_of
 
-
-@script
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the configuration, then evaluate or train."""
-    config = configuration.parse(DetConfig, argv, "train_det.py")
-    if config.eval_only:
-        evaluate(config)
-    else:
-        train(config)
-
+main = main_of(DetConfig, open_task, "train_det.py")
 
 if __name__ == "__main__":
     sys.exit(main())

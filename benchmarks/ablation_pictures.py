@@ -4,24 +4,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ablation_runs import accuracies
-from ablation_tables import Table
-from canvases import SIDE
+from ablation_tables import Line, Table, accuracies
 from measure import student
 
 STYLES = (
     ("black", "o", "-"), ("0.35", "s", "--"), ("#1f5fa8", "D", "-"), ("#1f5fa8", "^", "--"),
-    ("#d1761b", "v", "-."), ("#d1761b", "P", ":"), ("0.6", "x", "-"),
+    ("#d1761b", "v", "-."), ("#d1761b", "P", ":"), ("0.6", "x", "-"), ("0.35", "<", ":"),
+    ("#1f5fa8", ">", ":"), ("#d1761b", "*", "-"),
 )  # fmt: skip
-Lines = dict[str, list[dict[str, Any]]]
+Lines = dict[str, list[Line]]
 
 
-def draw(name: str, table: Table, own: Lines, path: Path) -> None:
-    """Draw a table's means with their 95 % intervals."""
+def draw(table: Table, own: Lines, side: int, path: Path) -> None:
+    """Draw a table's means with their 95 % intervals; models were trained at ``side``."""
     from matplotlib.figure import Figure
 
-    height = 3.6 if name in ("sizes", "buckets", "budget") else 1.2 + 0.32 * len(own)
-    wide = name == "sizes"
+    height = 1.2 + 0.32 * len(own) if table.kind == "rows" else 3.6
+    wide = table.kind == "sizes"
     figure = Figure(figsize=(9 if wide else 7, height), layout="constrained", dpi=150)
     panels = figure.subplots(
         1, 1 + wide, squeeze=False, sharey=True, width_ratios=(2, 1)[: 1 + wide]
@@ -30,8 +29,10 @@ def draw(name: str, table: Table, own: Lines, path: Path) -> None:
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    drawing = {"sizes": _sizes, "buckets": _buckets, "budget": _budget}.get(name, _rows)
-    drawing(*panels.flat, own)
+    if table.kind == "sizes":
+        _sizes(*panels.flat, own, side)
+    else:
+        {"rows": _rows, "buckets": _buckets, "budget": _budget}[table.kind](*panels.flat, own)
     seeds = len(next(iter(own.values())))
     figure.suptitle(f"{table.title}\nmean of {seeds} seeds, 95 % interval", fontsize=9)
     figure.savefig(path)
@@ -83,22 +84,22 @@ def _budget(axes: Any, own: Lines) -> None:
     _legend(axes)
 
 
-def _sizes(squares: Any, rectangles: Any, own: Lines) -> None:
+def _sizes(squares: Any, rectangles: Any, own: Lines, trained: int) -> None:
     """Squares by their side; rectangles beside them, which are no points of the same line."""
-    found = accuracies(own)
+    found = accuracies(own, trained)
     sides = {side: size for size in found for side, other in [size.split("x")] if side == other}
     others = [size for size in found if size not in sides.values()]
-    for shift, (row, (colour, marker, dash)) in enumerate(zip(own, STYLES, strict=True)):
+    for shift, (row, (colour, marker, dash)) in enumerate(zip(own, STYLES, strict=False)):
         spreads = {size: student(values[row]) for size, values in found.items()}
         heights = [int(side) for side in sides]
         line = [spreads[size] for size in sides.values()]
         _line(squares, heights, line, colour, marker, dash, row)
         places = [place + 0.1 * (shift - 3) for place in range(len(others))]
         _line(rectangles, places, [spreads[size] for size in others], colour, marker, "none", row)
-    squares.set_xticks(heights, [f"{side / SIDE:.2g}x" for side in heights])
+    squares.set_xticks(heights, [f"{side / trained:.2g}x" for side in heights])
     squares.set_xlabel("side of the test canvases over that of training")
     squares.set_ylabel("accuracy, %")
-    rectangles.set_xticks(range(len(others)), others)
+    rectangles.set_xticks(range(len(others)), [size.replace(" ", "\n") for size in others])
     rectangles.set_xlabel("height x width, pixels")
     _legend(rectangles)
 

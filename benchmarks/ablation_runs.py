@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ablation_tables import Cell
+from ablation_tables import TABLES, Cell, Study
 from canvases import SIDE, Data, canvases, resized, widened
 from measure import machine
 from timm.models.vision_transformer import VisionTransformer
@@ -41,15 +41,42 @@ SIDES = (6, 8, 16, 18, 24)
 RECTANGLES = ((12, 18), (18, 12), (12, 24))
 
 
+HEAD = """# Image encodings on a small task
+
+**Task.** A handwritten digit (scikit-learn's scans), enlarged to 10 to 12 pixels, lies
+anywhere on a canvas of 12x12 pixels, over a piece of 3x3 pixels of another digit. The model names
+the digit. Test canvases show digits that training never shows.
+
+**Model and training.** timm's ViT with {depth} blocks of width {dim}, {heads} heads, patches of
+{patch} pixels and no class token; {steps} steps of {batch} canvases (for canvases twice as large
+{large_steps} steps of {large_batch}), AdamW, learning rate {lr:g}; {tests} test canvases. Learning
+rate, batch size, width and depth were tuned on the plain model alone, with seeds 1000 and 1001, and
+are the same for all rows. The number of steps is what the slowest row trains in 40 seconds on one
+core. No model is trained to the end: see *Length of training*, and `benchmarks/ablation_runs.py`
+for a shorter recipe that we gave up.
+
+**Rows.** *absolute only* is the plain model: a learned absolute position embedding and no relative
+encoding. *none* has neither. `q`, `k`, `v` and combinations of them say where the relative tables
+act; such a row has no absolute embedding unless its name or the text above the table says so.
+*bias* and *ctx* are the modes, *euc*, *quant*, *cross* and *product* the methods of the paper:
+[encodings](../encodings.md) has their formulas.
+
+**Numbers.** Accuracy in percent: mean over seeds ± half of its 95 % interval (Student). Differences
+are taken seed by seed: models of one seed share first weights and all canvases. A difference is
+*claimed* if its interval excludes 0, and a *tie* otherwise. Of twenty differences that do not
+exist, one is claimed by chance. The column *paper* holds the top-1 accuracy of DeiT-S on ImageNet
+(Wu et al., ICCV 2021)."""
+
+
 def build(cell: Cell, seed: int, recipe: dict[str, Any] = RECIPE) -> nn.Module:
-    """timm's VisionTransformer, equipped; of one seed, all have the same first weights."""
+    """Return timm's VisionTransformer with the cell's encoding; weights depend on the seed only."""
     torch.manual_seed(derive(seed, "weights"))
     model = VisionTransformer(
         img_size=SIDE * cell.scale, patch_size=recipe["patch"], in_chans=1, num_classes=CLASSES,
         embed_dim=recipe["dim"], depth=recipe["depth"], num_heads=recipe["heads"], mlp_ratio=2.0,
         class_token=False, global_pool="avg", weight_init="jax", dynamic_img_size=True,
     )  # fmt: skip
-    if not cell.absolute:  # removed when all weights are drawn, so that the others stay as they are
+    if not cell.absolute:  # removed after all weights are drawn, so that the others do not change
         model.pos_embed = None
     if cell.encoding is not None:
         irpe.attach(model, cell.encoding)
@@ -57,7 +84,7 @@ def build(cell: Cell, seed: int, recipe: dict[str, Any] = RECIPE) -> nn.Module:
 
 
 def train(model: nn.Module, data: Data, batch: int, recipe: dict[str, Any]) -> None:
-    """AdamW, one cycle, every canvas once."""
+    """Train with AdamW and one cycle, every canvas once."""
     groups = param_groups_weight_decay(model, recipe["weight_decay"], model.no_weight_decay())
     optimizer = torch.optim.AdamW(groups, recipe["lr"], betas=tuple(recipe["betas"]))
     cycle = torch.optim.lr_scheduler.OneCycleLR(
@@ -74,7 +101,7 @@ def train(model: nn.Module, data: Data, batch: int, recipe: dict[str, Any]) -> N
 
 @torch.inference_mode()
 def test(model: nn.Module, data: Data) -> tuple[float, float]:
-    """Accuracy in percent, and cross entropy."""
+    """Return accuracy in percent, and cross entropy."""
     model.eval()
     logits = torch.cat([model(images) for images in data[0].split(100)])
     right = int((logits.argmax(1) == data[1]).sum())
@@ -82,7 +109,7 @@ def test(model: nn.Module, data: Data) -> tuple[float, float]:
 
 
 def execute(cell: Cell, seed: int, recipe: dict[str, Any]) -> dict[str, Any]:
-    """Train and test one model on one thread; its line of figures."""
+    """Train and test one model on one thread; return its line of results."""
     torch.set_num_threads(1)
     start, cpu = time.perf_counter(), time.process_time()
     size = "large_" if cell.scale > 1 else ""
@@ -105,16 +132,4 @@ def execute(cell: Cell, seed: int, recipe: dict[str, Any]) -> dict[str, Any]:
     return {**line, "recipe": recipe, "machine": machine()}
 
 
-def accuracies(rows: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, list[float]]]:
-    """Of lines tested at several sizes: by size and row, that of training too, squares first."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for row, lines in rows.items():
-        for line in lines:
-            for size, accuracy in {f"{SIDE}x{SIDE}": line["accuracy"], **line["sizes"]}.items():
-                found.setdefault(size, {}).setdefault(row, []).append(accuracy)
-
-    def order(size: str) -> tuple[bool, int, int]:
-        height, width = map(int, size.split("x"))
-        return height != width, height * width, height
-
-    return {size: found[size] for size in sorted(found, key=order)}
+IMAGE = Study("image", TABLES, RECIPE, QUICK, execute, HEAD, SIDE)

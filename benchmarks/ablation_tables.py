@@ -1,12 +1,14 @@
-"""The tables of benchmarks/ablation.py: their rows, what is compared, and what the paper found.
+"""The tables of benchmarks/ablation.py: rows, comparisons and the paper's results.
 
-Rows that are the same model are the same runs, whatever tables they stand in. The paper is Wu et
-al., ICCV 2021: top-1 of DeiT-S on ImageNet, in percent.
+Two tables that contain the same model share its runs. The paper is Wu et al., ICCV 2021: top-1 of
+DeiT-S on ImageNet, in percent.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+Line = dict[str, Any]
 # The published models' ratios: irpe/zoo.py.
 RATIOS = {"euc": 20.0, "quant": 33.0, "cross": 20.0, "product": 1.9}
 SEVERAL = {on: f"rpe-1.9-product-ctx-1-{on}" for on in ("q", "k", "v", "qk", "qkv")}
@@ -15,12 +17,14 @@ CTX, BIAS = SEVERAL["k"], "rpe-1.9-product-bias-1-k"
 
 @dataclass(frozen=True)
 class Cell:
-    """A model: spec of its encoding, and whether it has a learned absolute embedding.
+    """A model to train.
 
     Attributes:
-        scale: canvases, and with them the grid, are so many times as large.
-        sizes: whether it is tested at other sizes too.
-        budget: share of the steps of training that it has.
+        encoding: spec of its relative encoding.
+        absolute: has a learned absolute embedding.
+        scale: factor of the canvas side, and so of the grid side.
+        sizes: is also tested at other sizes.
+        budget: share of the training steps.
     """
 
     encoding: str | None = None
@@ -39,7 +43,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A question: the mean of the rows ``more`` minus that of the rows ``less``, seed by seed."""
+    """A question: the mean of the rows ``more`` minus that of the rows ``less``, for each seed."""
 
     text: str
     more: tuple[str, ...]
@@ -48,7 +52,16 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows by name; the paper's figures of those that it has; how many seeds by default."""
+    """A table of the page.
+
+    Attributes:
+        rows: cells by the row's name.
+        paper: the paper's numbers of the rows that it has.
+        comparisons: the differences that are reported.
+        seeds: how many by default.
+        kind: what is shown and drawn: "rows" of accuracies, a curve over "buckets" or "budget",
+            or the accuracies at other "sizes".
+    """
 
     title: str
     text: str
@@ -56,10 +69,51 @@ class Table:
     paper: dict[str, str]
     comparisons: tuple[Comparison, ...]
     seeds: int = 5
+    kind: Literal["rows", "buckets", "budget", "sizes"] = "rows"
 
 
-def _over(more: str, less: str) -> Comparison:
+@dataclass(frozen=True)
+class Study:
+    """A data set with its recipe and tables: one file of lines and one page.
+
+    Attributes:
+        name: stem of the page and of the file of lines.
+        recipe: of the reported runs; ``quick``: toy sizes.
+        execute: trains and tests the model of a cell with a seed and a recipe; returns its line.
+        head: the start of the page, formatted with the recipe.
+        side: of the images in training, in pixels.
+    """
+
+    name: str
+    tables: dict[str, Table]
+    recipe: dict[str, Any]
+    quick: dict[str, Any]
+    execute: Callable[[Cell, int, dict[str, Any]], Line]
+    head: str
+    side: int
+
+
+def accuracies(rows: dict[str, list[Line]], side: int) -> dict[str, dict[str, list[float]]]:
+    """Return the accuracies by size and row, that of training (``side``) too, squares first."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row, lines in rows.items():
+        for line in lines:
+            for size, accuracy in {f"{side}x{side}": line["accuracy"], **line["sizes"]}.items():
+                found.setdefault(size, {}).setdefault(row, []).append(accuracy)
+
+    def order(size: str) -> tuple[bool, bool, int, int]:
+        height, width = map(int, size.split()[0].split("x"))
+        return height != width, " " in size, height * width, height
+
+    return {size: found[size] for size in sorted(found, key=order)}
+
+
+def over(more: str, less: str) -> Comparison:
     return Comparison(f"{more} over {less}", (more,), (less,))
+
+
+def pairs(*rows: Iterable[str]) -> tuple[Comparison, ...]:
+    return tuple(over(*pair) for pair in rows)
 
 
 def _modes() -> Table:
@@ -79,8 +133,8 @@ def _modes() -> Table:
 
     return Table(
         "Modes and methods (Table 1)",
-        "Beside a learned absolute embedding, on keys; bias with a table for each head, contextual "
-        "with one for all, as in the paper.",
+        "Relative tables on keys, in addition to the absolute embedding. As in the paper, bias has "
+        "a table for each head, and contextual shares one table among all heads.",
         {"absolute only": Cell(), **{name: Cell(spec(*name.split(", "))) for name in names}},
         paper,
         (
@@ -90,9 +144,9 @@ def _modes() -> Table:
                 those("cross", "product"),
                 those("euc", "quant"),
             ),
-            _over("product, ctx", "cross, ctx"),
-            _over("product, ctx", "absolute only"),
-            _over("product, bias", "absolute only"),
+            over("product, ctx", "cross, ctx"),
+            over("product, ctx", "absolute only"),
+            over("product, bias", "absolute only"),
         ),
     )
 
@@ -100,7 +154,7 @@ def _modes() -> Table:
 def _shared() -> Table:
     return Table(
         "One table for all heads, or one for each (Table 2)",
-        "Product, on keys, beside a learned absolute embedding.",
+        "Product, on keys, in addition to the absolute embedding.",
         {
             "bias, each head": Cell("rpe-1.9-product-bias-0-k"), "bias, shared": Cell(BIAS),
             "ctx, each head": Cell("rpe-1.9-product-ctx-0-k"), "ctx, shared": Cell(CTX),
@@ -109,7 +163,7 @@ def _shared() -> Table:
             "bias, each head": "80.54", "bias, shared": "80.05",
             "ctx, each head": "80.99", "ctx, shared": "80.89",
         },
-        (_over("bias, each head", "bias, shared"), _over("ctx, each head", "ctx, shared")),
+        (over("bias, each head", "bias, shared"), over("ctx, each head", "ctx, shared")),
     )  # fmt: skip
 
 
@@ -123,18 +177,19 @@ def _index() -> Table:
     names = list(rows)
     return Table(
         "Clip or piecewise index (Table 3)",
-        "Product, shared, on keys, beside a learned absolute embedding. The paper's grid is 14x14; "
-        "it sees a difference only for longer sequences. 12x12: the canvases twice as large.",
+        "Product, shared, on keys, in addition to the absolute embedding. A row ends with its "
+        "grid; the grid of 12x12 patches has canvases twice as large. The paper's grid is 14x14; "
+        "it sees a difference only for longer sequences.",
         rows,
         dict(zip(names[:4], ("80.1", "80.0", "80.9", "80.9"), strict=True)),
         tuple(
-            _over(piecewise, clip) for clip, piecewise in zip(names[::2], names[1::2], strict=True)
+            over(piecewise, clip) for clip, piecewise in zip(names[::2], names[1::2], strict=True)
         ),
     )
 
 
 def _both(specs: dict[str, str]) -> dict[str, Cell]:
-    """None, absolute only, then each spec without and with the absolute embedding."""
+    """Return none, absolute only, then each spec without and with the absolute embedding."""
     rows = {"none": Cell(None, False), "absolute only": Cell()}
     rows |= {name: Cell(spec, False) for name, spec in specs.items()}
     return rows | {f"absolute + {name}": Cell(spec) for name, spec in specs.items()}
@@ -142,18 +197,18 @@ def _both(specs: dict[str, str]) -> dict[str, Cell]:
 
 def _where() -> Table:
     rows = _both(SEVERAL)
-    figures = ["77.6", "79.9", "80.9", "80.9", "80.2", "81.0", "81.3"]
-    figures += ["80.9", "80.9", "80.2", "81.1", "81.4"]
+    published = ["77.6", "79.9", "80.9", "80.9", "80.2", "81.0", "81.3"]
+    published += ["80.9", "80.9", "80.2", "81.1", "81.4"]
     beside = Comparison(
         "absolute + any over any alone", tuple(f"absolute + {on}" for on in SEVERAL), tuple(SEVERAL)
     )
-    pairs = ("absolute only", "none"), ("k", "absolute only"), ("qkv", "absolute only")
+    wanted = ("absolute only", "none"), ("k", "absolute only"), ("qkv", "absolute only")
     return Table(
         "Queries, keys, values, with and without an absolute embedding (Table 4)",
         "Product, contextual, shared.",
         rows,
-        dict(zip(rows, figures, strict=True)),
-        (*_pairs(*pairs, ("qkv", "k"), ("k", "v"), ("q", "k")), beside),
+        dict(zip(rows, published, strict=True)),
+        (*pairs(*wanted, ("qkv", "k"), ("k", "v"), ("q", "k")), beside),
     )
 
 
@@ -164,11 +219,13 @@ def _buckets() -> Table:
     }
     return Table(
         "Number of buckets (Fig. 3)",
-        "Product, contextual, shared, on keys, beside a learned absolute embedding; 0: that alone. "
-        "The paper's curve rises up to 50 buckets and is flat from there on.",
+        "Product, contextual, shared, on keys, in addition to the absolute embedding. A row is a "
+        "number of buckets; 0 is the absolute embedding alone. The paper's curve rises up to 50 "
+        "buckets and is flat from there on.",
         rows,
         {"0": "79.9", "49": "80.9"},
-        _pairs(("49", "0"), ("49", "9"), ("225", "49")),
+        pairs(("49", "0"), ("49", "9"), ("225", "49")),
+        kind="buckets",
     )
 
 
@@ -178,15 +235,15 @@ RIVALS = {"k": CTX, "qkv": SEVERAL["qkv"],
 
 def _rivals() -> Table:
     others = ("rope-axial", "rope-mixed", "alibi")
-    pairs = [(name, "absolute only") for name in RIVALS]
-    pairs += [(own, other) for own in ("k", "qkv") for other in others]
+    wanted = [(name, "absolute only") for name in RIVALS]
+    wanted += [(own, other) for own in ("k", "qkv") for other in others]
     return Table(
         "Against other encodings",
-        "Product, contextual, shared (k, qkv) beside rotary embeddings of two axes (Heo et al., "
-        "ECCV 2024) and ALiBi by Euclidean distance. The paper has no such table.",
+        "Product, contextual, shared (k, qkv) compared with rotary embeddings on two axes (Heo et "
+        "al., ECCV 2024) and ALiBi on the Euclidean distance. The paper has no such table.",
         _both(RIVALS),
         {},
-        _pairs(*pairs),
+        pairs(*wanted),
     )
 
 
@@ -195,16 +252,17 @@ def _sizes() -> Table:
     cells |= {name: Cell(spec, False, sizes=True) for name, spec in RIVALS.items()}
     return Table(
         "Trained at one size, tested at others",
-        "Squares: the same canvases at another resolution, patches as before. Rectangles: the "
-        "same canvases somewhere on a wider one. Tables stay as they are; the absolute embedding "
-        "is resized by timm. The paper has no such table.",
+        "Squares: the same canvases at another resolution, with patches of the same size. "
+        "Rectangles: the same canvases somewhere on a wider or taller one. Tables are unmodified; "
+        "timm resizes the absolute embedding. The paper has no such table.",
         cells,
         {},
-        _pairs(
+        pairs(
             *((name, "absolute only") for name in list(cells)[1:]),
             ("qkv", "rope-axial"),
             ("qkv", "rope-mixed"),
         ),
+        kind="sizes",
     )
 
 
@@ -212,7 +270,7 @@ def _budget() -> Table:
     cells = {"absolute only": Cell(), "k": Cell(CTX, False), "qkv": Cell(SEVERAL["qkv"], False)}
     cells |= {"absolute + k": Cell(CTX), "rope-axial": Cell("rope-axial", False)}
     shares = (0.25, 0.5, 1.0, 2.0)
-    pairs = [
+    wanted = [
         (f"{more}, {share:.0%}", f"{less}, {share:.0%}")
         for share in shares
         for more, less in [
@@ -222,20 +280,21 @@ def _budget() -> Table:
     ]
     return Table(
         "Length of training",
-        "Each length is a schedule of its own; 100%: that of the other tables. The longest alone "
-        "may take more than 40 seconds. Product, contextual, shared. The paper trains for 300 "
-        "epochs.",
+        "A row ends with its number of steps, in percent of the other tables'. Each length has its "
+        "own learning-rate schedule. Only the longest takes more than 40 seconds. Product, "
+        "contextual, shared. The paper trains for 300 epochs.",
         {f"{row}, {share:.0%}": replace(cell, budget=share)
          for row, cell in cells.items() for share in shares},
         {},
-        _pairs(*pairs),
+        pairs(*wanted),
+        kind="budget",
     )  # fmt: skip
 
 
 def _decide() -> Table:
     rows = {"absolute only": Cell(), "product, no absolute": Cell(CTX, False)}
     rows |= {method: Cell(f"rpe-{ratio}-{method}-ctx-1-k") for method, ratio in RATIOS.items()}
-    questions = _pairs(("product", "absolute only"), ("product, no absolute", "absolute only"))
+    questions = pairs(("product", "absolute only"), ("product, no absolute", "absolute only"))
     directed = Comparison(
         "directed (cross, product) over undirected (euc, quant)",
         ("cross", "product"),
@@ -243,16 +302,13 @@ def _decide() -> Table:
     )
     return Table(
         "Two questions, with more seeds",
-        "Contextual, shared, on keys; beside a learned absolute embedding but where it says no.",
+        "Contextual, shared, on keys, in addition to the absolute embedding except where a row "
+        "says *no absolute*.",
         rows,
         dict(zip(rows, ("79.9", "80.9", "80.4", "80.5", "80.8", "80.9"), strict=True)),
         (*questions, directed),
         seeds=20,
     )
-
-
-def _pairs(*pairs: Iterable[str]) -> tuple[Comparison, ...]:
-    return tuple(_over(*pair) for pair in pairs)
 
 
 TABLES = {

@@ -77,7 +77,7 @@ class Inputs:
         self.modules = {}
         for mode in MODES:
             self.modules[mode] = irpe.build_rpe(
-                case.spec(mode), head_dim=D, num_heads=H, prefix=case.prefix > 0, device=device,
+                case.spec(mode), head_dim=D, num_heads=H, prefix=case.prefix, device=device,
                 dtype=dtype,
             )  # fmt: skip
             for parameter in self.tables(mode):

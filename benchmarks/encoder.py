@@ -5,6 +5,8 @@ Without dropout, since torch's fused attention has none on a CPU.
 """
 
 import argparse
+import functools
+import itertools
 import subprocess
 import sys
 import time
@@ -28,6 +30,7 @@ from measure import (
     table,
 )
 from torch import Tensor, nn
+from ways import stepped
 
 import irpe
 
@@ -131,18 +134,20 @@ def run(arguments: argparse.Namespace, until: float) -> None:
         "autocast": "bfloat16" if amp else None,
         "rounds": arguments.rounds,
         "cases": [],
-        "left_out": list(arguments.grid),
+        "left_out": [f"{grid}, {way}" for way in arguments.way for grid in arguments.grid],
     }
     print(figures["machine"])
     longest = 0.0
-    for grid in arguments.grid:
+    for way, grid in itertools.product(arguments.way, arguments.grid):
         start = time.monotonic()
         if device == "cuda" and until - start < longest:
             break
-        rows = measured(grid, arguments)
-        figures["cases"].append({"grid": grid, "quiet": quiet(rows), "rows": rows})
+        rows = measured(grid, way, arguments)
+        calm = CONTROL in rows and quiet(rows)
+        figures["cases"].append({"grid": grid, "way": way, "quiet": calm, "rows": rows})
         figures["left_out"].pop(0)
-        print(f"encoder of {arguments.layers} layers, {grid} tokens, 2 images, second padded")
+        about = f"{grid} tokens, {way}, 2 images, second padded"
+        print(f"encoder of {arguments.layers} layers, {about}")
         table(rows, BARS if device == "cpu" and not amp else {})
         save(arguments.name, figures)
         longest = max(longest, time.monotonic() - start)
@@ -151,14 +156,15 @@ def run(arguments: argparse.Namespace, until: float) -> None:
     print("written to", save(arguments.name, figures).name)
 
 
-def measured(grid: str, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The rows of a grid; what cannot run has its reason in its row."""
+def measured(grid: str, way: str, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The rows of a grid in one way; what cannot run has its reason in its row."""
     device, cells, peaks, cannot = arguments.device, {}, {}, {}
     for name in ("plain", *SPECS):
         try:
             before = torch.cuda.memory_allocated() if device == "cuda" else 0
             net = build(name, arguments.layers, arguments.backend).to(device)
-            step = stepper(net, grid, device, arguments.amp)
+            make = functools.partial(stepper, grid=grid, device=device, amp=arguments.amp)
+            step = stepped(way, net, make)
             step()
             if device == "cuda":
                 peaks[name] = gpu_peak(step, before)
@@ -166,8 +172,10 @@ def measured(grid: str, arguments: argparse.Namespace) -> dict[str, dict[str, An
                 peaks[name] = memory(name, grid, arguments)
             cells[name] = step
         except Exception as error:
-            if name == "plain":
+            if name == "plain" and way == "eager":
                 raise
             cannot[name] = {"cannot": reason(error)}
+    if "plain" not in cells:
+        return cannot
     cells[CONTROL] = cells["plain"]
     return compared(interleaved(cells, arguments.rounds), peaks) | cannot

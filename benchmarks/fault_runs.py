@@ -21,7 +21,7 @@ import train_cls
 import train_det
 import train_lm
 from training.loop import Loop
-from training.runfolder import RunFolder
+from training.run_directory import finished
 
 Fault = Callable[[Path], None]
 FORK = multiprocessing.get_context("fork")  # a run then costs no imports
@@ -109,13 +109,13 @@ class Run:
         return lines[-1].replace(f"{self.output}/", "") if lines else ""
 
     def folder(self) -> Path:
-        """The run that came to its end: a run killed before its first state is begun anew."""
+        """The finished run; a run killed before its first state starts again."""
         return max(self.output.glob("x*"), key=lambda path: path.name)
 
     @property
     def finished(self) -> bool:
         made = [*self.output.glob("x*")]
-        return bool(made) and RunFolder.reopen(self.folder()).finished
+        return bool(made) and finished(self.folder())
 
 
 def results(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Kill training runs at random moments, go on with them, and compare with a run left in peace.
+"""Kill training runs at random times, resume them, and compare with an undisturbed run.
 
     python benchmarks/faults.py                        # 20 kills of each script, then the disks
     python benchmarks/faults.py --scripts lm --kills 3 --no-page
@@ -59,7 +59,7 @@ KINDS = ("time", "file operation", "within a state")
 
 
 def kills(script: str, folder: Path, data: list[str], number: int, seed: int) -> list[dict]:
-    """Kill ``number`` runs of a script, go on with each, and compare."""
+    """Kill ``number`` runs of a script, resume each, and compare."""
     whole = Run(script, folder / "whole", data)
     counts = count_operations(whole)
     expected, rows, draw = results(whole.folder()), [], random.Random(f"{script}{seed}")
@@ -121,7 +121,7 @@ def disks(script: str, folder: Path, data: list[str]) -> list[dict]:
 
 
 def lost_peer(folder: Path, data: list[str]) -> list[dict]:
-    """One of two processes is killed: the other ends by itself, and both go on."""
+    """Kill one of two processes: the other stops, and the run resumes."""
     whole, run = Run("lm", folder / "pair", data), Run("lm", folder / "widowed", data)
     for process in whole.pair():
         process.join()
@@ -165,11 +165,17 @@ def page(rows: list[dict[str, Any]], command: str, facts: dict[str, Any]) -> str
     lines = [
         "# Faults that training runs survive",
         "",
-        f"`{command}` wrote this page: {facts['processor']}, torch {facts['torch']}, "
-        f"{facts['date']}. Runs of tiny models, a state every {SAVE_STEPS} steps and every epoch.",
-        "A run survives if, after the same command with `--resume auto`, its weights, averaged",
-        "weights, best weights and metrics are those of a run left in peace, bit for bit, and no",
-        f"more than {SAVE_STEPS} steps were repeated.",
+        f"`{command}` writes this page: {facts['processor']}, torch {facts['torch']}, "
+        f"{facts['date']}. Tiny models save a state every {SAVE_STEPS} steps and every epoch.",
+        "A fault stops the run; the same command with `--resume auto` resumes it. The run",
+        "*survives* if its weights, averaged weights, best weights and metrics equal those of an",
+        f"undisturbed run bit for bit, and at most {SAVE_STEPS} steps were repeated.",
+        "",
+        "- *SIGKILL: time*: the process is killed at a random time.",
+        "- *SIGKILL: file operation*: at a random file operation.",
+        "- *SIGKILL: within a state*: while a state is being written.",
+        "- *full disk*, *read-only folder*: a write fails.",
+        "- *one of two processes killed*: the other process stops too.",
         "",
         "| script | fault | tried | survived | steps repeated, mean | most |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -2,9 +2,9 @@
 
     python benchmarks/finetune.py
 
-Trains a plain timm ViT on scikit-learn's digits, goes on from its weights in both ways, over the
-same batches, and writes benchmarks/results/finetune_digits.json and docs/results/finetune.md.
-Another seed: another split, start and order.
+Trains a plain timm ViT on scikit-learn's digits, trains further from its weights in both ways over
+the same batches, and writes benchmarks/results/finetune_digits.json and docs/results/finetune.md. A
+seed sets the split, the first weights and the order.
 """
 
 import argparse
@@ -28,21 +28,22 @@ SPEC, DECAY, LR, GENTLE, TABLES = "rpe-1.9-product-ctx-0-k", 0.05, 3e-3, 1e-3, 1
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "finetune.md"
 TEXT = """# Fine-tuning with freshly attached tables
 
-`python benchmarks/finetune.py --seeds {seeds} --epochs {epochs} --more {more}` wrote this page.
-A plain timm ViT (8x8 digits, patches of 2, 3 blocks of width 48) is trained for {epochs} epochs;
-from its weights, {more} epochs more with `{spec}` attached or without, over the
-same batches. Learning rate {lr:g}, tables {table_lr:g} without weight decay (`irpe.param_groups`).
-Held out: 360 images; means over {seeds} seeds with their 95 % intervals (Student).
+`python benchmarks/finetune.py --seeds {seeds} --epochs {epochs} --more {more}` writes this page.
+A plain timm ViT (8x8 digits, patches of 2, 3 blocks of width 48) trains for {epochs} epochs (row
+*as trained*). From its weights it trains {more} epochs more, without tables and with
+`{spec}` attached, over the same batches. The learning rate is {lr:g}, that of
+the tables {table_lr:g} without weight decay (`irpe.param_groups`). 360 images are held out; a cell
+holds the mean over {seeds} seeds and its 95 % interval (Student).
 {processor}, {threads} thread, torch {torch}, {date}; `benchmarks/results/finetune_digits.json`.
 
 | | accuracy, % | cross entropy |
 |---|---|---|"""
 Data = tuple[Tensor, Tensor]
-Figures = dict[str, tuple[float, float]]
+Results = dict[str, tuple[float, float]]
 
 
 def split(seed: int) -> tuple[Data, Data]:
-    """Training and held-out images ``[N, 1, 8, 8]`` with their classes."""
+    """Return training and held-out images ``[N, 1, 8, 8]`` with their classes."""
     pixels, classes = load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
     x, held_x, y, held_y = train_test_split(
@@ -52,7 +53,7 @@ def split(seed: int) -> tuple[Data, Data]:
 
 
 def train(model: nn.Module, groups: list[dict[str, Any]], data: Data, epochs: int, seed: int):
-    """AdamW, one cycle up to each group's own learning rate; images shifted by up to a pixel."""
+    """Train with AdamW and one cycle up to each group's learning rate; shift images by a pixel."""
     images, classes = data
     optimizer, peaks = torch.optim.AdamW(groups), [group["lr"] for group in groups]
     steps = epochs * (len(images) // 128)
@@ -71,13 +72,13 @@ def train(model: nn.Module, groups: list[dict[str, Any]], data: Data, epochs: in
 
 @torch.no_grad()
 def measure(model: nn.Module, data: Data) -> tuple[float, float]:
-    """Accuracy in percent, and cross entropy."""
+    """Return accuracy in percent, and cross entropy."""
     logits = model.eval()(data[0])
     right = (logits.argmax(1) == data[1]).double().mean()
     return 100 * float(right), float(F.cross_entropy(logits, data[1]))
 
 
-def run(seed: int, epochs: int, more: int) -> Figures:
+def run(seed: int, epochs: int, more: int) -> Results:
     """A training, and what becomes of it."""
     training, held_out = split(seed)
     torch.manual_seed(seed)
@@ -91,14 +92,14 @@ def run(seed: int, epochs: int, more: int) -> Figures:
 
     train(plain, groups(LR), training, epochs, seed)
     figures = {"as trained": measure(plain, held_out)}
-    equipped = copy.deepcopy(plain)
+    attached = copy.deepcopy(plain)
     train(plain, groups(GENTLE), training, more, seed)
     figures["fine-tuned without tables"] = measure(plain, held_out)
-    irpe.attach(equipped, SPEC)
+    irpe.attach(attached, SPEC)
     tables = {"table_lr": TABLES, "table_weight_decay": 0.0}
-    own = irpe.param_groups(equipped, weight_decay=DECAY, lr=GENTLE, **tables)
-    train(equipped, own, training, more, seed)
-    figures["fine-tuned with tables"] = measure(equipped, held_out)
+    own = irpe.param_groups(attached, weight_decay=DECAY, lr=GENTLE, **tables)
+    train(attached, own, training, more, seed)
+    figures["fine-tuned with tables"] = measure(attached, held_out)
     return figures
 
 
@@ -108,14 +109,14 @@ def spread(values: list[float], form: str) -> tuple[str, bool]:
     return f"{mean:{form}} ± {half:{form.removeprefix('+')}}", abs(mean) <= half
 
 
-def page(runs: list[Figures], given: dict[str, int], facts: dict[str, Any]) -> str:
-    """The results as a page; ``given`` are the numbers of seeds, epochs and more epochs."""
+def page(runs: list[Results], given: dict[str, int], facts: dict[str, Any]) -> str:
+    """Return the page; ``given`` holds the numbers of seeds, epochs and more epochs."""
     trained, without, tables = runs[0]
     lines = [TEXT.format(**given, **facts, spec=SPEC, lr=GENTLE, table_lr=TABLES)]
     for name in (trained, without, tables):
-        figures = [spread([r[name][i] for r in runs], f)[0] for i, f in ((0, ".2f"), (1, ".4f"))]
-        lines.append(f"| {name} | {figures[0]} | {figures[1]} |")
-    lines += ["", "With tables minus without, seed by seed (a tie: the interval holds 0):", ""]
+        cells = [spread([r[name][i] for r in runs], f)[0] for i, f in ((0, ".2f"), (1, ".4f"))]
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} |")
+    lines += ["", "With tables minus without, seed by seed (a tie if the interval holds 0):", ""]
     for index, form, what in ((0, "+.2f", "accuracy, points"), (1, "+.4f", "cross entropy")):
         pairs = [r[tables][index] - r[without][index] for r in runs]
         text, tie = spread(pairs, form)

@@ -206,7 +206,7 @@ def reason(error: BaseException) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What a figure needs beside it: processor, threads, versions, GPU."""
+    """Return the facts to store with a result: processor, threads, versions, GPU."""
     names = [
         line.split(":", 1)[1].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -243,7 +243,7 @@ def suffix(device: str) -> str:
 
 
 def save(name: str, figures: dict[str, Any]) -> Path:
-    """Write figures as JSON into benchmarks/results/."""
+    """Write results as JSON into benchmarks/results/."""
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(figures, indent=1) + "\n")

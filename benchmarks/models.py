@@ -1,6 +1,7 @@
 """What an encoding costs a DeiT: a training step's time and memory over the plain timm model.
 
-    python benchmarks/models.py                    # a GPU: DeiT-S and -B, batch 64 and 256, bf16
+    python benchmarks/models.py                    # a GPU: DeiT-S and -B, batch 256 and 64, bf16
+    python benchmarks/models.py --way eager compiled graph
     python benchmarks/models.py --device cpu       # DeiT-S, batch 8, 224 px, float32, 2 threads
     python benchmarks/models.py --original DIR     # also the original's irpe.py, loaded from DIR
     python benchmarks/models.py --encoder          # DETR's encoder instead: encoder.py
@@ -11,6 +12,7 @@ by round; "plain again" is the plain model timed as if it were another, and must
 """
 
 import argparse
+import functools
 import itertools
 import subprocess
 import sys
@@ -20,7 +22,6 @@ from typing import Any
 
 import encoder
 import torch
-from deit import SPEC, build, gate, stepper
 from measure import (
     CONTROL,
     compared,
@@ -35,15 +36,19 @@ from measure import (
     suffix,
     table,
 )
+from ways import WAYS, stepped
 
 import irpe
+
+if "--encoder" not in sys.argv:  # which does without timm
+    from deit import SPEC, build, gate, stepper
 
 BARS = {"k": 1.06, "qk": 1.12, "qkv": 1.20}  # on a CPU
 MEMORY_BAR = 1.3
 VALUE_BAR_MIB = 100.0
 MODELS = {"cpu": ["deit_small_patch16_224"]}
 MODELS["cuda"] = [*MODELS["cpu"], "deit_base_patch16_224"]
-BATCHES = {"cpu": [8], "cuda": [64, 256]}
+BATCHES = {"cpu": [8], "cuda": [256, 64]}  # the largest first: small ones show Python's time
 
 
 def memory(name: str, arguments: argparse.Namespace) -> float:
@@ -64,7 +69,7 @@ def peak(name: str, arguments: argparse.Namespace) -> float:
         terms: tuple[irpe.Term, ...] = ()
         if name.endswith(" v"):
             spec = SPEC.format(on="v")
-            rpe_v = irpe.build_rpe(spec, head_dim=dim, num_heads=heads, prefix=False)[2]
+            rpe_v = irpe.build_rpe(spec, head_dim=dim, num_heads=heads, prefix=0)[2]
             terms = rpe_v.terms(irpe.Grid(32, 32))
         for _ in range(2):
             irpe.attention(q, k, v, terms, backend="eager").sum().backward()
@@ -91,6 +96,9 @@ def main() -> None:
     parser.add_argument("--original", type=Path, help="folder with the original's irpe.py")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast: always on a GPU")
     parser.add_argument("--backend", default="auto", help="of irpe.attention, with autocast")
+    parser.add_argument(
+        "--way", nargs="+", choices=WAYS, default=["eager"], help="with autocast: how a step is run"
+    )
     parser.add_argument("--minutes", type=float, default=8.0, help="on a GPU: for everything")
     parser.add_argument("--name", help="name of the result file; models_<gpu> or models_cpu")
     parser.add_argument("--encoder", action="store_true", help="DETR's encoder, see encoder.py")
@@ -157,8 +165,8 @@ def on_cpu(arguments: argparse.Namespace) -> None:
 
 
 def several(arguments: argparse.Namespace, until: float) -> None:
-    """Every model at every batch under autocast, as many as there is time for."""
-    cases = list(itertools.product(arguments.model, arguments.batch))
+    """Every model at every batch, in every way, under autocast, as many as there is time for."""
+    cases = list(itertools.product(arguments.batch, arguments.model, arguments.way))
     figures: dict[str, Any] = {
         "command": "python benchmarks/models.py " + " ".join(sys.argv[1:]),
         "machine": machine(),
@@ -167,18 +175,18 @@ def several(arguments: argparse.Namespace, until: float) -> None:
         "size": arguments.size,
         "rounds": arguments.rounds,
         "cases": [],
-        "left_out": [f"{model}, batch {batch}" for model, batch in cases],
+        "left_out": [f"{model}, batch {batch}, {way}" for batch, model, way in cases],
     }
     print(figures["machine"])
     longest = 0.0
-    for model, batch in cases:
+    for batch, model, way in cases:
         start = time.monotonic()
         if until - start < longest:
             break
-        case = {"model": model, "batch": batch, **one(model, batch, arguments)}
+        case = {"model": model, "batch": batch, "way": way, **one(model, batch, way, arguments)}
         figures["cases"].append(case)
         figures["left_out"].pop(0)
-        print(f"{model}, batch {batch}, {arguments.size} px, bfloat16 autocast")
+        print(f"{model}, batch {batch}, {way}, {arguments.size} px, bfloat16 autocast")
         table(case["rows"])
         save(arguments.name, figures)
         longest = max(longest, time.monotonic() - start)
@@ -187,8 +195,8 @@ def several(arguments: argparse.Namespace, until: float) -> None:
     print("written to", save(arguments.name, figures).name)
 
 
-def one(model: str, batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The rows of a model at a batch; what cannot run has its reason in its row."""
+def one(model: str, batch: int, way: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The rows of a model at a batch in one way; what cannot run has its reason in its row."""
     device, cells, peaks, cannot = arguments.device, {}, {}, {}
     names = ["plain", *BARS]
     if arguments.original is not None:
@@ -197,7 +205,10 @@ def one(model: str, batch: int, arguments: argparse.Namespace) -> dict[str, Any]
         try:
             before = torch.cuda.memory_allocated() if device == "cuda" else 0
             net = build(name, model, arguments.original, arguments.backend).to(device)
-            step = stepper(net, batch, arguments.size, device, amp=True)
+            make = functools.partial(
+                stepper, batch=batch, size=arguments.size, device=device, amp=True
+            )
+            step = stepped(way, net, make)
             step()
             peaks[name] = gpu_peak(step, before) if device == "cuda" else None
             cells[name] = step
@@ -205,7 +216,7 @@ def one(model: str, batch: int, arguments: argparse.Namespace) -> dict[str, Any]
             if name == "plain":
                 return {"quiet": False, "rows": {name: {"cannot": reason(error)}}}
             cannot[name] = {"cannot": reason(error)}
-        net = step = None  # what failed is not held
+        net = make = step = None  # what failed is not held
     cells[CONTROL] = cells["plain"]
     try:
         rows = compared(interleaved(cells, arguments.rounds), peaks)

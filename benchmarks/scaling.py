@@ -4,7 +4,7 @@
 
 Each process has the same batch (weak scaling), so that with a core for each a step of two would
 take the time of one, and the all-reduce of the gradient. On fewer cores the processes' computing
-adds up. ``docs/scale.md`` has the model that these figures check.
+adds up. ``docs/scale.md`` has the model that these results check.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SPEC = "rpe-1.9-product-ctx-1-k"
 
 
 def work(rank: int, world: int, store: str, options: argparse.Namespace, out: Any) -> None:
-    """One process: steps, then all-reduces alone; the first puts its figures into ``out``."""
+    """Run one process: steps, then all-reduces alone; the first writes its results into ``out``."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world)
     torch.manual_seed(0)

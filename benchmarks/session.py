@@ -54,11 +54,11 @@ def serve(pipe: Connection, settings: Settings) -> None:
 
 
 class Session:
-    """The figures of a case.
+    """The results of a case.
 
     Args:
-        without: steps that are not taken, each with the reason that stands in its place.
-        tell: is told ("step", name) before each step.
+        without: steps to skip, each with the reason to report.
+        tell: called with ("step", name) before each step.
     """
 
     def __init__(
@@ -248,7 +248,7 @@ def compile_ahead(job: tuple[Case, str, str, Settings]) -> None:
     case, name, mode, settings = job
     torch.set_num_threads(1)
     try:
-        # Our kernels do not know how large a batch is; FlexAttention is compiled for one.
+        # Our kernels are compiled for any batch size; FlexAttention is compiled for one.
         inputs = Inputs(case, settings.device, batch=case.batch if name == "flex" else 2)
         forward = way(name, mode, inputs, None) if mode else limit(name, inputs)
         out = forward()

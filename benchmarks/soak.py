@@ -32,10 +32,12 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import irpe
+from irpe.cache import CACHE
 from models.deit import DeiT
 from training import config
 from training.cls.options import ClsConfig
-from training.cls.run import train
+from training.cls.run import open_task
+from training.run import start
 
 SPEC = "rpe-1.9-product-ctx-1-qkv"
 RUN = [
@@ -86,10 +88,8 @@ def alive(kind: type) -> list:
 
 
 def bucket_bytes() -> int:
-    """Bytes of all that geometries alive remember."""
-    memos = [geometry._memo.values() for geometry in alive(irpe.Geometry)]
-    held = [v if isinstance(v, tuple) else (v,) for v in itertools.chain(*memos)]
-    return sum(t.nbytes for t in itertools.chain(*held) if isinstance(t, Tensor))
+    """Bytes of all that is derived from geometries."""
+    return CACHE.used
 
 
 def sizes(most: int = 40) -> Iterator[tuple[int, int]]:
@@ -109,7 +109,7 @@ def model_of_any_grid() -> nn.Module:
 def one_round(options: ClsConfig, model: nn.Module, grid: tuple[int, int], folder: Path) -> int:
     """A run of the script, then steps with an encoding attached; return the steps in all."""
     with tempfile.TemporaryDirectory(dir=folder) as runs, contextlib.redirect_stdout(io.StringIO()):
-        train(replace(options, run=replace(options.run, output=runs)))
+        start(replace(options, run=replace(options.run, output=runs)), open_task)
     irpe.attach(model, SPEC)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(OWN_STEPS):
@@ -136,6 +136,7 @@ def soak(seconds: float, folder: Path, rounds: int | None = None) -> Record:
         if number == rounds or (rounds is None and time.monotonic() > end):
             return record
         steps += one_round(options, model, grid, folder)
+        irpe.clear_cache()  # the next grid's ids are other ones
         record.tensors.append(len(alive(Tensor)))
         record.geometries.append(len(alive(irpe.Geometry)))
         record.steps.append(steps)

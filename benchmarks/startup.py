@@ -2,8 +2,8 @@
 
     python benchmarks/startup.py                 # prints; --keep writes results/startup_cpu.json
 
-Every figure is the wall-clock time of a fresh Python process, from start to end. The processes
-take turns, in an order drawn anew for each round, after one that fills the cache of files.
+Every result is the wall-clock time of a fresh Python process, from start to end. The processes
+take turns, in a new random order in each round, after one that fills the cache of files.
 """
 
 import argparse

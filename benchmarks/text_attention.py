@@ -61,7 +61,7 @@ class Cell:
 
     def step(self) -> None:
         q, k, v = self.qkv
-        encodings, scale = irpe.hooks(self.holder), q.shape[-1] ** -0.5
+        encodings, scale = irpe.encodings_of(self.holder), q.shape[-1] ** -0.5
         q, k = encodings.transform(q, k, self.where)
         self._back(
             irpe.attention(q, k, v, encodings.terms(self.where), is_causal=True, scale=scale)
@@ -72,7 +72,7 @@ class Cell:
         q, k, v = self.qkv
         (B, H, L, _), scale = q.shape, q.shape[-1] ** -0.5
         bias = q.new_zeros(())
-        for term in irpe.hooks(self.holder).terms(self.where):
+        for term in irpe.encodings_of(self.holder).terms(self.where):
             ids = term.buckets.dense(q.device)
             if term.kind == "bias":
                 bias = bias + term.table[:, ids]

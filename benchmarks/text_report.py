@@ -1,4 +1,4 @@
-"""What benchmarks/text.py writes: tables with the range over seeds, and pictures."""
+"""The page of benchmarks/text.py: tables with the range over seeds, and pictures."""
 
 import statistics
 from collections.abc import Sequence
@@ -6,14 +6,50 @@ from pathlib import Path
 from typing import Any
 
 Line = dict[str, Any]
+PROTOCOLS = """A *protocol* is how a text is cut for scoring:
+
+- *non-overlapping, window W*: windows of W bytes, each scored whole.
+- *sliding window, stride T*: windows of W bytes, T bytes apart; only the last T bytes are scored.
+- *token by token*: each byte is scored with the W bytes before it.
+- *memory, n stripes*: the text is cut into n stripes, read side by side; each window also attends
+  to the window before it."""
+# By experiment: what the rows are.
+ROWS = {
+    "lengths": """\
+Models are trained on windows of 128 bytes and scored on longer ones. Each row is an
+encoding ([formulas](../encodings.md)): `shaw` is `shaw,clip=64`, and M1 to M4 are the four methods
+of Huang et al., 2020, here `huang1,clip=64` to `huang4,clip=64`. M1 and M2 are
+equal here: they differ for later keys only, which causal attention masks. `learned` has 512 rows,
+of which training reaches 128.""",
+    "staged": """\
+- *long*: windows of 2,048 bytes from the first step on (the baseline).
+- *staged*: windows of 128 bytes for 60 % of the steps, then of 2,048.
+- *short*: windows of 128 bytes only.""",
+    "shortformer": """\
+- *shortformer*: position-infused attention (`pia`) with a memory of one window;
+  windows of 32 bytes, then of 128.
+- *pia*: the same with windows of 128 from the first step on.
+- *sliding W*: sinusoidal encoding, windows of W bytes, no memory, as many training tokens.""",
+    "segments": """\
+A row is an encoding and a kind of training:
+
+- *base*: windows of 128 bytes; the other rows start from its weights.
+- *interpolated*: the table of *base*, interpolated to 512 rows, without further training.
+- *plain*: further training on windows of 128 bytes.
+- *chunk*: windows of 128 bytes, made of four chunks of a text of 512 that keep their positions.
+- *twice*: windows of 256 bytes.
+- *full*: the text of 512 bytes itself.""",
+}
 COLOURS = ("#1f5fa8", "#d1761b", "#3a7d44", "#9a3b3b", "#6b5b95", "#222222")
 
 
 def report(lines: Sequence[Line], out: Path, command: str) -> Path:
-    """Write ``text.md`` and its pictures into ``out``, of what was measured so far."""
+    """Write ``text.md`` and its pictures into ``out``, from the lines measured so far."""
     out.mkdir(parents=True, exist_ok=True)
-    parts = ["# Encodings of text", "", f"Written by `{command}`. Bits per byte, lower is better; "]
-    parts[-1] += "mean over seeds, and their range."
+    parts = ["# Encodings of text", "", f"`{command}` writes this page. "]
+    parts[-1] += "All scores are bits per byte: lower is better. A cell holds the mean over seeds "
+    parts[-1] += "and, in brackets, the lowest and the highest seed."
+    parts += ["", PROTOCOLS]
     seeds: dict[str, set[str]] = {}
     for line in lines:
         if "seed" in line:
@@ -36,7 +72,7 @@ def report(lines: Sequence[Line], out: Path, command: str) -> Path:
 
 
 def bits(lines: Sequence[Line], protocol: str) -> dict[str, list[float]]:
-    """Bits per byte under a protocol, of all seeds, by the runs' names."""
+    """Return the bits per byte of all seeds under a protocol, by name of the run."""
     found: dict[str, list[float]] = {}
     for line in lines:
         for score in line["scores"]:
@@ -46,9 +82,10 @@ def bits(lines: Sequence[Line], protocol: str) -> dict[str, list[float]]:
 
 
 def groups(values: dict[str, list[float]]) -> list[list[str]]:
-    """Names from the lowest mean on, in groups that part.
+    """Return names in separate groups, lowest mean first.
 
-    They do where every pair across is further apart than twice the larger of its ranges over seeds.
+    Two groups are separate if the means of every pair across them differ by more than twice the
+    larger of the pair's ranges over seeds.
     """
     names = sorted(values, key=lambda name: statistics.mean(values[name]))
 
@@ -87,9 +124,10 @@ def _table(lines: Sequence[Line], protocols: Sequence[str]) -> list[str]:
 
 def _lengths(lines: Sequence[Line], out: Path) -> list[str]:
     protocols = _protocols(lines)
-    parts = ["## Longer than in training", "", *_table(lines, protocols), ""]
+    parts = ["## Longer than in training", "", ROWS["lengths"], "", *_table(lines, protocols), ""]
     parts.append(
-        "Groups that part: every pair across is further apart than twice the larger of its ranges."
+        "Separate groups, best first: the means of every pair across two groups differ by more "
+        "than twice the larger of the two ranges."
     )
     parts.append("")
     for protocol in protocols:
@@ -109,7 +147,7 @@ def _lengths(lines: Sequence[Line], out: Path) -> list[str]:
 
 
 def _staged(lines: Sequence[Line], out: Path) -> list[str]:
-    parts = ["## Staged training", "", *_table(lines, _protocols(lines)), ""]
+    parts = ["## Staged training", "", ROWS["staged"], "", *_table(lines, _protocols(lines)), ""]
     shares = {}
     for seed in sorted({line["seed"] for line in lines}):
         own = {line["name"]: line["curve"] for line in lines if line["seed"] == seed}
@@ -120,8 +158,8 @@ def _staged(lines: Sequence[Line], out: Path) -> list[str]:
         for seed, share in shares.items()
     )
     parts.append(
-        "Share of the baseline's CPU time of training after which the staged run stands where the "
-        f"baseline ended (bar: 0.6): {said}."
+        "CPU time of training that *staged* needs to reach the final score of *long*, as a share "
+        f"of the time of *long* (goal: 0.6 at most): {said}."
     )
     figure, (axis,) = _figure(1, "CPU seconds of training", "bits per byte")
     names = list(dict.fromkeys(line["name"] for line in lines))
@@ -137,7 +175,7 @@ def _staged(lines: Sequence[Line], out: Path) -> list[str]:
 
 
 def reached(curve: Sequence[Line], baseline: Sequence[Line]) -> float | None:
-    """The share of a baseline's CPU time at which a curve first stands where that ended."""
+    """Return the share of a baseline's CPU time after which a curve reaches its final score."""
     goal, whole = baseline[-1]["bits_per_byte"], baseline[-1]["train_cpu_seconds"]
     for point in curve:
         if point["bits_per_byte"] <= goal:
@@ -146,10 +184,10 @@ def reached(curve: Sequence[Line], baseline: Sequence[Line]) -> float | None:
 
 
 def _shortformer(lines: Sequence[Line], out: Path) -> list[str]:
-    parts = ["## Position-infused attention and its memory", ""]
+    parts = ["## Position-infused attention and its memory", "", ROWS["shortformer"], ""]
     protocols = _protocols(lines)
     rows = [
-        "| | protocol | bits per byte | training, CPU seconds |",
+        "| | protocol | bits per byte | training, CPU seconds, least of the seeds |",
         "| --- | --- | --- | --- |",
     ]
     for name in dict.fromkeys(line["name"] for line in lines):
@@ -158,9 +196,7 @@ def _shortformer(lines: Sequence[Line], out: Path) -> list[str]:
         for protocol in protocols:
             found = bits(own, protocol).get(name)
             if found:
-                rows.append(
-                    f"| {name} | {protocol} | {_cell(found)} | {statistics.mean(spent):,.0f} |"
-                )
+                rows.append(f"| {name} | {protocol} | {_cell(found)} | {min(spent):,.0f} |")
     windows = {
         name: statistics.mean(values)
         for protocol in protocols
@@ -174,12 +210,12 @@ def _shortformer(lines: Sequence[Line], out: Path) -> list[str]:
 
 def _speed(lines: Sequence[Line], out: Path) -> list[str]:
     parts = [
-        "Time of a token that is generated, one text, with a 95 % interval (bar over PIA, for the "
-        "best window: 5):"
+        "Time per generated token, batch size 1, with a 95 % interval (goal: the best sliding "
+        "window takes at least 5 times as long as PIA):"
     ]
     parts += ["", "| | seed | ms | over PIA |", "| --- | --- | --- | --- |"]
     for line in lines:
-        # Tried first; there a token costs mostly what every call of torch costs.
+        # Tried first: at this width the overhead of torch calls dominates.
         narrow = f" (models of width {line['width']})" if "width" in line else ""
         for name, row in line["rows"].items():
             over = row["over_pia"]
@@ -190,8 +226,11 @@ def _speed(lines: Sequence[Line], out: Path) -> list[str]:
 
 def _segments(lines: Sequence[Line], out: Path) -> list[str]:
     protocols = _protocols(lines)
-    parts = ["## Segments of longer texts", "", *_table(lines, protocols), ""]
-    parts.append("What chunks gain over plain windows, seed by seed, and twice the length does:")
+    parts = ["## Segments of longer texts", "", ROWS["segments"], "", *_table(lines, protocols), ""]
+    parts.append(
+        "Gain of *chunk* over *plain* against gain of *twice* over *plain*, in bits per byte, for "
+        "each seed:"
+    )
     parts.append("")
     for encoding in dict.fromkeys(line["name"].split()[0] for line in lines):
         for protocol in protocols:
@@ -202,7 +241,7 @@ def _segments(lines: Sequence[Line], out: Path) -> list[str]:
             if plain and chunk and twice and "512" in protocol:
                 told = map(_gain, plain, chunk, twice)
                 parts.append(f"- {encoding}, {protocol}: {', '.join(told)}")
-    return parts + _stretched(lines)
+    return parts + _interpolated(lines)
 
 
 def _gain(plain: float, chunk: float, twice: float) -> str:
@@ -210,23 +249,23 @@ def _gain(plain: float, chunk: float, twice: float) -> str:
     return f"{plain - chunk:+.3f} against {plain - twice:+.3f}{share}"
 
 
-def _stretched(lines: Sequence[Line]) -> list[str]:
-    """How a learned table does at four times its length before any training there."""
+def _interpolated(lines: Sequence[Line]) -> list[str]:
+    """Compare an interpolated learned table with the original at its own length."""
     short = bits(lines, "non-overlapping, window 128").get("learned base")
-    long = bits(lines, "non-overlapping, window 512").get("learned stretched")
+    long = bits(lines, "non-overlapping, window 512").get("learned interpolated")
     if not (short and long):
         return []
     worse = ", ".join(f"{b / a - 1:+.1%}" for a, b in zip(short, long, strict=False))
     return [
         "",
-        "A learned table stretched to four times its length, before any training there, over the "
-        f"model it comes from at its own length (bar: 15 % worse): {worse}.",
+        "A learned table interpolated to four times its length, without further training, over the "
+        f"original at its own length (goal: 15 % worse at most), for each seed: {worse}.",
     ]
 
 
 def _memory(lines: Sequence[Line], out: Path) -> list[str]:
     peaks = {line["name"]: line["mib"] for line in lines}
-    parts = ["Memory of a training step at its peak (bar of chunks over plain windows: 1.05):", ""]
+    parts = ["Peak memory of a training step (goal: *chunk* takes at most 1.05 times *plain*):", ""]
     parts += ["| | MiB | over plain |", "| --- | --- | --- |"]
     for name, peak in peaks.items():
         plain = peaks.get(f"{name.split()[0]} plain")
@@ -248,7 +287,7 @@ def _figure(columns: int, x: str, y: str) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure
 
     columns = max(1, min(columns, 2))
-    figure = Figure(figsize=(5 * columns, 4), layout="constrained", dpi=150)
+    figure = Figure(figsize=(5 * columns + 1.5, 4), layout="constrained", dpi=150)
     axes = list(figure.subplots(1, columns, squeeze=False, sharey=True)[0])
     for axis in axes:
         axis.set_xlabel(x)
@@ -261,7 +300,7 @@ def _figure(columns: int, x: str, y: str) -> tuple[Any, list[Any]]:
 def _interval(
     axis: Any, places: Sequence[int], values: Sequence[Sequence[float]], name: str, number: int
 ) -> None:
-    """A line through means, and a bar over the range of seeds at each."""
+    """Draw a line through means, with a bar over the range of seeds at each."""
     there = [(place, found) for place, found in zip(places, values, strict=True) if found]
     means = [statistics.mean(found) for _, found in there]
     below = [mean - min(found) for mean, (_, found) in zip(means, there, strict=True)]
@@ -280,6 +319,9 @@ def _interval(
 
 
 def _saved(figure: Any, axis: Any, out: Path, name: str, title: str) -> str:
-    axis.legend(frameon=False, fontsize=7, handlelength=4)
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, frameon=False, fontsize=8, handlelength=4, loc="outside right center"
+    )
     figure.savefig(out / f"text_{name}.png")
     return f"![{title}](text_{name}.png)"

@@ -1,4 +1,4 @@
-"""The runs behind benchmarks/text.py: which there are, and one at a time to its line of figures."""
+"""The runs of benchmarks/text.py: their list, and a function that executes one of them."""
 
 import json
 import sys
@@ -15,12 +15,14 @@ from measure import interleaved, machine, peak_above, ratio, resident
 import train_lm
 from models.text import CausalLM
 from training import config as configuration
-from training.engine import make_accelerator
+from training.distributed import make_accelerator
 from training.lm import run as lm_run
-from training.lm.data import open_text
 from training.lm.language import Held, Language
 from training.lm.model import build_language_model
 from training.lm.options import LmConfig
+from training.lm.run import open_text
+from training.run import start
+from training.text.staged import TextPlan
 
 ROOT = Path(__file__).parents[1]
 ENCODINGS = {
@@ -34,7 +36,7 @@ ENCODINGS = {
     **{f"M{n}": f"huang{n},clip=64" for n in (1, 2, 3, 4)},
 }
 WINDOWS = (128, 256, 512)  # of the sliding baselines
-LONG = {"rope": "rope", "learned": "learned,length=128,stretch=left,to=512", "alibi": "alibi"}
+LONG = {"rope": "rope", "learned": "learned,length=128,interpolate=left,to=512", "alibi": "alibi"}
 BASES = {**LONG, "learned": "learned,length=128"}
 # Toy sizes, which prove the script and nothing else.
 QUICK = (
@@ -48,10 +50,11 @@ class Run:
     """A command of train_lm.py.
 
     Attributes:
-        experiment, name, seed: what it is for; together they are its key.
-        config: in configs/lm. options: behind it.
+        experiment, name, seed: together the key of the run.
+        config: name of a file in configs/lm.
+        options: further options of the command.
         after: name of the run whose weights it starts from.
-        scores_only: whether those are scored as they are.
+        scores_only: score these weights without training.
     """
 
     experiment: str
@@ -72,7 +75,7 @@ class Run:
 
 
 def lengths(seed: int) -> list[Run]:
-    """(1) Every encoding at the length that it was trained at, twice and four times that."""
+    """(1) Every encoding, scored at its training length and at two and four times that length."""
     return [
         Run("lengths", name, seed, "lengths", (f"--encoding={spec}",))
         for name, spec in ENCODINGS.items()
@@ -80,7 +83,7 @@ def lengths(seed: int) -> list[Run]:
 
 
 def staged(seed: int) -> list[Run]:
-    """(2) Staged training, its baseline of long windows, and a control of short ones alone."""
+    """(2) Staged training, its baseline (long windows only) and a control (short windows only)."""
     return [
         Run("staged", "long", seed, "staged", ("--stages=[{length: 2048}]",)),
         Run("staged", "staged", seed, "staged"),
@@ -89,7 +92,7 @@ def staged(seed: int) -> list[Run]:
 
 
 def shortformer(seed: int) -> list[Run]:
-    """(3) Shortformer, PIA without stages, and sliding windows at equal training tokens."""
+    """(3) Shortformer, PIA without stages, and sliding windows, all with equal training tokens."""
     runs = [
         Run("shortformer", "shortformer", seed, "shortformer"),
         Run("shortformer", "pia", seed, "shortformer", ("--stages=[{length: 128}]",)),
@@ -104,20 +107,25 @@ def shortformer(seed: int) -> list[Run]:
 
 
 def segments(seed: int) -> list[Run]:
-    """(4) Chunks of a text four times as long, beside windows that are plain, twice, or whole."""
+    """(4) Chunks of a text four times as long, and plain, twice as long and full windows."""
     first = ("--segments.method=none", "--epochs=10", "--steps_per_epoch=60", "--optim.lr=0.003")
     runs = [Run("segments", "none base", seed, "segments", ("--encoding=null", *first))]
     for name, spec in LONG.items():
         own = f"--encoding={spec}"
         base = (f"--encoding={BASES[name]}", *first)
-        if name == "learned":  # its table ends at the length that it is trained at
+        if name == "learned":  # its table ends at the training length
             base += ("--protocols=[{length: 128}, {kind: sliding, length: 128, stride: 32}]",)
         runs.append(Run("segments", f"{name} base", seed, "segments", base))
         after = {"config": "segments", "after": f"{name} base"}
         if name == "learned":
             runs.append(
                 Run(
-                    "segments", f"{name} stretched", seed, options=(own,), scores_only=True, **after
+                    "segments",
+                    f"{name} interpolated",
+                    seed,
+                    options=(own,),
+                    scores_only=True,
+                    **after,
                 )
             )
         plain = (own, "--segments.method=none")
@@ -135,7 +143,7 @@ EXPERIMENTS = {f.__name__: f for f in (lengths, staged, shortformer, segments)}
 
 
 def arguments_of(run: Run, runs: Path, quick: bool, threads: int) -> list[str]:
-    """The command line of a run, whose folder is in ``runs``."""
+    """Return the command line of a run whose folder is in ``runs``."""
     given = [f"--config={ROOT / 'configs' / 'lm' / run.config}.yaml", *run.options]
     if quick:
         given += QUICK
@@ -149,14 +157,14 @@ def arguments_of(run: Run, runs: Path, quick: bool, threads: int) -> list[str]:
 
 
 def execute(run: Run, runs: Path, quick: bool, threads: int) -> dict[str, Any]:
-    """Run it, or go on with it where it was interrupted; return its line of figures."""
+    """Execute a run, or resume it; return its line of results."""
     given = arguments_of(run, runs, quick, threads)
     line: dict[str, Any] = {
         "key": run.key, "experiment": run.experiment, "name": run.name, "seed": run.seed,
         "config": run.config, "options": list(run.options), "quick": quick, "machine": machine(),
     }  # fmt: skip
     if run.scores_only:
-        return {**line, "scores": lm_run.evaluate(parsed(given)), "curve": []}
+        return {**line, "scores": start(parsed(given), lm_run.open_task), "curve": []}
     folder = runs / run.folder
     if not (folder / "scores.json").exists():
         status = train_lm.main([*given, "--resume=auto"])
@@ -166,8 +174,8 @@ def execute(run: Run, runs: Path, quick: bool, threads: int) -> dict[str, Any]:
     cpu, curve = 0.0, []
     for record in records:
         cpu += record["train_cpu_seconds"]
-        figures = {name: record[name] for name in ("step", "bits_per_byte", "tokens_per_second")}
-        curve.append({**figures, "train_cpu_seconds": cpu})
+        values = {name: record[name] for name in ("step", "bits_per_byte", "tokens_per_second")}
+        curve.append({**values, "train_cpu_seconds": cpu})
     scores = json.loads((folder / "scores.json").read_text())
     return {**line, "scores": scores, "curve": curve}
 
@@ -177,9 +185,9 @@ def parsed(arguments: Sequence[str]) -> LmConfig:
 
 
 def speed(runs: Path, seed: int, quick: bool, threads: int) -> dict[str, Any]:
-    """Time of a token that is generated, of models that were trained in (3).
+    """Return the time per generated token of the models trained in (3).
 
-    PIA reads a token and its memory; a window that slides is read anew for each token.
+    PIA reads a token and its memory; a sliding window is recomputed for every token.
     """
     torch.set_num_threads(threads)
     cells, count = {}, 4 if quick else 32
@@ -236,13 +244,13 @@ def memory(run: Run, quick: bool) -> float:
     config.checkpoint = None
     accelerator = make_accelerator(config.run)
     tokens, (stream, held_out) = open_text(config.data, accelerator, "train", "validation")
-    plan = lm_run.make_plan(config, len(stream))
-    held = Held(
-        accelerator, held_out, tokens.byte_counts, config.protocols[:1], length=128, batch_size=1
-    )
-    task = Language(accelerator, plan, stream, held, steps_per_epoch=2)
+    plan = TextPlan(len(stream), config)
+    config.protocols, config.eval_batch_size = config.protocols[:1], 1
+    held = Held(config, accelerator, held_out, tokens.byte_counts, 128)
+    config.steps_per_epoch = 2
     before = resident()
     model = build_language_model(config, 256)
+    task = Language(config, accelerator, model, held, tokens, plan, [stream, held_out])
     for step, batch in enumerate(task.batches(0)):
         task.loss(model, batch, step).loss.backward()
         model.zero_grad()

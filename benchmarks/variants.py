@@ -8,7 +8,8 @@ Calls the launcher with small tensors and takes down what it would launch; compi
 architecture with the divisibility a launch would find, and reads the machine code. Instructions
 per score are those of the innermost loop over pairs (of all the code without a loop), times 32
 lanes and the warps, over the pairs of a tile. For ``irpe.lookup`` dim is the number of buckets.
-Exit code 1 if a variant that ``auto`` can pick spills: all but float32 attention.
+Exit code 1 if a variant that ``auto`` can pick spills, all but float32 attention, or takes more
+shared memory than a program of that architecture may.
 """
 
 import argparse
@@ -41,6 +42,7 @@ TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
     torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
+SHARED = {80: 163, 90: 227, 100: 227}  # KiB that a program may take; 99 on others
 MODES = {
     "plain": None,
     "bias": "rpe-1.9-product-bias-0-k",
@@ -58,23 +60,6 @@ MODES = {
 }
 
 
-class Recorder:
-    """Stands in the launcher for the module of kernels: notes launches, runs none."""
-
-    def __init__(self, kernels: Any) -> None:
-        self.kernels, self.launches = kernels, []
-
-    def __getattr__(self, name: str) -> Any:
-        kernel = getattr(self.kernels, name)
-        launches = self.launches
-
-        class Grid:
-            def __getitem__(self, grid: Any) -> Any:
-                return lambda **given: launches.append((name, kernel, given))
-
-        return Grid()
-
-
 def launches(mode: str, dtype: torch.dtype, dim: int, arch: int) -> list[tuple]:
     """(name, kernel, arguments) of all launches of a forward and backward pass."""
     if mode == "lookup":
@@ -85,15 +70,24 @@ def launches(mode: str, dtype: torch.dtype, dim: int, arch: int) -> list[tuple]:
     q, k, v = (torch.zeros(2, 2, 256, dim, dtype=dtype, requires_grad=True) for _ in range(3))
     terms: tuple[irpe.Term, ...] = ()
     if MODES[mode] is not None:
-        modules = irpe.build_rpe(MODES[mode], head_dim=dim, num_heads=2, prefix=False, dtype=dtype)
+        modules = irpe.build_rpe(MODES[mode], head_dim=dim, num_heads=2, prefix=0, dtype=dtype)
         terms = sum((m.terms(grid) for m in modules if m is not None), ())
-    recorder, real = Recorder(launch.kernels), (launch.kernels, launch._capability)
-    launch.kernels, launch._capability = recorder, lambda device: arch
+    noted = []
+
+    def note(step: launch.Step, tensors: dict[str, torch.Tensor | None]) -> None:
+        q = tensors["q"]  # a launch takes it for a missing one
+        own = {name: q if tensors[name] is None else tensors[name] for _, name in step.places}
+        noted.append((step.name, step.kernel, own | step.given))
+
+    real = launch.launch, launch._capability
+    launch.launch, launch._capability = note, lambda device: arch
+    irpe.clear_cache()
     try:
-        attention(Call(q, k, v, terms, None, False, 0.0, dim**-0.5)).sum().backward()
+        call = Call(q, k, v, terms, None, False, 0.0, dim**-0.5, q.device)
+        attention(call).sum().backward()
     finally:
-        launch.kernels, launch._capability = real
-    return recorder.launches
+        launch.launch, launch._capability = real
+    return noted
 
 
 def lookup_launches(dtype: torch.dtype, size: int) -> list[tuple]:
@@ -199,10 +193,12 @@ def cases(sample: bool) -> Iterator[tuple[str, torch.dtype, int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--arch", type=int, nargs="*", default=[80, 90], help="80, 90")
+    parser.add_argument(
+        "--arch", type=int, nargs="*", default=[80, 90, 120], help="80 86 90 100 120"
+    )
     parser.add_argument("--sample", action="store_true", help="each kernel once or twice")
     parser.add_argument("--mode", choices=MODES, help="only this mode")
-    parser.add_argument("--name", help="of a file in results/, to keep the figures")
+    parser.add_argument("--name", help="of a file in results/, to store the results in")
     arguments = parser.parse_args()
     work = []
     for mode, dtype, dim in cases(arguments.sample):
@@ -222,7 +218,9 @@ def main() -> None:
     picked = [row for row in rows if row["dtype"] != "float32" or row["mode"] == "lookup"]
     spilling = [row for row in picked if row["spills"]]
     print(f"{len(spilling)} of {len(picked)} variants that auto can pick spill")
-    if spilling:
+    large = [row for row in picked if row["shared_kib"] > SHARED.get(row["arch"], 99)]
+    print(f"{len(large)} take too much shared memory")
+    if spilling or large:
         sys.exit(1)
 
 

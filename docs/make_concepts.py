@@ -2,7 +2,7 @@
 
 python docs/make_concepts.py [FILE]
 
-The table is drawn at random (seed 3); a trained one is looked at in docs/interactive/.
+The table is random (seed 3); docs/interactive/ shows a trained one.
 """
 
 import sys
@@ -43,25 +43,27 @@ for y in range(HEIGHT):
         places.text(x, y, f"{y},{x}", ha="center", va="center", fontsize=7, color="#445")
 places.add_patch(plt.Rectangle((AT[1] - 0.5, AT[0] - 0.5), 1, 1, fill=False, ec="red", lw=2))
 places.add_patch(plt.Rectangle((-0.5, -1.9), 1, 1, fc="#fbe9c8", ec="#8a97a8"))
-places.text(0.7, -1.4, "prefix token: no place", va="center", fontsize=8)
+places.text(0.7, -1.4, "prefix token: no position", va="center", fontsize=8)
 places.set(xlim=(-0.7, WIDTH - 0.3), ylim=(HEIGHT - 0.3, -2.1), xticks=[], yticks=[])
 places.set_aspect("equal")
 places.set_frame_on(False)
 
 plot_buckets(SPEC, grid, AT, buckets)
-buckets.set_title("2. buckets: which pairs are alike\nfor the query framed in red", fontsize=10)
+buckets.set_title(
+    "2. buckets: pairs in one bucket share a vector\n(for the query framed in red)", fontsize=10
+)
 buckets.set(xticks=[], yticks=[], xlabel="", ylabel="")
 
 used = ids[token].unique()
 terms.bar(used, rows[0, 0, token, used], color="#4a6fa5")
 terms.axhline(0, color="#445", lw=0.8)
-terms.set_title("3. terms: query times table,\na number for each bucket", fontsize=10)
+terms.set_title("3. terms: dot product of the query\nwith the vector of each bucket", fontsize=10)
 terms.set_xlabel("bucket")
 
 image = attention.imshow(shares, cmap="magma", vmin=0)
 attention.add_patch(plt.Rectangle((AT[1] - 0.5, AT[0] - 0.5), 1, 1, fill=False, ec="red", lw=2))
 attention.set_title(
-    "4. attention: softmax of q k + terms\n(here q k = 0, a random table)", fontsize=10
+    "4. attention: softmax of q . k + terms\n(here q . k = 0 and the table is random)", fontsize=10
 )
 attention.set(xticks=[], yticks=[])
 figure.colorbar(image, ax=attention, shrink=0.75)

@@ -13,22 +13,26 @@ PAGE = ROOT / "docs" / "reproduce.md"
 FIELDS = ("command", "hardware", "time", "expected")
 HEAD = """# Reproduce
 
-Written by `python docs/make_reproduce.py` from the headers of the configurations: what each run
-is, its command, hardware, time and figure, and who measured it. *Published* figures are their
-authors', from their papers; *measured by us* is what the command printed here. What nobody measured
-says so. No published ImageNet, COCO, SQuAD or WikiText figure was measured by us.
+```
+python train_cls.py --config configs/cls/digits.yaml
+```
 
-Beside these, scripts write pages of their own: `python benchmarks/models.py` ([costs](costs.md)),
+Each run below has its command, hardware, time and expected result. `python docs/make_reproduce.py`
+writes this page from the headers of the configurations. *Published* results are from the authors'
+papers; *measured by us* is what the command printed here. We measured no published ImageNet, COCO,
+SQuAD or WikiText result.
+
+More scripts write pages of their own: `python benchmarks/models.py` ([costs](costs.md)),
 `python benchmarks/detection.py` ([a small DETR with and without](results/detection.md)),
 `python benchmarks/finetune.py` ([fine-tuning](results/finetune.md)), `python benchmarks/text.py`
-([encodings of text](results/text.md)), `python benchmarks/ablation.py all` (encodings of images).
-What they say, beside the papers: [results](results/README.md).
+([encodings of text](results/text.md)), `python benchmarks/ablation.py digits` ([encodings of
+images](results/image.md)). [Results](results/README.md) compares them with the papers.
 """
 PARTS = {"cls": "Classification", "det": "Detection", "lm": "Text"}
 
 
 def header(path):
-    """The comment a configuration begins with, without its marks."""
+    """Return the comment at the start of a configuration, without its marks."""
     lines = []
     for line in path.read_text().splitlines():
         if not line.startswith("#"):
@@ -38,7 +42,7 @@ def header(path):
 
 
 def read(path):
-    """Title and fields of a header; a field goes on in lines that stand further in."""
+    """Return title and fields of a header; indented lines continue a field."""
     title, fields, rest, name = [], {}, [], None
     for line in header(path):
         found = re.match(r"  (\w+): +(.*)", line)
@@ -54,12 +58,12 @@ def read(path):
             title.append(line)
     missing = set(FIELDS) - set(fields)
     if missing:
-        raise SystemExit(f"{path}: its header does not say {', '.join(sorted(missing))}")
+        raise SystemExit(f"{path}: its header lacks {', '.join(sorted(missing))}")
     return " ".join(title).strip(), fields, " ".join(rest).strip()
 
 
 def section(path):
-    """One configuration's part of the page."""
+    """Return the part of the page about one configuration."""
     title, fields, rest = read(path)
     command = "\n".join(fields.pop("command"))
     text = f"\n### {path.relative_to(ROOT)}\n\n{title}\n\n```text\n{command}\n```\n\n"
@@ -70,7 +74,7 @@ def section(path):
 
 
 def page():
-    """The whole page."""
+    """Return the whole page."""
     text = HEAD
     for folder, name in PARTS.items():
         text += f"\n## {name}\n"

@@ -1,12 +1,12 @@
-"""Which of timm's models attach equips: every name is built, equipped and run, without weights.
+"""Which of timm's models attach supports: build every name, attach, and run it without weights.
 
     python docs/make_support.py                     # all names, into docs/support.md; resumes
     python docs/make_support.py --names 'vit_*'     # some of them, printed
 
-Models are built on the meta device, at full size and without memory, and run there: shapes are
-real, numbers are not. What computes attention and is not equipped is found by watching the model
-run, and not by asking irpe; a model that is not refused, and where this is more than class
-attention or pooling, counts as a failure. It takes some seconds a name.
+Models are built and run on the meta device, at full size and without memory. The script watches the
+run to find attention without an encoding, independently of irpe. A model that attach accepts, and
+that has such attention other than class attention or pooling, counts as a failure. It takes some
+seconds per name.
 """
 
 import argparse
@@ -65,7 +65,7 @@ class Watch(TorchFunctionMode):
 
 
 def built(name):
-    """A model without weights, on the meta device."""
+    """Return a model without weights, on the meta device."""
     with torch.device("meta"):
         return timm.create_model(name).eval()
 
@@ -79,14 +79,14 @@ def examine(name):
         return {**found, "result": "not built", "why": f"{type(error).__name__}: {error}"[:300]}
     try:
         report = irpe.attach(model, SPEC, backend="reference")
-        found |= {"result": "equipped", "modules": len(report.modules)}
+        found |= {"result": "attached", "modules": len(report.modules)}
         irpe.detach(model)
         found["kinds"] = sorted({type(model.get_submodule(m)).__name__ for m in report.modules})
         irpe.attach(model, SPEC, backend="reference")
     except irpe.IrpeError as error:
         none = "has no attention" in str(error)
         found |= {"result": "no attention" if none else "refused", "why": str(error)}
-        if not none:  # what else goes on by itself does not matter
+        if not none:  # other attention does not matter
             return found
     try:
         with torch.no_grad(), Watch() as watch:
@@ -98,29 +98,75 @@ def examine(name):
 
 
 def problem(found):
-    """What is wrong with a line; None if nothing is."""
+    """Return what is wrong with a line, or None."""
     if found["result"] == "refused":
         return None
-    if found["result"] == "equipped" and "error" in found:
-        return f"equipped, but it does not run: {found['error']}"
+    if found["result"] == "attached" and "error" in found:
+        return f"attached, but it does not run: {found['error']}"
     left = set(found.get("left", ())) - PLACELESS
     if left:
-        return f"{found['result']}, but {', '.join(sorted(left))} goes on by itself"
+        return f"{found['result']}, but {', '.join(sorted(left))} runs without an encoding"
     return None
 
 
-HEAD = """# What attach equips
+HEAD = """# What attach supports
 
-`python docs/make_support.py` wrote this table with timm {timm} and torch {torch}: it builds every
+```python
+import timm, irpe
+
+model = timm.create_model("beit_base_patch16_224", depth=1)
+print(irpe.attach(model, "rpe-1.9-product-ctx-1-k"))
+```
+
+`python docs/make_support.py` writes this table, here with timm {timm} and torch {torch}. It builds every
 name in timm's registry without weights on the meta device, attaches `{spec}`, and runs the
 model there.
-*Left alone* is attention that has no pairs of places: one query for all keys (class attention,
-pooling), or a softmax over channels, states or branches. A refused model's error names the module;
-`where=` may still choose others. Families in bold (some by `where=`) are compared with loops,
-trained a step, checkpointed, copied, compiled and exported in `tests/test_attach_timm.py`.
 
-| family (`timm.models.`) | equipped | refused | none | what is equipped | what is not, and why |
+*Left alone* is attention without pairs of positions: one query for all keys (class attention,
+pooling), or a softmax over channels, states or branches. The error of an unsupported model names the
+module; `where=` may still select others. Families in bold (some with `where=`) are compared with
+loops, trained a step, checkpointed, copied, compiled and exported in `tests/test_attach_timm.py`.
+
+| family (`timm.models.`) | supported | unsupported | no attention | what gets the encoding | what does not, and why |
 |---|---|---|---|---|---|
+"""
+FUSED = """
+## Native encodings that are fused
+
+`irpe.attach(model, native="fuse")` computes them as terms, with the same outputs, gradients and state_dict:
+`tests/test_fused_native.py` and `tests/external/test_fused_transformers.py` compare each family on squares, rectangles and
+other sizes, and 20 steps of training.
+
+| family | library | native encoding |
+|---|---|---|
+| vision_transformer_sam (SAM, ViTDet) | timm | decomposed: a vector for each row and column offset |
+| beit | timm | bias of each block, of all blocks, or both; class token |
+| vision_transformer_relpos | timm | bias or network, of each block or of all; class token |
+| maxxvit (MaxViT, CoAtNet) | timm | bias, network, and the bias of TensorFlow's models |
+| swin_transformer | timm | bias of a window |
+| swin_transformer_v2 | timm | network; cosine attention stays |
+| tiny_vit | timm | bias for each distance in a window |
+| SAM, SAM-HQ, ViTDet | transformers 5 | decomposed |
+| BEiT | transformers 5 | bias of each layer, interpolated at other sizes |
+| Swin, Swin V2 | transformers 5 | bias of a window, network |
+
+Not fused, and refused in one line: timm's swin_transformer_v2_cr, whose network drops channels for each pair of patches in
+training; BEiT of transformers with one bias for all layers; encodings that rotate queries, beside decomposed vectors.
+"""
+ORDINARY = """
+## What is tested after attach
+
+| | timm, families in bold | torchvision `vit_*` | `nn.TransformerEncoder` | transformers | test |
+|---|---|---|---|---|---|
+| loop over blocks, before and after a pass | yes | yes | yes | yes | `tests/test_ordinary.py`, `tests/test_carry.py` |
+| a forward pass that raised | yes | yes | yes | yes | `tests/test_ordinary.py` |
+| recomputation in another thread | yes | yes | yes | yes | `tests/test_ordinary.py` |
+| two grids before one backward pass | yes | yes | yes | yes | `tests/test_attach_timm.py`, `tests/test_attach_torch.py`, `tests/external/test_attach_transformers.py` |
+| video encoders: joint and divided attention, masked patches, compile, copies, `detach` | none | none | none | VideoMAE, ViViT, TimeSformer | `tests/external/test_attach_video.py` |
+| save and load, by irpe and by the library | yes | yes | yes | ten families | `tests/test_files.py`, `tests/external/test_files_transformers.py` |
+| attention maps | yes | yes | yes | yes | `tests/test_ordinary.py`, `tests/test_attached.py` |
+| `native="replace"` leaves no unused parameter (DDP) | where there is a native encoding | none native | none native | none native | `tests/test_attached.py` |
+| `detach` restores every attribute | ten families | yes | yes | yes | `tests/test_attached.py` |
 """
 TESTED = {
     "beit", "crossvit", "davit", "deepseek_vit", "deit", "eva", "fastvit", "hieradet_sam2",
@@ -133,7 +179,12 @@ TESTED = {
 
 def reason(found):
     """Why a model is refused, without the path of its module."""
-    return found["why"].partition("cannot be equipped: ")[2].partition("; where=")[0]
+    return (
+        found["why"]
+        .partition("attach does not support ")[2]
+        .partition(": ")[2]
+        .partition("; where=")[0]
+    )
 
 
 def table(results):
@@ -153,10 +204,11 @@ def table(results):
         notes |= {f"left alone: {', '.join(sorted(left))}"} if left else set()
         notes |= {f"not built: {f['why']}" for f in models if f["result"] == "not built"}
         name = f"**{family}**" if family in TESTED else family
-        numbers = (counts[k] or "" for k in ("equipped", "refused", "no attention"))
+        numbers = (counts[k] or "" for k in ("attached", "refused", "no attention"))
         cells = (name, *numbers, ", ".join(kinds), "; ".join(sorted(notes)).replace("|", "/"))
         text += f"| {' | '.join(map(str, cells))} |\n"
-    return f"{text}\nWithout attention, and refused in one line that says so: {', '.join(plain)}.\n"
+    text += f"\nWithout attention, and refused in one line that says so: {', '.join(plain)}.\n"
+    return text + FUSED + ORDINARY
 
 
 def main():

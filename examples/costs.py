@@ -1,10 +1,10 @@
-"""What an encoding costs a model: parameters, multiply-adds, a backend, and a time of yours.
+"""Print the cost of an encoding: parameters, multiply-adds, the backend, and a time.
 
     python examples/costs.py                 (needs timm and fvcore; some seconds on a CPU)
 
-Expect DeiT-Ti's published increments, 22.7 M multiply-adds for a table on k (docs/costs.md has the
-larger models), the backend that `auto` takes here and why, and a time that is this machine's own:
-benchmarks/models.py is the way to measure.
+Expect the published increment of DeiT-Ti, 22.7 M multiply-adds for a table on k (docs/costs.md has
+the larger models), the backend that `auto` takes and why, and a rough time on your machine. Use
+benchmarks/models.py for measurements.
 """
 
 import time
@@ -34,6 +34,6 @@ for spec in (None, "rpe-1.9-product-ctx-1-k", "rpe-1.9-product-ctx-1-qkv"):
         f"(+{counted - plain:.1f}), {1000 * took:.0f} ms"
     )
 
-_, rpe_k, _ = irpe.build_rpe("rpe-1.9-product-ctx-1-k", head_dim=64, num_heads=3, prefix=True)
+_, rpe_k, _ = irpe.build_rpe("rpe-1.9-product-ctx-1-k", head_dim=64, num_heads=3, prefix=1)
 q, k, v = (torch.randn(1, 3, 197, 64) for _ in range(3))
 print(irpe.explain(q, k, v, rpe_k.terms(irpe.Grid(14, 14, prefix=1))))

@@ -2,8 +2,8 @@
 
     python examples/custom_vit.py            (needs scikit-learn; half a minute on a CPU)
 
-Expect the loss on scikit-learn's digits to fall from 2.3 to below 0.5 while every batch has another
-rectangle, and the same weights to read held-out digits in sizes that training never saw.
+Every batch has another rectangle. Expect the loss on scikit-learn's digits to fall from 2.3 to
+below 0.5, and the weights to classify held-out digits of sizes that training did not have.
 """
 
 import torch
@@ -17,7 +17,7 @@ class Block(nn.Module):
     def __init__(self, dim, heads, rpe):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attention = irpe.RPEAttention(dim, heads, rpe=rpe, prefix=False)
+        self.attention = irpe.RPEAttention(dim, heads, rpe=rpe, prefix=0)
         self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
 
     def forward(self, x, grid):
@@ -26,7 +26,7 @@ class Block(nn.Module):
 
 
 class SmallViT(nn.Module):
-    """Images [B, 1, height, width] of any size to logits [B, 10]; no absolute positions at all."""
+    """Return logits [B, 10] of images [B, 1, height, width] of any size; no absolute positions."""
 
     def __init__(self, dim=48, heads=4, depth=2, patch=2, rpe="rpe-1.9-product-ctx-1-qkv"):
         super().__init__()
@@ -36,7 +36,7 @@ class SmallViT(nn.Module):
 
     def forward(self, image):
         x = self.patches(image)
-        grid = irpe.Grid(*x.shape[-2:])  # made once, shared by all layers; prefix=1: a class token
+        grid = irpe.Grid(*x.shape[-2:])  # shared by all layers; prefix=1: a class token
         x = x.flatten(2).mT
         for block in self.blocks:
             x = block(x, grid)

@@ -1,9 +1,9 @@
-"""Export an equipped model to ONNX for any batch, and run it in onnxruntime.
+"""Export a model with an encoding attached to ONNX for any batch, and run it in onnxruntime.
 
     python examples/export_onnx.py [FILE]    (needs timm, onnx, onnxscript and onnxruntime)
 
-Expect the largest difference between torch and onnxruntime to be near 1e-6, for batches that were
-not exported. The graph holds standard operators only: irpe is not needed where it runs.
+Expect the largest difference between torch and onnxruntime to be near 1e-6, for batch sizes other
+than the exported one. The graph holds standard operators only: it runs without irpe.
 """
 
 import sys
@@ -18,7 +18,7 @@ torch.manual_seed(0)
 small = {"img_size": 64, "embed_dim": 64, "depth": 2, "num_heads": 4, "num_classes": 10}
 model = timm.create_model("vit_tiny_patch16_224", **small)
 irpe.attach(model, "rpe-1.9-product-ctx-1-qkv")
-for name, parameter in model.named_parameters():  # as if it had been trained
+for name, parameter in model.named_parameters():  # as after training
     if "lookup_table" in name:
         torch.nn.init.normal_(parameter, std=0.3)
 model.eval()

@@ -2,8 +2,8 @@
 
     python examples/finetune_timm.py         (needs timm and scikit-learn; some seconds on a CPU)
 
-Expect "outputs stay the same" from attach, a falling loss, and tables that are not zero any more.
-With weights of your own: timm.create_model(..., pretrained=True), or load_state_dict before attach.
+Expect "outputs stay the same" from attach, a falling loss, and tables that are no longer zero.
+With pretrained weights: timm.create_model(..., pretrained=True), or load_state_dict before attach.
 """
 
 import timm
@@ -18,7 +18,7 @@ digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16 - 0.3
 labels = torch.tensor(digits.target)
 
-# A small one; any name of docs/support.md works the same way.
+# A small model; use any name of docs/support.md.
 small = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 48, "depth": 2, "num_heads": 4}
 small |= {"num_classes": 10, "weight_init": "jax"}
 model = timm.create_model("vit_tiny_patch16_224", **small)
@@ -26,7 +26,7 @@ before = model.eval()(images[:8])
 print(irpe.attach(model, "rpe-1.9-product-ctx-1-k"))
 print(f"largest change of an output: {(model(images[:8]) - before).abs().max():.0e}")
 
-# Fresh tables start at zero, and want larger steps than the rest and no decay.
+# Fresh tables start at zero. They need a higher learning rate and no weight decay.
 groups = irpe.param_groups(model, lr=3e-3, weight_decay=0.05, table_lr=1e-2, table_weight_decay=0.0)
 print("groups:", ", ".join(f"{g['name']} ({len(g['params'])} tensors)" for g in groups))
 optimizer = torch.optim.AdamW(groups)

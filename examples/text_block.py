@@ -2,8 +2,8 @@
 
     python examples/text_block.py            (needs nothing but torch)
 
-Expect two differences near 1e-7: token by token with a cache is the whole text at once, and moving
-all positions changes nothing, since only offsets count.
+Expect two differences near 1e-7: decoding token by token with a cache gives the outputs of the
+whole text, and shifting all positions changes nothing, since only offsets count.
 """
 
 import torch
@@ -24,15 +24,17 @@ class Attention(nn.Module):
             setattr(self, name, encoding)
 
     def forward(self, x, text, cache=None):
-        """x [B, L, C]; cache: keys and values of earlier tokens, which grow and are returned."""
-        hooks = irpe.hooks(self)
+        """Return the output for x [B, L, C] and the extended cache of keys and values."""
+        encodings = irpe.encodings_of(self)
         q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        # Keys are rotated by their own positions, once: what is cached stays as it is.
+        # Keys are rotated once, by their own positions; the cache holds rotated keys.
         own = irpe.Sequence(x.shape[1], positions=text.positions(x.device)[0].squeeze(-1))
-        q, k = hooks.transform(q, k, own)
+        q, k = encodings.transform(q, k, own)
         if cache is not None:
             k, v = torch.cat((cache[0], k), 2), torch.cat((cache[1], v), 2)
-        y = irpe.attention(q, k, v, hooks.terms(text), is_causal=True, scale=(DIM // HEADS) ** -0.5)
+        y = irpe.attention(
+            q, k, v, encodings.terms(text), is_causal=True, scale=(DIM // HEADS) ** -0.5
+        )
         return self.out(y.transpose(1, 2).flatten(2)), (k, v)
 
 

@@ -2,8 +2,8 @@
 
     python examples/torch_encoder.py         (needs nothing but torch)
 
-Expect the report of attach, outputs that stay until the tables are trained and change then, on two
-grids, and the line that says what happens where nobody says the grid.
+Expect the report of attach; outputs on two grids that change only after the tables are trained; and
+the error for a forward pass without a grid.
 """
 
 import torch
@@ -15,7 +15,7 @@ torch.manual_seed(0)
 layer = nn.TransformerEncoderLayer(64, 4, dim_feedforward=128, batch_first=True, dropout=0.0)
 encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
 
-# As a detector has it: a map of features [B, C, height, width], the second image with padding.
+# As in a detector: a feature map [B, C, height, width], the second image with padding.
 features = torch.randn(2, 64, 7, 10)
 padding = torch.zeros(2, 7, 10, dtype=torch.bool)
 padding[1, :, 8:] = True
@@ -25,7 +25,7 @@ with torch.no_grad():
     before = encoder(tokens, src_key_padding_mask=padding)
     print(irpe.attach(encoder, "rpe-2.0-product-ctx-1-qk"))
 
-    with irpe.located(irpe.Grid(7, 10)):  # around every forward pass; one for all layers
+    with irpe.located(irpe.Grid(7, 10)):  # around each forward pass, for all layers
         after = encoder(tokens, src_key_padding_mask=padding)
         print(f"fresh tables change outputs by {(after - before)[~padding].abs().max():.0e}")
         for name, table in encoder.named_parameters():

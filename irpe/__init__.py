@@ -1,76 +1,80 @@
-"""Relative position encodings for vision transformers, and for texts.
+"""Relative position encodings for vision transformers, and for text.
 
 Data flows one way: geometry -> buckets -> terms -> attention. See ``irpe.parse`` for specs,
-``irpe.Grid`` and ``irpe.Sequence`` for geometry, ``irpe.attention`` for the function,
-``irpe.RPEAttention`` for a layer, ``irpe.build`` and ``irpe.hooks`` for one of your own, and
-``irpe.attach`` to equip a model that exists already.
+``irpe.Grid``, ``irpe.Volume`` and ``irpe.Sequence`` for geometry, ``irpe.attention`` for the
+function, ``irpe.RPEAttention`` for a layer, ``irpe.build`` and ``irpe.encodings_of`` for a layer of
+your own, and ``irpe.attach`` to add an encoding to an existing model.
 
-A name is imported when it is first used (PEP 562): ``irpe --help`` does without torch.
+A name is imported when it is first used (PEP 562), so that ``irpe --help`` does without torch.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .buckets import bucket_ids
-    from .encodings import Encoding, build, build_rpe, hooks, stretch
+    from . import fields, linear
+    from .backends import Call, register_backend
+    from .buckets import BucketIds
+    from .cache import clear_cache
+    from .encodings import (
+        RPE,
+        Encoding,
+        bucket_ids,
+        build,
+        build_rpe,
+        encodings_of,
+        interpolate,
+        parse,
+        register,
+        specs,
+    )
     from .errors import IrpeError
+    from .files import Loaded, load, save
     from .functional import attention, explain, lookup
-    from .geometry import Geometry, Grid, Sequence
-    from .hosts import attach, detach, located, param_groups
+    from .geometry import Geometry, Grid, Sequence, Volume
+    from .groups import param_groups
+    from .hosts import Site, attach, attention_maps, detach, located, register_host
     from .layers import RPEAttention
-    from .linear import LinearState, linear_attention, linear_step
-    from .spec import RPE, Spec, parse
+    from .spec import LayerSize, Spec
     from .terms import Term
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-__all__ = [
-    "Encoding",
-    "Geometry",
-    "Grid",
-    "IrpeError",
-    "LinearState",
-    "RPE",
-    "RPEAttention",
-    "Sequence",
-    "Spec",
-    "Term",
-    "attach",
-    "attention",
-    "bucket_ids",
-    "build",
-    "build_rpe",
-    "detach",
-    "explain",
-    "hooks",
-    "linear_attention",
-    "linear_step",
-    "located",
-    "lookup",
-    "param_groups",
-    "parse",
-    "stretch",
-]
-
-# Where the names above live; the same as the imports that a type checker reads.
+# Modules and the public names that each holds. The imports above say the same to type checkers.
 _HOMES = {
-    "buckets": ("bucket_ids",),
-    "encodings": ("Encoding", "build", "build_rpe", "hooks", "stretch"),
+    "backends": ("Call", "register_backend"),
+    "buckets": ("BucketIds",),
+    "cache": ("clear_cache",),
+    "encodings": (
+        "RPE",
+        "Encoding",
+        "bucket_ids",
+        "build",
+        "build_rpe",
+        "encodings_of",
+        "interpolate",
+        "parse",
+        "register",
+        "specs",
+    ),
     "errors": ("IrpeError",),
+    "fields": (),
+    "files": ("Loaded", "load", "save"),
     "functional": ("attention", "explain", "lookup"),
-    "geometry": ("Geometry", "Grid", "Sequence"),
-    "hosts": ("attach", "detach", "located", "param_groups"),
+    "geometry": ("Geometry", "Grid", "Sequence", "Volume"),
+    "groups": ("param_groups",),
+    "hosts": ("Site", "attach", "attention_maps", "detach", "located", "register_host"),
     "layers": ("RPEAttention",),
-    "linear": ("LinearState", "linear_attention", "linear_step"),
-    "spec": ("RPE", "Spec", "parse"),
+    "linear": (),
+    "spec": ("LayerSize", "Spec"),
     "terms": ("Term",),
 }
-_PARTS = {*_HOMES, "backends"}
+
+__all__ = sorted(["fields", "linear", *(name for names in _HOMES.values() for name in names)])
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PARTS:
+    if name in _HOMES:
         return import_module(f".{name}", __name__)
     for home, names in _HOMES.items():
         if name in names:
@@ -80,4 +84,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_PARTS})
+    return sorted({*globals(), *__all__, *_HOMES})

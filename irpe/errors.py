@@ -2,4 +2,4 @@
 
 
 class IrpeError(ValueError):
-    """Every wrong use of irpe; the message repeats the input and says what would work."""
+    """Raised for wrong use of irpe. The message repeats the input and says what would work."""

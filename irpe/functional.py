@@ -3,35 +3,27 @@
 Shapes: B batch, H heads, L queries, S keys, D head dim, N buckets.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backends import eager, reference, sdpa, triton
-from .backends.call import Call, autocasting, check_ids, debugging, transformed, without_autocast
-from .backends.choose import BACKENDS, Facts, choose, obstacle
+from .backends import KNOWN, Call, choose, named, reference
+from .backends.call import (
+    autocasting,
+    check_ids,
+    check_shapes,
+    debugging,
+    exporting,
+    transformed,
+    without_autocast,
+)
 from .backends.triton import lookup as fused_lookup
 from .errors import IrpeError
-from .linear import LinearState, linear_attention, linear_step
-from .terms import Term
+from .terms import KINDS, Term
 
-__all__ = [
-    "LinearState",
-    "attention",
-    "check_backend",
-    "explain",
-    "linear_attention",
-    "linear_step",
-    "lookup",
-]
-
-_RUN: dict[str, Callable[[Call], Tensor]] = {
-    "reference": reference.attention,
-    "eager": eager.attention,
-    "sdpa": sdpa.attention,
-    "triton": triton.attention,
-}
+__all__ = ["attention", "explain", "lookup"]
+MOST = 4096  # calls whose validation is kept
 
 
 def attention(
@@ -39,38 +31,91 @@ def attention(
     k: Tensor,
     v: Tensor,
     terms: tuple[Term, ...] = (),
+    *,
     mask: Tensor | None = None,
     is_causal: bool = False,
     dropout_p: float = 0.0,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """softmax(scale q k^T + terms) v, with any set of position terms.
+    """Compute softmax(scale q k^T + terms) v, with any set of position terms.
 
     Args:
         q: ``[B, H, L, D]``, not scaled.
-        k, v: ``[B, H | G, S, D]``; with G heads, each serves H / G consecutive heads of q.
-        terms: what encodings' ``terms(geometry)`` return; add the tuples up.
-        mask: broadcastable to ``[B, H, L, S]``; bool (True: seen; key padding is
+        k: ``[B, H | G, S, D]``; with G heads, each serves H / G consecutive heads of q.
+        v: ``[B, H | G, S, E]``.
+        terms: what ``terms(geometry)`` of encodings return; add the tuples up.
+        mask: broadcastable to ``[B, H, L, S]``; bool (True: visible; key padding is
             ``[B, 1, 1, S]``) or floating point, added to the logits.
         is_causal: query i sees the keys j <= i + S - L. May be combined with ``mask``.
         dropout_p: probability that an attention probability is dropped, before the value term.
         scale: D ** -0.5 if None.
-        backend: ``reference``, ``eager``, ``sdpa``, ``triton`` (a GPU), or ``auto``, whose choice
-            ``irpe.explain`` prints. A named backend computes the call or raises.
+        backend: ``reference``, ``eager``, ``sdpa``, ``triton`` (a GPU), a registered one, or
+            ``auto``, whose choice ``irpe.explain`` prints. A named backend computes the call or
+            raises.
 
     Returns:
-        ``[B, H, L, D]`` of q's dtype. A query that sees no key gives 0, and zero gradients.
+        ``[B, H, L, E]`` of q's dtype. A query that sees no key gives 0, and zero gradients.
 
     Raises:
         IrpeError: for shapes, dtypes, devices or terms that do not fit together, an unknown
-            backend, or one that cannot do a term.
+            backend, or one that does not support the call.
     """
+    key = _key(q, k, v, terms, mask, is_causal, dropout_p, scale, backend)
+    try:
+        known = None if key is None else KNOWN.get(key)
+    except TypeError:  # an argument without a hash, such as a list
+        key = known = None
+    if key is not None and known is not None:  # validated before
+        if key[1]:
+            q, k, v = q.to(key[0]), k.to(key[0]), v.to(key[0])
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        call = Call(q, k, v, tuple(terms), mask, is_causal, dropout_p, scale, q.device, key=key)
+        return known.attention(call)
     call = validated(q, k, v, terms, mask, is_causal, dropout_p, scale)
-    facts = Facts.of(call)
-    name = _resolve(backend, facts)
+    chosen = named(backend, call)
+    if chosen.planned:
+        if key is not None:
+            if len(KNOWN) >= MOST:
+                KNOWN.clear()
+            KNOWN[key] = chosen
+        return chosen.attention(call)
     with without_autocast(q.device.type):
-        return _RUN[name](call)
+        return chosen.attention(call.cast())
+
+
+def _key(
+    q: Tensor, k: Tensor, v: Tensor, terms: tuple[Term, ...], mask: Tensor | None, is_causal: bool,
+    dropout_p: float, scale: float | None, backend: str,
+) -> tuple | None:  # fmt: skip
+    """Return what validation and the choice of a backend depend on; first the dtype computed in.
+
+    None where a graph is traced, or an argument is not of its type.
+    """
+    if torch.compiler.is_compiling() or transformed():
+        return None
+    try:
+        device, casting = q.device, autocasting(q.device.type)
+        own: list[Any] = []
+        geometry, owner = None, None
+        for term in terms:
+            table, buckets = term.table, term.buckets
+            if buckets.geometry is not geometry:
+                geometry = buckets.geometry
+                owner = geometry.owner()
+            function = buckets.function if buckets.number is None else buckets.number
+            own += (
+                term.kind, table.shape, table.dtype, table.device, function, buckets.by_key, owner,
+                table.requires_grad,
+            )  # fmt: skip
+        return (
+            torch.get_autocast_dtype(device.type) if casting else q.dtype, casting, backend,
+            q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, device, k.device, v.device,
+            None if mask is None else (mask.shape, mask.dtype, mask.device, mask.requires_grad),
+            is_causal, dropout_p, scale, *own,
+        )  # fmt: skip
+    except (AttributeError, TypeError):
+        return None
 
 
 def explain(
@@ -78,29 +123,33 @@ def explain(
     k: Tensor,
     v: Tensor,
     terms: tuple[Term, ...] = (),
+    *,
     mask: Tensor | None = None,
     is_causal: bool = False,
     dropout_p: float = 0.0,
     scale: float | None = None,
 ) -> str:
-    """Which backend ``auto`` takes for a call of ``irpe.attention``, and why; text to print."""
-    call = validated(q, k, v, terms, mask, is_causal, dropout_p, scale)
-    return reasoned(call, Facts.of(call), str(q.device))
+    """Return which backend ``auto`` takes for a call of ``irpe.attention``, and why, as text.
+
+    Args and errors are those of ``irpe.attention``.
+    """
+    return reasoned(validated(q, k, v, terms, mask, is_causal, dropout_p, scale))
 
 
-def reasoned(call: Call, facts: Facts, device: str) -> str:
-    """What ``explain`` says of a call, for facts that may be those of another device."""
-    name, reasons = choose(facts)
+def reasoned(call: Call) -> str:
+    """Return what ``explain`` says of a call, whose device may be another than its tensors'."""
+    backend, reasons = choose(call)
     kinds = ", ".join(f"{t.kind} {list(t.table.shape)}" for t in call.terms) or "none"
-    head = f"backend {name}: q {list(call.q.shape)} {call.q.dtype} on {device}, terms: {kinds}"
+    q = call.q
+    head = f"backend {backend.name}: q {list(q.shape)} {q.dtype} on {call.device}, terms: {kinds}"
     return "\n  ".join([head, *reasons])
 
 
 def lookup(x: Tensor, ids: Tensor) -> Tensor:
-    """The gather alone: ``y[b, h, i, j] = x[b, h, i, ids[i, j]]``.
+    """Gather: ``y[b, h, i, j] = x[b, h, i, ids[i, j]]``.
 
     On a GPU it is a Triton operator for bfloat16, float16 and float32, whose gradient is summed in
-    float32 without atomics, to the same bits in every run; elsewhere, for other dtypes and in an
+    float32 without atomics, to the same bits in every run. Elsewhere, for other dtypes and in an
     exported or transformed graph it is torch's gather.
 
     Args:
@@ -138,26 +187,6 @@ def lookup(x: Tensor, ids: Tensor) -> Tensor:
     return reference.lookup(x, ids.to(torch.int64))
 
 
-def check_backend(backend: str) -> str:
-    """The name of a backend, or "auto"; raises IrpeError for any other."""
-    if not isinstance(backend, str) or backend not in ("auto", *BACKENDS):
-        valid = ", ".join(("auto", *BACKENDS))
-        raise IrpeError(f"unknown backend {backend!r}: it is one of {valid}")
-    return backend
-
-
-def _resolve(backend: str, facts: Facts) -> str:
-    if check_backend(backend) == "auto":
-        return choose(facts)[0]
-    problem = obstacle(backend, facts)
-    if problem is not None:
-        able = [name for name in BACKENDS if obstacle(name, facts) is None]
-        raise IrpeError(
-            f"backend {backend!r} cannot compute this call: {problem}. Able: {', '.join(able)}"
-        )
-    return backend
-
-
 def validated(
     q: Tensor,
     k: Tensor,
@@ -168,22 +197,9 @@ def validated(
     dropout_p: float,
     scale: float | None,
 ) -> Call:
-    """The call, its arguments checked; raises what ``attention`` raises."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor):
-            raise IrpeError(f"{name} is a tensor [B, H, L, D], not {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise IrpeError(f"{name} is of floating point, not {tensor.dtype}")
-    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-    if not q.dim() == k.dim() == v.dim() == 4:
-        raise IrpeError(f"q, k and v are [B, H, L, D], not {shapes}")
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise IrpeError(f"q [B, H, L, D], k and v [B, H, S, D] do not fit together: {shapes}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise IrpeError(
-            f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key heads: {shapes}"
-        )
-    if not isinstance(dropout_p, int | float) or not 0.0 <= dropout_p <= 1.0:
+    """Return the call with its arguments checked; raise what ``attention`` raises."""
+    check_shapes(q, k, v)
+    if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0:
         raise IrpeError(f"dropout_p={dropout_p!r} is not a probability")
     if not isinstance(scale, int | float | torch.SymFloat | None):
         raise IrpeError(f"scale={scale!r} is not a number")
@@ -191,46 +207,43 @@ def validated(
         raise IrpeError(
             f"terms are a tuple, as an encoding's terms(geometry) returns; not {_named(terms)}"
         )
-    dtype = q.dtype
-    if autocasting(q.device.type):
+    dtype, casting = q.dtype, autocasting(q.device.type)
+    if casting:
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        terms = tuple(
-            t if t.kind == "slope" else Term(t.kind, t.table.to(dtype), t.buckets) for t in terms
-        )
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != dtype or tensor.device != q.device:
             raise IrpeError(
                 f"q is {q.dtype} on {q.device}, but {name} {tensor.dtype} on {tensor.device}"
             )
     for term in terms:
-        _check_term(term, q, k, v)
+        _check_term(term, q, k, v, casting)
     if mask is not None:
         _check_mask(mask, q, k)
     if scale is None:
         scale = q.shape[3] ** -0.5
-    return Call(q, k, v, tuple(terms), mask, is_causal, dropout_p, scale)
+    compiled = torch.compiler.is_compiling() and not exporting()
+    more: dict[str, Any] = {"device": q.device, "compiled": compiled, "traced": transformed()}
+    return Call(q, k, v, tuple(terms), mask, is_causal, dropout_p, scale, **more)
 
 
-def _check_term(term: Term, q: Tensor, k: Tensor, v: Tensor) -> None:
-    name, table, buckets = f"the {term.kind} table", term.table, term.buckets
-    fits = table.is_floating_point() if term.kind == "slope" else table.dtype == q.dtype
+def _check_term(term: Term, q: Tensor, k: Tensor, v: Tensor, casting: bool) -> None:
+    name, table = f"the {term.kind} table", term.table
+    fits = casting or term.kind == "slope" or table.dtype == q.dtype
     if not fits or table.device != q.device:
         raise IrpeError(
             f"{name} is {table.dtype} on {table.device}, but q is {q.dtype} on {q.device}: "
             f"move the module with .to() or use autocast"
         )
-    H, D, N = q.shape[1], q.shape[3], buckets.size
-    shape = {
-        "query": (D, N), "key": (D, N), "channels": (D, N), "value": (N, v.shape[3]), "slope": (1,)
-    }.get(term.kind, (N,))  # fmt: skip
-    if table.dim() != 1 + len(shape) or table.shape[0] not in (1, H) or table.shape[1:] != shape:
+    sizes = {"D": q.shape[3], "E": v.shape[3], "N": term.buckets.size, "1": 1}
+    shape = tuple(sizes[axis] for axis in KINDS[term.kind].shape)
+    if table.shape[0] not in (1, q.shape[1]) or table.shape[1:] != shape:
         wanted = ", ".join(str(n) for n in shape)
         raise IrpeError(
-            f"{name} is {list(table.shape)}, but q {list(q.shape)} and {N} buckets "
-            f"need [1, {wanted}] or [{H}, {wanted}]"
+            f"{name} is {list(table.shape)}, but q {list(q.shape)} and {term.buckets.size} buckets "
+            f"need [1, {wanted}] or [{q.shape[1]}, {wanted}]"
         )
-    buckets.geometry.check(q.shape[0], q.shape[2], k.shape[2])
+    term.buckets.geometry.check(q.shape[0], q.shape[2], k.shape[2])
 
 
 def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> None:

@@ -1,35 +1,42 @@
 """Multi-head self-attention with a position encoding, for a transformer of your own."""
 
-from numbers import Integral
-
 import torch
 from torch import Tensor, nn
 
-from . import functional
-from .encodings import build, hooks
+from .backends import check_backend
+from .encodings import build, encodings_of, parse
 from .errors import IrpeError
+from .functional import attention
 from .geometry import Geometry
-from .spec import Spec, parse
+from .spec import LayerSize, Spec
 
 
 class RPEAttention(nn.Module):
     """Self-attention over tokens whose positions are known.
 
     Args:
-        dim: C, channels of the tokens. num_heads: H, divides C.
+        dim: C, channels of the tokens.
+        num_heads: H, divides C.
         rpe: an encoding's spec, or None for plain attention.
-        prefix: whether prefix tokens (class token, registers) stand before the others.
-        qkv_bias: bias in the qkv projection.
-        attn_drop: dropout on the attention probabilities. proj_drop: on the output.
-        backend: see ``irpe.attention``.
+        prefix: number of prefix tokens (class token, registers) before the others.
         causal: whether a query sees no later token.
+        axes: numbers that a position of an image (2) or a video (3) has.
+        qkv_bias: whether the qkv projection has a bias.
+        attn_drop: probability of dropout on the attention probabilities.
+        proj_drop: probability of dropout on the output.
+        backend: see ``irpe.attention``.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        IrpeError: for sizes that do not fit together, or an encoding that is no part of attention.
 
     Example::
 
-        layer = irpe.RPEAttention(dim=384, num_heads=6, rpe="rpe-2.0-product-ctx-1-k", prefix=True)
+        layer = irpe.RPEAttention(384, 6, "rpe-2.0-product-ctx-1-k", prefix=1)
         x = layer(x, irpe.Grid(14, 14, prefix=1))      # [B, 197, 384] -> [B, 197, 384]
 
-        layer = irpe.RPEAttention(dim=384, num_heads=6, rpe="rope", prefix=False, causal=True)
+        layer = irpe.RPEAttention(384, 6, "rope", causal=True)
         x = layer(x, irpe.Sequence(512))
     """
 
@@ -38,25 +45,23 @@ class RPEAttention(nn.Module):
         dim: int,
         num_heads: int,
         rpe: str | Spec | None = None,
-        prefix: bool = True,
+        *,
+        prefix: int = 0,
+        causal: bool = False,
+        axes: int = 2,
         qkv_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        causal: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in (("dim", dim), ("num_heads", num_heads)):
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-                raise IrpeError(f"{name}={value!r} is not a positive integer")
-        if dim % num_heads:
-            raise IrpeError(f"dim={dim} is no multiple of num_heads={num_heads}")
+        head_dim = LayerSize.split(dim, num_heads)
         if not 0.0 <= attn_drop <= 1.0:
             raise IrpeError(f"attn_drop={attn_drop!r} is not a probability")
-        self.num_heads, self.head_dim, self.causal = num_heads, dim // num_heads, causal
-        self.backend = functional.check_backend(backend)
+        self.num_heads, self.head_dim, self.causal = num_heads, head_dim, causal
+        self.backend = check_backend(backend)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
         self.attn_drop = attn_drop
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
@@ -76,6 +81,7 @@ class RPEAttention(nn.Module):
             num_heads=num_heads,
             prefix=prefix,
             causal=causal,
+            axes=axes,
             device=device,
             dtype=dtype,
         )
@@ -87,7 +93,8 @@ class RPEAttention(nn.Module):
     ) -> Tensor:
         """
         Args:
-            x: ``[B, L, C]``. geometry: where the L tokens are, as ``irpe.Grid(14, 14, prefix=1)``.
+            x: ``[B, L, C]``.
+            geometry: positions of the L tokens, such as ``irpe.Grid(14, 14, prefix=1)``.
             mask: see ``irpe.attention``.
 
         Returns:
@@ -97,10 +104,10 @@ class RPEAttention(nn.Module):
             raise IrpeError(f"geometry={geometry!r}: pass the grid, as irpe.Grid(14, 14, prefix=1)")
         if x.dim() != 3 or x.shape[2] != self.qkv.in_features:
             raise IrpeError(f"x is [B, L, {self.qkv.in_features}], not {list(x.shape)}")
-        encodings = hooks(self)
+        encodings = encodings_of(self)
         q, k, v = self._projected(x, *encodings.inputs(x, x, geometry))
         q, k = encodings.transform(q, k, geometry)
-        x = functional.attention(
+        x = attention(
             q,
             k,
             v,

@@ -1,5 +1,9 @@
 """Linear attention with rotary positions (Su et al., 2021, Eq. 19), and its recurrent form.
 
+Scaling one query, or all keys, does not change a ratio of sums. So each token's features are
+divided by its largest one, and sums are relative to the largest key so far: features far below the
+smallest float32 number still give the right weights.
+
 Shapes: B batch, H heads, L queries, S keys, D features, E channels of values.
 """
 
@@ -10,33 +14,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends.call import without_autocast
+from .backends.call import check_shapes, without_autocast
 from .encodings import Encoding
 from .errors import IrpeError
 from .geometry import Geometry
 
-CHUNK = 64  # queries that meet their keys pair by pair; what lies before them is a sum
+CHUNK = 64  # queries and keys computed pair by pair; keys before them are summed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearState:
-    """All that linear attention remembers of the keys so far.
+    """The sums of linear attention over the keys so far, divided by ``exp(scale)``.
 
     Args:
         top: sum of rotated features times values, ``[B, H, D, E]``, float32 or better.
         bottom: sum of features that are not rotated, ``[B, H, D]``.
+        scale: logarithm of the largest feature of all keys, ``[B, H]``; -inf where there are none.
     """
 
     top: Tensor
     bottom: Tensor
+    scale: Tensor
 
 
 def elu_features(x: Tensor) -> Tensor:
-    """elu(x) + 1, which is positive (Katharopoulos et al., 2020)."""
-    return F.elu(x) + 1
+    """Return elu(x) + 1, which is positive (Katharopoulos et al., 2020)."""
+    return torch.where(x > 0, x + 1, x.clamp(max=0.0).exp())
 
 
-def linear_attention(
+def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -47,14 +53,16 @@ def linear_attention(
     seen: Tensor | None = None,
     features: Callable[[Tensor], Tensor] = elu_features,
 ) -> Tensor:
-    """Attention in linear time: features of queries and keys in place of a softmax.
+    """Compute attention in linear time: features of queries and keys in place of a softmax.
 
     ``out_i = sum_j (R_i f(q_i)) . (R_j f(k_j)) v_j / sum_j f(q_i) . f(k_j)``: the numerator is
     rotated, the denominator is not, lest it come close to zero. So weights may be negative, and
     their sum need not be 1. Nothing of size L * S is built.
 
     Args:
-        q: ``[B, H, L, D]``. k, v: ``[B, H | G, S, D]`` and ``[B, H | G, S, E]``.
+        q: ``[B, H, L, D]``.
+        k: ``[B, H | G, S, D]``.
+        v: ``[B, H | G, S, E]``.
         rotary: a rotary encoding, as ``irpe.build("rope", ...)["rope"]``, built for as many
             channels as ``features`` returns. None: no positions.
         geometry: where the tokens are; needed with ``rotary``.
@@ -71,24 +79,25 @@ def linear_attention(
     """
     _check(q, k, v, seen)
     with without_autocast(q.device.type):
-        fq, fk, v = _featured(q, k, v, seen, features)
+        fq, fk, v, scale = _featured(q, k, v, seen, features)
         rq, rk = _rotated(fq, fk, rotary, geometry)
         if not is_causal:
-            top = rq @ (rk.transpose(-2, -1) @ v)
-            bottom = fq @ fk.sum(-2).unsqueeze(-1)
-            return _ratio(top, bottom).to(q.dtype)
+            sums = _sums(fk, rk, v, scale)
+            return _ratio(rq @ sums.top, fq @ sums.bottom.unsqueeze(-1)).to(q.dtype)
+        state: LinearState | None = None
         early = k.shape[-2] - q.shape[-2]
-        state = None
         if early > 0:
-            state = _sums(fk[..., :early, :], rk[..., :early, :], v[..., :early, :])
-            fk, rk, v = (x[..., early:, :] for x in (fk, rk, v))
+            first = (x[:, :, :early] for x in (fk, rk, v, scale))
+            state = _sums(*first)
+            fk, rk, v, scale = (x[:, :, early:] for x in (fk, rk, v, scale))
         elif early < 0:  # the first queries see nothing
             fk, rk, v = (F.pad(x, (0, 0, -early, 0)) for x in (fk, rk, v))
-        out, _ = _running(fq, rq, fk, rk, v, state)
+            scale = F.pad(scale, (-early, 0), value=-torch.inf)
+        out, _ = _running(fq, rq, fk, rk, v, scale, state=state)
         return out.to(q.dtype)
 
 
-def linear_step(
+def step(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -98,11 +107,13 @@ def linear_step(
     *,
     features: Callable[[Tensor], Tensor] = elu_features,
 ) -> tuple[Tensor, LinearState]:
-    """Causal linear attention of the next token, or the next few, after those in a state.
+    """Compute causal linear attention of the next tokens, after those in a state.
 
     Args:
-        q, k, v: of the new tokens alone, see ``linear_attention``.
-        state: what came before; None: nothing.
+        q: of the new tokens alone, see ``attention``.
+        k: likewise.
+        v: likewise.
+        state: of the tokens before; None: there are none.
         geometry: positions of the new tokens, as
             ``irpe.Sequence(1, positions=torch.tensor([17]))``.
 
@@ -115,7 +126,7 @@ def linear_step(
             f"a step takes as many keys as queries, not {k.shape[-2]} and {q.shape[-2]}"
         )
     with without_autocast(q.device.type):
-        fq, fk, v = _featured(q, k, v, None, features)
+        fq, fk, v, scale = _featured(q, k, v, None, features)
         if state is not None:
             wanted = ([*fk.shape[:2], fk.shape[-1], v.shape[-1]], [*fk.shape[:2], fk.shape[-1]])
             found = (list(state.top.shape), list(state.bottom.shape))
@@ -125,31 +136,85 @@ def linear_step(
                     f"and v {list(v.shape)} need {wanted[0]} and {wanted[1]}"
                 )
         rq, rk = _rotated(fq, fk, rotary, geometry)
-        out, state = _running(fq, rq, fk, rk, v, state)
+        out, state = _running(fq, rq, fk, rk, v, scale, state=state)
         return out.to(q.dtype), state
 
 
-def _running(
-    fq: Tensor, rq: Tensor, fk: Tensor, rk: Tensor, v: Tensor, state: LinearState | None
+def _running(*tensors: Tensor, state: LinearState | None) -> tuple[Tensor, LinearState]:
+    """Causal attention of fq, rq, fk, rk, v ``[B, H, L, ...]`` and scale ``[B, H, L]``.
+
+    Long texts are computed in pieces of as many chunks as a chunk has tokens.
+    """
+    outs = []
+    for piece in zip(*(x.split(CHUNK * CHUNK, 2) for x in tensors), strict=True):
+        out, state = _chunks(*piece, state=state)
+        outs.append(out)
+    assert state is not None
+    return torch.cat(outs, 2), state
+
+
+def _chunks(
+    fq: Tensor,
+    rq: Tensor,
+    fk: Tensor,
+    rk: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    *,
+    state: LinearState | None,
 ) -> tuple[Tensor, LinearState]:
     """Causal attention chunk by chunk, with the sums of all chunks before; L = S."""
     L = fq.shape[-2]
-    pad = -L % min(CHUNK, L) if L else 0
+    size = max(min(CHUNK, L), 1)
+    pad = -L % size
     fq, rq, fk, rk, v = (
-        F.pad(x, (0, 0, 0, pad)).unflatten(-2, (-1, min(CHUNK, L))) for x in (fq, rq, fk, rk, v)
+        F.pad(x, (0, 0, 0, pad)).unflatten(-2, (-1, size)) for x in (fq, rq, fk, rk, v)
     )  # [B, H, chunks, C, ...]
-    top, bottom = rk.transpose(-2, -1) @ v, fk.sum(-2)
-    start = state or LinearState(torch.zeros_like(top[:, :, 0]), torch.zeros_like(bottom[:, :, 0]))
-    tops = torch.cat((start.top.unsqueeze(2), top), 2).cumsum(2)
-    bottoms = torch.cat((start.bottom.unsqueeze(2), bottom), 2).cumsum(2)
-    near = (rq @ rk.transpose(-2, -1)).tril() @ v
-    weight = (fq * fk.cumsum(-2)).sum(-1, keepdim=True)
-    out = _ratio(near + rq @ tops[:, :, :-1], weight + fq @ bottoms[:, :, :-1].unsqueeze(-1))
-    return out.flatten(2, 3)[..., :L, :], LinearState(tops[:, :, -1], bottoms[:, :, -1])
+    scale = F.pad(scale, (0, pad), value=-torch.inf).unflatten(-1, (-1, size))
+    sums = _sums(fk, rk, v, scale)
+    if state is None:
+        top, bottom = (torch.zeros_like(x[:, :, 0]) for x in (sums.top, sums.bottom))
+        state = LinearState(top, bottom, torch.full_like(sums.scale[:, :, 0], -torch.inf))
+    sums = _running_sums(
+        torch.cat((state.top.unsqueeze(2), sums.top), 2),
+        torch.cat((state.bottom.unsqueeze(2), sums.bottom), 2),
+        torch.cat((state.scale.unsqueeze(2), sums.scale), 2),
+    )
+    before = sums.scale[:, :, :-1].unsqueeze(-1)
+    largest = scale.cummax(-1).values.maximum(before)  # of the keys that a query sees
+    weights = _causal(scale, largest)
+    far = (before - _finite(largest)).exp().unsqueeze(-1)
+    top = (rq @ rk.transpose(-2, -1) * weights) @ v + far * (rq @ sums.top[:, :, :-1])
+    bottom = (fq @ fk.transpose(-2, -1) * weights).sum(-1, keepdim=True)
+    out = _ratio(top, bottom + far * (fq @ sums.bottom[:, :, :-1].unsqueeze(-1)))
+    last = LinearState(sums.top[:, :, -1], sums.bottom[:, :, -1], sums.scale[:, :, -1])
+    return out.flatten(2, 3)[..., :L, :], last
 
 
-def _sums(fk: Tensor, rk: Tensor, v: Tensor) -> LinearState:
-    return LinearState(rk.transpose(-2, -1) @ v, fk.sum(-2))
+def _sums(fk: Tensor, rk: Tensor, v: Tensor, scale: Tensor) -> LinearState:
+    """Sums over keys ``[..., S, D]`` whose features were divided by ``exp(scale)`` ``[..., S]``."""
+    largest = scale.amax(-1) if scale.shape[-1] else scale.new_full(scale.shape[:-1], -torch.inf)
+    weights = (scale - _finite(largest).unsqueeze(-1)).exp().unsqueeze(-1)
+    return LinearState((rk * weights).transpose(-2, -1) @ v, (fk * weights).sum(-2), largest)
+
+
+def _running_sums(top: Tensor, bottom: Tensor, scale: Tensor) -> LinearState:
+    """Running sums along axis 2, each with a scale of its own."""
+    largest = scale.cummax(2).values
+    weights = _causal(scale, largest)
+    return LinearState((weights @ top.flatten(3)).view_as(top), weights @ bottom, largest)
+
+
+def _causal(scale: Tensor, largest: Tensor) -> Tensor:
+    """Factors ``[..., L, L]`` of keys of a scale, relative to the largest one of each query."""
+    later = torch.ones(2 * largest.shape[-1:], dtype=torch.bool, device=scale.device).triu(1)
+    relative = scale.unsqueeze(-2) - _finite(largest).unsqueeze(-1)
+    return relative.masked_fill(later, -torch.inf).exp()
+
+
+def _finite(scale: Tensor) -> Tensor:
+    """0 where there is no key, so that differences are not NaN."""
+    return scale.masked_fill(scale == -torch.inf, 0.0)
 
 
 def _ratio(top: Tensor, bottom: Tensor) -> Tensor:
@@ -159,20 +224,33 @@ def _ratio(top: Tensor, bottom: Tensor) -> Tensor:
 
 
 def _featured(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seen: Tensor | None,
-    features: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, features: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Features of q and k, v for as many heads, and the scale of k's features ``[B, H, S]``."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    fq, fk, v = features(q.to(wide)), features(k.to(wide)), v.to(wide)
+    fq, _ = _scaled(q.to(wide), features)
+    fk, scale = _scaled(k.to(wide), features)
+    v = v.to(wide)
     if seen is not None:
-        fk = fk * seen[:, None, :, None]
+        scale = scale.masked_fill(~seen[:, None], -torch.inf)
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
-        fk, v = fk.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    return fq, fk, v
+        fk, v, scale = (x.repeat_interleave(groups, 1) for x in (fk, v, scale))
+    return fq, fk, v, scale
+
+
+def _scaled(x: Tensor, features: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Features ``[B, H, R, D]`` divided by each token's largest, and its logarithm ``[B, H, R]``.
+
+    The scale gets no gradient: a ratio does not depend on it.
+    """
+    if features is elu_features:
+        logs = torch.where(x > 0, x.clamp(min=0.0).log1p(), x)
+        largest = logs.detach().amax(-1, keepdim=True)
+        return (logs - largest).exp(), largest.squeeze(-1)
+    found = features(x)
+    largest = found.detach().abs().amax(-1, keepdim=True)
+    return found / largest.masked_fill(largest <= 0, 1.0), largest.log().squeeze(-1)
 
 
 def _rotated(
@@ -192,15 +270,7 @@ def _rotated(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> None:
-    if not all(isinstance(x, Tensor) and x.dim() == 4 for x in (q, k, v)):
-        raise IrpeError("q, k and v are tensors [B, H, L, D]")
-    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise IrpeError(f"q [B, H, L, D], k and v [B, H, S, D] do not fit together: {shapes}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise IrpeError(
-            f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key heads: {shapes}"
-        )
+    check_shapes(q, k, v)
     if seen is None:
         return
     if not isinstance(seen, Tensor) or seen.dtype != torch.bool:

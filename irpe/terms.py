@@ -1,7 +1,8 @@
-"""What an encoding hands to attention: all that encodings and backends share.
+"""Terms: what an encoding passes to attention, and all that encodings and backends share.
 
-Shapes: B batch, H heads, L queries, S keys, D head dim, N buckets. ``n(i, j)`` is the bucket of
-query i and key j, ``far(i, j)`` their distance. With q scaled, the logits and the output are::
+Shapes: B batch, H heads, L queries, S keys, D head dim, E channels of values, N buckets.
+``n(i, j)`` is the bucket of query i and key j, ``far(i, j)`` their distance. With q scaled, the
+logits and the output are::
 
     content[i, j] = sum_c channels[c, n] * q_ic * k_jc         (without such a term: q_i . k_j)
     logits[i, j]  = gain[n] * content[i, j]
@@ -15,25 +16,92 @@ from typing import Literal
 from torch import Tensor
 
 from .buckets import BucketIds
+from .errors import IrpeError
 
 Kind = Literal["bias", "slope", "query", "key", "value", "gain", "channels"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Term:
-    """One table and the buckets that index it.
+@dataclass(frozen=True, slots=True)
+class KindRules:
+    """What is legal for a kind of term.
 
     Args:
-        kind: where the table acts, see the formula above. Terms of a kind add up; gains and
-            channels multiply.
-        table: ``[H | 1, N]`` for bias and gain, ``[H | 1, D, N]`` for query and key (the table
-            that meets the query, or the key) and for channels, ``[H | 1, N, D]`` for value;
-            ``[H | 1, 1]`` for slope, in any floating-point type: products with distances are made
-            in float32 or better.
-        buckets: n(i, j). A key term needs ``by_key`` buckets, a query and a value term the others;
-            of a slope's only the distances count.
+        shape: axes of its table behind the one of heads: N buckets, D or E channels, or 1.
+        by_key: whether its buckets are by key; None: the term says it.
+        in_bias: whether it can be written as an additive bias on the logits.
     """
 
-    kind: Kind
-    table: Tensor
-    buckets: BucketIds
+    shape: str
+    by_key: bool | None
+    in_bias: bool
+
+
+KINDS: dict[str, KindRules] = {
+    "bias": KindRules("N", None, True),
+    "slope": KindRules("1", False, True),
+    "query": KindRules("DN", False, True),
+    "key": KindRules("DN", True, True),
+    "value": KindRules("NE", False, False),
+    "gain": KindRules("N", None, False),
+    "channels": KindRules("DN", False, False),
+}
+
+
+class Term:
+    """A table, the place where it acts, and the buckets that index it. A term is always legal.
+
+    Terms of a kind add up; gains and channels multiply.
+
+    Args:
+        kind: where the table acts, see the formula above.
+        table: ``[H | 1, N]`` for bias and gain (a scale per bucket), ``[H | 1, D, N]`` for query,
+            key and channels (a scale per channel and bucket), ``[H | 1, N, E]`` for value,
+            ``[H | 1, 1]`` for slope (in any floating-point dtype: products with distances are
+            computed in float32 or better).
+        buckets: n(i, j).
+        by_key: for bias and gain: whether n(i, j) is the bucket of the offset key - query instead
+            of query - key. For the other kinds it follows from the kind: a key term is by key.
+
+    Raises:
+        IrpeError: for an unknown kind, a table that does not have these axes and N, or a by_key
+            that the kind does not leave open.
+    """
+
+    __slots__ = ("buckets", "kind", "table")
+
+    def __init__(
+        self, kind: Kind, table: Tensor, buckets: BucketIds, *, by_key: bool | None = None
+    ) -> None:
+        rules = KINDS.get(kind) if isinstance(kind, str) else None
+        if rules is None:
+            raise IrpeError(f"unknown kind of term {kind!r}: it is one of {', '.join(KINDS)}")
+        if not isinstance(buckets, BucketIds):
+            raise IrpeError(f"buckets are irpe.BucketIds, not {type(buckets).__name__}")
+        if not isinstance(table, Tensor) or not table.is_floating_point():
+            found = table.dtype if isinstance(table, Tensor) else type(table).__name__
+            raise IrpeError(f"the {kind} table is a tensor of floating point, not {found}")
+        if rules.by_key is not None and by_key not in (None, rules.by_key):
+            raise IrpeError(
+                f"by_key={by_key} is not for a {kind} term, whose buckets are always by "
+                f"{'key' if rules.by_key else 'query'}"
+            )
+        sizes = {"N": buckets.size, "1": 1}
+        if table.dim() != 1 + len(rules.shape) or any(
+            size != sizes.get(axis, size)
+            for axis, size in zip(rules.shape, table.shape[1:], strict=True)
+        ):
+            wanted = ", ".join(("H | 1", *rules.shape))
+            raise IrpeError(
+                f"the {kind} table is [{wanted}] with N={buckets.size} buckets, "
+                f"not {list(table.shape)}"
+            )
+        self.kind, self.table = kind, table
+        said = by_key if rules.by_key is None else rules.by_key
+        self.buckets = buckets if said is None else buckets.oriented(said)
+
+    def with_table(self, table: Tensor) -> "Term":
+        """Return the same term with another table, such as a cast one."""
+        return Term(self.kind, table, self.buckets)
+
+    def __repr__(self) -> str:
+        return f"Term({self.kind}, {list(self.table.shape)}, {self.buckets.geometry!r})"

@@ -9,9 +9,8 @@ import sys
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.deit import VisionTransformerDistilled
+from timm.models.deit import VisionTransformerDistilled, _cfg
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 from .encodings import Encoding
@@ -19,8 +18,8 @@ from .hosts import attach
 
 URL = "https://github.com/wkcn/iRPE-model-zoo/releases/download/1.0/{name}.pth"
 
-# name -> spec. The number in a name counts the buckets in use at 14x14 with a class token, which
-# is less than the tables hold: the ratio cannot be read off it.
+# name -> spec. The number in a name counts the buckets in use at 14x14 with a class token, which is
+# less than the size of the table: it does not determine the ratio.
 _PRODUCT, _SMALL = "patch16_224_ctx_product_50_shared", "deit_small_patch16_224_ctx"
 SPECS = {
     f"deit_tiny_{_PRODUCT}_k": "rpe-1.9-product-ctx-1-k",
@@ -41,12 +40,12 @@ _SIZES = {
 
 
 class _Equipped:
-    """Mixed into a VisionTransformer: attaches its encoding when it is built.
+    """Mixin of a VisionTransformer: attaches its encoding when it is built.
 
     Args:
         rpe: spec of the encoding.
-        table_decay: whether the tables decay, as they do in the released code. False puts them
-            into ``no_weight_decay()``, as the paper's supplement says.
+        table_decay: apply weight decay to tables, as in the released code. False adds them to
+            ``no_weight_decay()``, as in the paper's supplement.
         rpe_backend: see ``irpe.attention``.
     """
 
@@ -83,27 +82,10 @@ class RPEVisionTransformerDistilled(_Equipped, VisionTransformerDistilled):
     """timm's VisionTransformer with a distillation token and an encoding."""
 
 
-def _config(url: str) -> dict[str, Any]:
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-    }
-
-
 def _create(name: str, spec: str, pretrained: bool, distilled: bool, **kwargs: Any) -> Any:
     size = _SIZES[name.split("_")[1]]
     arguments = {"patch_size": 16, "depth": 12, **size, "rpe": spec, **kwargs}
-    # The released files hold an argparse.Namespace beside the weights; nothing else is allowed.
+    # The released files also hold an argparse.Namespace; nothing else is allowed.
     with torch.serialization.safe_globals([argparse.Namespace]):
         return build_model_with_cfg(
             RPEVisionTransformerDistilled if distilled else RPEVisionTransformer,
@@ -127,10 +109,9 @@ def _register(name: str, spec: str, distilled: bool) -> None:
 
 # timm finds the configs of a model in its module, under this name, when the model is registered.
 default_cfgs = generate_default_cfgs(
-    {f"{name}.in1k": _config(URL.format(name=name)) for name in SPECS}
+    {f"{name}.in1k": _cfg(URL.format(name=name), license="apache-2.0") for name in SPECS}
     | {
-        f"{name.replace('_patch16', '_distilled_patch16')}": _config("")
-        | {"classifier": ("head", "head_dist")}
+        name.replace("_patch16", "_distilled_patch16"): _cfg(classifier=("head", "head_dist"))
         for name in SPECS
     }
 )

@@ -1,1 +1,1 @@
-"""Whole models, written to be read; not part of the wheel."""
+"""Whole models to read and to train; not part of the wheel."""

@@ -1,7 +1,7 @@
-"""DeiT with image relative position encoding, written out on ``irpe.RPEAttention``.
+"""DeiT with image relative position encoding, built on ``irpe.RPEAttention``.
 
-The readable definition, an example of a custom vision transformer, and the independent oracle
-for ``irpe.attach``: its keys and shapes are timm's and the released checkpoints'.
+An example of a custom vision transformer, and the independent oracle for ``irpe.attach``. Keys and
+shapes are those of timm and of the released checkpoints.
 
 DeiT: Touvron et al., ICML 2021. iRPE: Wu et al., ICCV 2021.
 """
@@ -16,11 +16,11 @@ class Block(nn.Module):
     """Pre-norm transformer block: attention, then an MLP."""
 
     def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float, rpe: irpe.RPE | str | None, backend: str
+        self, dim: int, num_heads: int, mlp_ratio: float, rpe: irpe.Spec | str | None, backend: str
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = irpe.RPEAttention(dim, num_heads, rpe, prefix=True, backend=backend)
+        self.attn = irpe.RPEAttention(dim, num_heads, rpe, prefix=1, backend=backend)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         hidden = int(dim * mlp_ratio)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
@@ -32,7 +32,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Image ``[B, 3, H, W]`` to patches ``[B, C, H / P, W / P]``."""
+    """Patch embedding: images ``[B, 3, H, W]`` to patches ``[B, C, H / P, W / P]``."""
 
     def __init__(self, patch_size: int, dim: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class DeiT(nn.Module):
 
     Args:
         img_size: side of the images that the absolute embedding is made for, in pixels; it is
-            interpolated to others. The relative tables serve all sizes as they are.
+            interpolated to others. The relative tables serve all sizes unmodified.
         rpe: spec of the encoding, None for plain DeiT.
         backend: see ``irpe.attention``.
     """
@@ -61,7 +61,7 @@ class DeiT(nn.Module):
         num_heads: int = 6,
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
-        rpe: irpe.RPE | str | None = "rpe-1.9-product-ctx-1-k",
+        rpe: irpe.Spec | str | None = "rpe-1.9-product-ctx-1-k",
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -79,10 +79,10 @@ class DeiT(nn.Module):
         nn.init.trunc_normal_(self.cls_token, std=0.02)
 
     def forward_features(self, image: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` to tokens ``[B, 1 + H W / P^2, C]``, the class token first."""
+        """Return tokens ``[B, 1 + H W / P^2, C]`` of images ``[B, 3, H, W]``, class token first."""
         patches = self.patch_embed(image)
         height, width = patches.shape[-2:]
-        grid = irpe.Grid(height, width, prefix=1)  # one geometry a forward pass, for all layers
+        grid = irpe.Grid(height, width, prefix=1)  # one geometry for all layers
         tokens = patches.flatten(2).transpose(1, 2)
         x = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
         x = x + self._absolute(height, width)
@@ -91,14 +91,14 @@ class DeiT(nn.Module):
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens to logits ``[B, classes]``, or to the class token ``[B, C]``."""
+        """Return logits ``[B, classes]``, or the class token ``[B, C]``, of tokens."""
         return x[:, 0] if pre_logits else self.head(x[:, 0])
 
     def forward(self, image: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(image))
 
     def _absolute(self, height: int, width: int) -> Tensor:
-        # To its own size the resampling is exact; a graph for all sizes does it there too.
+        # Resampling to the same size is exact; a graph for all sizes resamples there too.
         dynamic = torch.compiler.is_dynamo_compiling() or isinstance(height + width, torch.SymInt)
         if not dynamic and height == width == self.side:
             return self.pos_embed

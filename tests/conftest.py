@@ -1,6 +1,9 @@
 """Shared by all tests: two threads, fixed seeds, paths of the official numbers."""
 
+import importlib.util
 import os
+import sys
+import types
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -11,10 +14,25 @@ import pytest
 import torch
 from common import FIXTURES
 
+if importlib.util.find_spec("hypothesis") is None:  # a machine lent for its GPU has few packages
+    absent = types.ModuleType("hypothesis")
+    absent.given = lambda **given: pytest.mark.skip(reason="hypothesis is not installed")
+    absent.settings, absent.HealthCheck = lambda *args, **given: lambda test: test, ()
+    absent.settings.register_profile = absent.settings.load_profile = lambda *args, **given: None
+    absent.strategies = types.ModuleType("hypothesis.strategies")
+    absent.strategies.data = lambda: None
+    sys.modules |= {"hypothesis": absent, "hypothesis.strategies": absent.strategies}
+
+from hypothesis import settings
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when irpe is imported
 
 torch.set_num_threads(2)
+
+# The same inputs in each run; IRPE_FUZZ=COUNT draws new ones.
+settings.register_profile("irpe", derandomize=not int(os.environ.get("IRPE_FUZZ", "0")))
+settings.load_profile("irpe")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -46,13 +64,26 @@ def _seed():
 
 
 @pytest.fixture(autouse=True)
+def _forget():
+    """No call was validated before, so that a test can change what is asked then."""
+    from irpe.backends import KNOWN, triton
+
+    KNOWN.clear()
+    triton._CODES.clear()
+
+
+@pytest.fixture(autouse=True)
 def _tiles(request, monkeypatch):
+    """No call of a test is too small for eager's own passes."""
+    from irpe.backends import eager
+    from irpe.backends.eager import passes, rows
+
+    monkeypatch.setattr(eager, "SMALL", 0)
     marker = request.node.get_closest_marker("tiles")
     if marker is not None:
-        from irpe.backends.eager import tiled
-
-        monkeypatch.setattr(tiled, "least", lambda call: 0)
-        monkeypatch.setattr(tiled, "SIZE", *marker.args)
+        monkeypatch.setattr(eager, "keeps", lambda call: False)
+        monkeypatch.setattr(passes, "SIZE", *marker.args)
+        monkeypatch.setattr(rows, "MOST", 99.0)  # in small grids few blocks repeat
 
 
 @pytest.fixture
@@ -68,11 +99,11 @@ def launches(monkeypatch):
 
     names = []
     start_lookup = lookup._start
-    start, new_empty, empty_like = launch.Pairs.start, torch.Tensor.new_empty, torch.empty_like
+    start, new_empty, empty_like = launch.launch, torch.Tensor.new_empty, torch.empty_like
 
-    def counted(self, name, *args, **given):
-        names.append(name)
-        return start(self, name, *args, **given)
+    def counted(step, tensors):
+        names.append(step.name)
+        return start(step, tensors)
 
     def counted_lookup(name, *args, **given):
         names.append(name)
@@ -85,7 +116,7 @@ def launches(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(launch.Pairs, "start", counted)
+    monkeypatch.setattr(launch, "launch", counted)
     monkeypatch.setattr(lookup, "_start", counted_lookup)
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(new_empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(empty_like))

@@ -49,11 +49,11 @@ class Family:
     grids: list
     size: tuple = (32, 48)
     has_own: bool = True
-    exact: bool = True  # bit-equal to the host's unfused path on the reference
+    exact: bool = True  # bit-equal to timm's unfused path on the reference
     given: object = None  # the model's inputs, if not an image
     where: str = "*"
-    before: int = 0  # calls of attention before the equipped ones
-    fold: object = None  # to [B, H, L, D] and back, where the host has other axes
+    before: int = 0  # calls of attention before those with an encoding
+    fold: object = None  # to [B, H, L, D] and back, for attention with other axes
 
 
 def eva(**options):
@@ -409,7 +409,7 @@ class Loops:
         mask = None
         if attn_mask is not None:
             mask = attn_mask.expand(*q.shape[:3], k.shape[2])
-            mask = mask.masked_fill((mask < -1e30).all(-1, keepdim=True), 0.0)  # equal, as the host
+            mask = mask.masked_fill((mask < -1e30).all(-1, keepdim=True), 0.0)  # equal, as in timm
         tables = []
         if isinstance(self.spec, irpe.RPE):
             on = "bias_k" if self.spec.mode == "bias" else None

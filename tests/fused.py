@@ -4,7 +4,6 @@ import torch
 from oracles.precision import assert_as_good
 
 import irpe
-from irpe.terms import Term
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter cannot do bfloat16.
@@ -17,12 +16,12 @@ def expected(terms):
 
 
 def leaf(x, dtype=None):
-    """A copy of x on the device, of a dtype, that wants a gradient."""
+    """Return a copy of x on the device that requires a gradient."""
     return x.detach().to(DEVICE, dtype).clone().requires_grad_()
 
 
 def tabled(terms, tables):
-    return tuple(Term(t.kind, x, t.buckets) for t, x in zip(terms, tables, strict=True))
+    return tuple(t.with_table(x) for t, x in zip(terms, tables, strict=True))
 
 
 def outcome(backend, qkv, terms, weight, **given):
@@ -54,7 +53,10 @@ def compare(qkv, terms, dtype, mask=None, **given):
     groups = inputs[0].shape[1] // inputs[2].shape[1]
     values = inputs[2].detach().repeat_interleave(groups, 1)
     size = (weight.double() @ values.mT).abs().max() * max(x.abs().max() for x in inputs)
+    few = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
     for what, found, plain, truth in zip(names, *results.values(), strict=True):
         assert found.dtype == dtype
-        assert_as_good(found, plain, truth, what, 0.0 if what in ("out", "v") else size)
+        # Of few numbers, plain torch can have them all right: one rounding of what they sum.
+        band = 0.0 if what in ("out", "v") else size * (few if truth.count_nonzero() < 64 else 1)
+        assert_as_good(found, plain, truth, what, band)
     return results["found"]

@@ -1,4 +1,4 @@
-"""What must hold for attach on any host; the tests of each host call these.
+"""Properties of attach on any library; the tests of each library call these.
 
 A case is (make, run): make(seed) builds a float64 model in training mode, without dropout, and
 run(model) calls it, always on the same input.
@@ -144,13 +144,16 @@ def detach_undoes(make, run, attach=irpe.attach):
 
 
 def by_loops(module, projected, out, places):
-    """What a layer's attention gives, by loops; rows and columns swapped must give another thing.
+    """What a layer's attention gives, by loops; axes in reverse order must give another thing.
 
     Args:
-        module: holds rpe_q, rpe_k and rpe_v of the spec QKV. projected: q, k, v ``[B, H, L, D]``.
-        out: the output projection. places: (row, column) of each sample's tokens, None for prefix.
+        module: holds rpe_q, rpe_k and rpe_v of the spec QKV.
+        projected: q, k, v ``[B, H, L, D]``.
+        out: the output projection.
+        places: (row, column) or (frame, row, column) of each sample's tokens, None for prefix.
     """
-    (function,) = plain.buckets(irpe.parse(QKV))
+    axes = next(len(place) for place in places[0] if place is not None)
+    (function,) = plain.buckets(irpe.parse(QKV), axes)
     names = [(on, getattr(module, f"rpe_{on}").table, function) for on in "qkv"]
     results = []
     for sides in (1, -1):
@@ -158,7 +161,7 @@ def by_loops(module, projected, out, places):
         with torch.no_grad():
             mixed = truth.attention(*projected, names, turned, turned)
             results.append(out(mixed.transpose(1, 2).flatten(2)))
-    assert not torch.allclose(*results, atol=1e-3), "rows and columns are alike here"
+    assert not torch.allclose(*results, atol=1e-3), "the axes are alike here"
     return results[0]
 
 

@@ -76,10 +76,10 @@ def table(n=6, c=3, dtype=F64):
 
 @pytest.mark.parametrize("length", [6, 7, 9, 12, 24, 100])
 @pytest.mark.parametrize("anchor", ["left", "corners", "half_pixel"])
-def test_stretch(anchor, length):
+def test_interpolate(anchor, length):
     rows = table()
-    found = irpe.stretch(rows, length, anchor)
-    wanted = torch.tensor(plain.stretched(rows.tolist(), length, anchor), dtype=F64)
+    found = irpe.interpolate(rows, length, anchor)
+    wanted = torch.tensor(plain.interpolated(rows.tolist(), length, anchor), dtype=F64)
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
     assert found.requires_grad and found.dtype == F64
     if length == 6:
@@ -88,7 +88,7 @@ def test_stretch(anchor, length):
     low = torch.minimum(rows[:-1], rows[1:]).min(0).values
     assert (found >= low - 1e-12).all()
     weights = torch.autograd.functional.jacobian(
-        lambda t: irpe.stretch(t, length, anchor)[:, 0], rows.detach()
+        lambda t: irpe.interpolate(t, length, anchor)[:, 0], rows.detach()
     )[..., 0]
     assert (weights >= 0).all() and ((weights > 1e-12).sum(1) <= 2).all()
     torch.testing.assert_close(weights.sum(1), torch.ones(length, dtype=F64))
@@ -97,31 +97,31 @@ def test_stretch(anchor, length):
     assert all(row[: f + 2].sum() == row.sum() for row, f in zip(both, first, strict=True))
 
 
-def test_stretch_keeps_its_anchors():
+def test_interpolate_keeps_its_anchors():
     rows = table()
-    left = irpe.stretch(rows, 24, "left")
+    left = irpe.interpolate(rows, 24, "left")
     assert torch.equal(left[::4], rows) and torch.equal(left[20:], rows[-1:].expand(4, -1))
-    corners = irpe.stretch(rows, 26, "corners")
+    corners = irpe.interpolate(rows, 26, "corners")
     assert torch.equal(corners[::5], rows)
     image = torch.nn.functional.interpolate(rows.T[None], 24, mode="linear")[0].T
-    torch.testing.assert_close(irpe.stretch(rows, 24, "half_pixel"), image)
+    torch.testing.assert_close(irpe.interpolate(rows, 24, "half_pixel"), image)
     assert not torch.allclose(left, image)
     corner = torch.nn.functional.interpolate(rows.T[None], 25, mode="linear", align_corners=True)
-    torch.testing.assert_close(irpe.stretch(rows, 25, "corners"), corner[0].T)
+    torch.testing.assert_close(irpe.interpolate(rows, 25, "corners"), corner[0].T)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_stretch_in_low_precision_keeps_rows(dtype):
+def test_interpolate_in_low_precision_keeps_rows(dtype):
     rows = table(dtype=dtype)
-    found = irpe.stretch(rows, 600, "left")
+    found = irpe.interpolate(rows, 600, "left")
     assert found.dtype == dtype and torch.equal(found[::100], rows)
 
 
-def test_learned_table_stretched_by_its_spec():
-    long = embedding("learned,length=6,stretch=left,to=24")
+def test_learned_table_interpolated_by_its_spec():
+    long = embedding("learned,length=6,interpolate=left,to=24")
     x = torch.randn(1, 24, 12, dtype=F64)
     found = long.embed(x, irpe.Sequence(24))
-    torch.testing.assert_close(found, x + irpe.stretch(long.weight, 24, "left"))
+    torch.testing.assert_close(found, x + irpe.interpolate(long.weight, 24, "left"))
     assert dict(long.named_parameters()).keys() == {"weight"} and long.weight.shape == (6, 12)
     found.square().sum().backward()
     assert (long.weight.grad != 0).all()
@@ -135,7 +135,7 @@ def refuses(call, *parts):
 
 def test_what_absolute_embeddings_refuse():
     short, x = embedding("learned,length=6"), torch.randn(1, 9, 12, dtype=F64)
-    refuses(lambda: short.embed(x, irpe.Sequence(9)), "0 to 5", "0 to 8", "stretch=left,to=9")
+    refuses(lambda: short.embed(x, irpe.Sequence(9)), "0 to 5", "0 to 8", "interpolate=left,to=9")
     ahead = irpe.Sequence(9, positions=torch.arange(-1, 8))
     refuses(lambda: short.embed(x, ahead), "-1 to 7")
     halves = irpe.Sequence(9, positions=torch.arange(9) / 2)
@@ -145,14 +145,14 @@ def test_what_absolute_embeddings_refuse():
         refuses(lambda s=spec: embedding(s).embed(x, None), "None", "irpe.Sequence")
     refuses(lambda: embedding("pia").inputs(x, x, irpe.Grid(3, 3)), "one axis", "pia")
     rows = table()
-    refuses(lambda: irpe.stretch(rows, 5, "left"), "length=5", "6 rows")
-    refuses(lambda: irpe.stretch(rows, 12, "right"), "'right'", "left, corners, half_pixel")
-    refuses(lambda: irpe.stretch(rows[0], 12), "[N, C]", "[3]")
+    refuses(lambda: irpe.interpolate(rows, 5, "left"), "length=5", "6 rows")
+    refuses(lambda: irpe.interpolate(rows, 12, "right"), "'right'", "left, corners, half_pixel")
+    refuses(lambda: irpe.interpolate(rows[0], 12), "[N, C]", "[3]")
 
 
 def pia_layer(dim=12):
     torch.manual_seed(3)
-    return irpe.RPEAttention(dim, 2, "pia", prefix=False, causal=True, dtype=F64)
+    return irpe.RPEAttention(dim, 2, "pia", prefix=0, causal=True, dtype=F64)
 
 
 def test_pia_against_loops():
@@ -177,7 +177,7 @@ def test_pia_against_loops():
 
 def test_pia_values_carry_no_position():
     """With queries of zero attention is uniform, and the order of the keys is not seen."""
-    layer = irpe.RPEAttention(12, 2, "pia", prefix=False, dtype=F64)
+    layer = irpe.RPEAttention(12, 2, "pia", prefix=0, dtype=F64)
     with torch.no_grad():
         layer.qkv.weight[:12] = 0
         layer.qkv.bias[:12] = 0
@@ -194,7 +194,7 @@ def test_pia_leaves_the_prefix_of_each_side_alone():
 
 
 def test_pia_with_memory_block_by_block_is_token_by_token():
-    """One layer: cached inputs take positions anew, 0 to M - 1, and new tokens those after."""
+    """One layer: cached inputs get new positions, 0 to M - 1, and new tokens those after."""
     layer = pia_layer()
     pia, memory, x = layer.pia, *(torch.randn(1, n, 12, dtype=F64) for n in (4, 3))
 

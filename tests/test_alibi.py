@@ -1,4 +1,4 @@
-"""ALiBi: its slopes, its two forms, and how exactly two channels carry it."""
+"""ALiBi: its slopes, its bias, and how exactly two extra channels hold it."""
 
 import pytest
 import torch
@@ -8,11 +8,13 @@ from oracles.precision import assert_as_good
 from text import F64
 
 import irpe
+from irpe.backends.sdpa import with_slope
 from irpe.encodings.alibi import alibi_slopes
+from irpe.functional import validated
 
 
-def alibi(H=4, D=8, causal=True, prefix=False, **options):
-    made = irpe.build("alibi", dim=H * D, num_heads=H, causal=causal, prefix=prefix, **options)
+def alibi(H=4, D=8, causal=True, prefix=0, **options):
+    made = irpe.build("alibi", dim=H * D, num_heads=H, causal=causal, prefix=int(prefix), **options)
     return made["alibi"]
 
 
@@ -21,7 +23,6 @@ def rows(module, q, k, geometry, is_causal=True):
     eye = torch.eye(k.shape[2], dtype=q.dtype).expand(*k.shape[:2], -1, -1)
     scale = q.shape[-1] ** -0.5
     terms = module.terms(geometry)
-    q, k = module.transform(q, k, geometry)
     return irpe.attention(q, k, eye, terms, is_causal=is_causal, scale=scale).log()
 
 
@@ -57,21 +58,19 @@ def test_toeplitz():
 
 
 @pytest.mark.parametrize("H", [1, 3, 4, 12])
-def test_both_forms_are_the_same_under_a_causal_mask(H):
-    q, k, v = (torch.randn(2, H, 9, 6, dtype=F64, requires_grad=True) for _ in range(3))
+def test_extra_channels_are_the_bias_under_a_causal_mask(H):
+    low = [torch.randn(2, H, 9, 6).bfloat16().requires_grad_() for _ in range(3)]
+    high = [x.detach().double().requires_grad_() for x in low]
     where = torch.stack((torch.arange(9), torch.arange(9) * 7 + 100))
+    terms = alibi(H, 6).terms(irpe.Sequence(9, positions=where))
+    assert "extra channels" in irpe.explain(*low, terms, is_causal=True)
+    assert "extra channels" not in irpe.explain(*high, terms, is_causal=True)
     outs = []
-    for causal in (True, False):
-        module = alibi(H, 6, causal)
-        geometry = irpe.Sequence(9, positions=where)
-        terms = module.terms(geometry)
-        assert bool(terms) is not causal
-        on_q, on_k = module.transform(q, k, geometry)
-        assert on_q.shape[-1] == on_k.shape[-1] == (8 if causal else 6)
-        out = irpe.attention(on_q, on_k, v, terms, is_causal=True, scale=6**-0.5)
-        outs.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
-    for a, b in zip(*outs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    for qkv, backend in ((low, "auto"), (low, "reference"), (high, "reference")):
+        out = irpe.attention(*qkv, terms, is_causal=True, backend=backend)
+        outs.append([out, *torch.autograd.grad(out.square().sum(), qkv)])
+    for name, *results in zip(("out", "q", "k", "v"), *outs, strict=True):
+        assert_as_good(*results, name)
 
 
 def test_plain_causal_attention_serves(monkeypatch):
@@ -84,8 +83,8 @@ def test_plain_causal_attention_serves(monkeypatch):
         return plainly(*args, **given)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    layer = irpe.RPEAttention(32, 4, "alibi", prefix=False, causal=True)
-    layer(torch.randn(2, 9, 32), irpe.Sequence(9))
+    layer = irpe.RPEAttention(32, 4, "alibi", causal=True, dtype=torch.bfloat16)
+    layer(torch.randn(2, 9, 32, dtype=torch.bfloat16), irpe.Sequence(9))
     assert [(g["attn_mask"], g["is_causal"], g["scale"]) for g in seen] == [(None, True, 8**-0.5)]
 
 
@@ -99,8 +98,11 @@ def test_two_channels_hold_a_position(dtype, last, H, D):
     where = torch.tensor([0, 1, 2, 255, 256, 257, 999, 12345, last - 300, last - 2, last - 1])
     q = torch.zeros(1, H, 1, D, dtype=dtype)
     k = torch.zeros(1, H, len(where), D, dtype=dtype)
-    geometry = irpe.Sequence(1, positions=where[-1:], keys=where)
-    on_q, on_k = alibi(H, D).transform(q, k, geometry)
+    # Positions count from the query: the first key's shows what the channels hold.
+    geometry = irpe.Sequence(1, positions=where[:1], keys=where)
+    (term,) = alibi(H, D).terms(geometry)
+    call = validated(q, k, k, (term,), None, True, 0.0, None)
+    on_q, on_k = with_slope(call, term.table, geometry, k)
     assert torch.isfinite(on_q).all() and torch.isfinite(on_k).all()
     found = (on_q.double() @ on_k.double().mT)[0, :, 0] * D**-0.5
     wanted = torch.tensor(plain.slopes(H), dtype=F64)[:, None] * where
@@ -125,8 +127,8 @@ def test_low_precision(H, dtype, start):
     exact = F.scaled_dot_product_attention(*high, attn_mask=bias)
     # The bias in float32, which torch allows beside a lower dtype: no rounding but the logits'.
     rough = ((low[0] @ low[1].mT).float() * D**-0.5 + bias.float()).softmax(-1).to(dtype) @ low[2]
-    q, k = alibi(H, D).to(dtype).transform(low[0], low[1], geometry)
-    out = irpe.attention(q, k, low[2], is_causal=True, scale=D**-0.5)
+    terms = alibi(H, D).to(dtype).terms(geometry)
+    out = irpe.attention(*low, terms, is_causal=True)
     assert out.dtype == dtype
     assert_as_good(out, rough, exact, "out")
     w = torch.randn(out.shape).to(dtype)
@@ -140,32 +142,18 @@ def test_low_precision(H, dtype, start):
 @pytest.mark.parametrize("prefix", [0, 2])
 @pytest.mark.parametrize("steps", [(1,) * 5, (3, 2)])
 def test_decoding_is_the_full_forward(steps, prefix):
-    """Keys are cached as transform gives them, whatever comes later."""
-    module, L = alibi(prefix=prefix > 0), 9 + prefix
+    module, L = alibi(), 9 + prefix
     q, k, v = (torch.randn(2, 4, L, 8, dtype=F64) for _ in range(3))
-    geometry = irpe.Sequence(9, prefix=prefix)
-    on_q, on_k = module.transform(q, k, geometry)
-    terms = module.terms(geometry)
-    wanted = irpe.attention(on_q, on_k, v, terms, is_causal=True, scale=8**-0.5)
-    first = irpe.Sequence(4, prefix=prefix)
-    done, cached = (
-        4 + prefix,
-        [module.transform(q[:, :, : 4 + prefix], k[:, :, : 4 + prefix], first)[1]],
-    )
+    terms = module.terms(irpe.Sequence(9, prefix=prefix))
+    wanted = irpe.attention(q, k, v, terms, is_causal=True)
+    done = 4 + prefix
     for step in steps:
         new = slice(done, done + step)
-        where = torch.arange(done - prefix, done - prefix + step)
-        placed = irpe.Sequence(step, positions=where)
-        on_q, on_k = module.transform(q[:, :, new], k[:, :, new], placed)
-        cached.append(on_k)
         done += step
-        every = irpe.Sequence(
-            step, positions=where, keys=torch.arange(done - prefix), key_prefix=prefix
-        )
-        found = irpe.attention(
-            on_q, torch.cat(cached, 2), v[:, :, :done], module.terms(every),
-            is_causal=True, scale=8**-0.5,
-        )  # fmt: skip
+        where = torch.arange(done - prefix)
+        every = irpe.Sequence(step, positions=where[-step:], keys=where, key_prefix=prefix)
+        terms = module.terms(every)
+        found = irpe.attention(q[:, :, new], k[:, :, :done], v[:, :, :done], terms, is_causal=True)
         torch.testing.assert_close(found, wanted[:, :, new], rtol=1e-11, atol=1e-11)
 
 
@@ -203,21 +191,27 @@ def test_a_slope_that_learns(heads, backend):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-def refuses(call, *parts):
-    with pytest.raises(irpe.IrpeError) as caught:
-        call()
-    assert all(part in str(caught.value) for part in parts), str(caught.value)
+@pytest.mark.parametrize("where", [[0, 1, 5, 4, 9], [4, 3, 2, 1, 0], [0, 1, 0, 1, 2]])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_positions_that_do_not_increase_take_the_distance(where, compiled):
+    q, k, v = (torch.randn(1, 4, 5, 8, dtype=F64) for _ in range(3))
+    module, at = alibi(), torch.tensor(where)
+
+    def run(q, k, v, at, backend):
+        terms = module.terms(irpe.Sequence(5, positions=at))
+        return irpe.attention(q, k, v, terms, is_causal=True, backend=backend)
+
+    wanted = run(q, k, v, at, "reference")
+    call = torch.compile(run, fullgraph=True) if compiled else run
+    torch.testing.assert_close(call(q, k, v, at, "auto"), wanted, rtol=1e-11, atol=1e-11)
 
 
-def test_what_causal_alibi_refuses():
-    module, x = alibi(), torch.randn(1, 4, 5, 8)
-    falling = irpe.Sequence(5, positions=torch.tensor([0, 1, 5, 4, 9]))
-    refuses(lambda: module.transform(x, x, falling), "increase", "[0, 1, 5, 4, 9]", "causal=False")
-    refuses(
-        lambda: module.transform(x, x, irpe.Grid(1, 5)), "one axis", "Grid(1, 5", "causal=False"
-    )
-    refuses(lambda: module.transform(x, x[:, :2], irpe.Sequence(5)), "4 heads", "[1, 2, 5, 8]")
-    refuses(lambda: module.transform(x[..., :6], x, irpe.Sequence(5)), "8 channels")
-    refuses(lambda: module.terms(irpe.Sequence(5, prefix=1)), "prefix=True")
-    refuses(lambda: alibi(prefix=True).terms(irpe.Sequence(5)), "prefix=False")
-    refuses(lambda: module.terms(None), "None")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_texts_round_no_more_than_a_bias(dtype):
+    low = [torch.randn(1, 3, 1500, 8).to(dtype) for _ in range(3)]
+    terms, high = alibi(3).terms(irpe.Sequence(1500)), [x.double() for x in low]
+    outs = [
+        irpe.attention(*qkv, terms, is_causal=True, backend=backend)
+        for qkv, backend in ((low, "auto"), (low, "reference"), (high, "reference"))
+    ]
+    assert_as_good(*outs, "out")

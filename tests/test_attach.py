@@ -17,6 +17,7 @@ from timm.models.vision_transformer import DiffParallelScalingBlock, VisionTrans
 from torch import nn
 
 import irpe
+from irpe.hosts.carry import geometry_of
 from models.deit import DeiT
 
 K, QK, QKV = (f"rpe-1.9-product-ctx-1-{on}" for on in ("k", "qk", "qkv"))
@@ -88,7 +89,7 @@ def test_outputs_stay(host, backend):
         after = model(x)
         torch.testing.assert_close(after, before, rtol=1e-5, atol=2e-6)
         if backend == "reference":
-            assert torch.equal(after, slow), "not bit-equal to the host's unfused path"
+            assert torch.equal(after, slow), "not bit-equal to timm's unfused path"
         assert (fill(model)(x) - before).abs().max() > 2e-4, "tables do not reach the output"
 
 
@@ -148,7 +149,7 @@ def test_gradient_reaches_every_parameter(spec, backend):
     [("*", 3), ("blocks.0.*", 1), ("blocks.[12].*", 2), ("blocks.2.attn", 1), ("*.attn", 3)],
 )
 def test_where(where, number):
-    """Blocks that are left out go on as before, between blocks that are equipped."""
+    """Blocks without an encoding, between blocks with one, run as before."""
     model = vit(depth=3).eval()
     x = image()
     before = model(x)
@@ -191,7 +192,7 @@ def test_a_second_attach_raises_and_changes_nothing():
     keys = list(model.state_dict())
     with pytest.raises(irpe.IrpeError, match="blocks.1.attn"):
         irpe.attach(model, K)
-    assert list(model.state_dict()) == keys, "blocks.0 was equipped before blocks.1 refused"
+    assert list(model.state_dict()) == keys, "blocks.0 was changed before blocks.1 raised"
 
 
 @pytest.mark.parametrize(
@@ -402,7 +403,7 @@ def test_masks_pass_through(kind, backend):
 
 @pytest.mark.parametrize("kind", ["mask", "padding", "causal", "float", "2d padding"])
 def test_masks_mean_what_the_host_means(kind):
-    """Fresh tables: any mask the host takes gives what the host gives."""
+    """Fresh tables: with any mask the model supports, outputs are those of the plain model."""
     model = vit().eval()
     seen = torch.rand(2, 1, 17, 17) > 0.3
     seen[..., 0] = True
@@ -461,7 +462,7 @@ def test_prune_then_run():
 
 
 def test_features_only():
-    """timm's feature wrapper around a model that was equipped, and attach on the wrapper."""
+    """timm's feature wrapper around an attached model, and attach on the wrapper."""
     model = timm.create_model("vit_tiny_patch16_224", img_size=64, features_only=True).eval()
     with torch.no_grad():
         before = model(image())
@@ -474,7 +475,7 @@ def test_features_only():
 
 
 def test_two_models_do_not_share_a_grid():
-    """Two equipped models, their forward passes interleaved at the patch embedding."""
+    """Two attached models with forward passes interleaved at the patch embedding."""
     first, second = vit(dynamic_img_size=True).eval(), vit(dynamic_img_size=True, seed=3).eval()
     for model in (first, second):
         irpe.attach(model, K)
@@ -540,7 +541,7 @@ def test_module_walks_see_modules_while_a_grid_waits():
 @pytest.mark.parametrize("size", [(64, 64), (32, 80)])
 @pytest.mark.parametrize("spec", [K, QKV, "rpe-2.0-cross-ctx-0-qk", "rpe-2.0-euc-bias-0-k"])
 def test_models_deit_is_attach(spec, size, backend):
-    """Same weights, same logits and gradients, through two independent hosts."""
+    """Same weights, same logits and gradients, through two independent libraries."""
     shape = {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
     other = DeiT(**shape, rpe=spec, backend=backend).double()
     model = vit(dynamic_img_size=True)
@@ -595,7 +596,7 @@ def test_other_patch_embeddings(host):
     found = []
     attn = model.blocks[0].attn
     hook = attn.register_forward_pre_hook(
-        lambda m, a, kw: found.append(kw["attn_mask"].geometry), with_kwargs=True
+        lambda m, a, kw: found.append(geometry_of(m)), with_kwargs=True
     )
     assert model(image(*size)).isfinite().all()
     hook.remove()

@@ -12,7 +12,7 @@ import irpe
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
 import make_support as support
 
-EQUIPPED = (
+ATTACHED = (
     "beit_base_patch16_224", "coatnet_pico_rw_224", "crossvit_9_240", "davit_tiny",
     "deit_tiny_distilled_patch16_224", "eva02_tiny_patch14_224", "fastvit_sa12",
     "flexivit_small", "maxvit_pico_rw_256", "mobilevit_xxs", "nest_tiny",
@@ -32,10 +32,10 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", EQUIPPED)
+@pytest.mark.parametrize("name", ATTACHED)
 def test_a_name_of_each_family(name):
     found = support.examine(name)
-    assert found["result"] == "equipped" and support.problem(found) is None, found
+    assert found["result"] == "attached" and support.problem(found) is None, found
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -47,7 +47,7 @@ def test_what_is_refused_says_which_module_and_why(name):
 
 @pytest.mark.parametrize("name", ["resnet10t", "xcit_nano_12_p16_224", "mixer_s32_224"])
 def test_models_without_attention_over_places(name):
-    with pytest.raises(irpe.IrpeError, match="has no attention that can be equipped"):
+    with pytest.raises(irpe.IrpeError, match="has no attention that attach supports"):
         irpe.attach(support.built(name), support.SPEC)
 
 
@@ -58,18 +58,18 @@ def test_others_can_be_chosen_where_one_is_refused():
 
 
 def test_the_walk_notices_what_is_left_out():
-    """A model half equipped counts as a failure."""
+    """A model with an encoding on half of its attention counts as a failure."""
     whole = support.examine("vit_tiny_patch16_224")
     assert whole["modules"] == 12 and not whole["left"] and support.problem(whole) is None
-    assert "goes on by itself" in support.problem({**whole, "left": {"Attention": 6}})
+    assert "runs without an encoding" in support.problem({**whole, "left": {"Attention": 6}})
     text = support.table([whole, {"name": "x", "family": "resnet", "result": "no attention"}])
     assert "| **vision_transformer** | 1 |" in text and "says so: resnet" in text
 
 
 def test_wrong_options():
     model = nn.MultiheadAttention(8, 2)
-    with pytest.raises(irpe.IrpeError, match="own='drop' is not one of keep, replace"):
-        irpe.attach(model, "rope-axial", own="drop")
+    with pytest.raises(irpe.IrpeError, match="native='drop' is not one of keep, replace"):
+        irpe.attach(model, "rope-axial", native="drop")
     text = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 9))
     with pytest.raises(irpe.IrpeError, match="Sequential has no attention.*RPEAttention"):
         irpe.attach(text, "rope-axial")

@@ -1,6 +1,6 @@
 """attach on every family of timm's models, by one table of small models.
 
-The oracle of a family is the host itself: its own forward pass, in which the one call of
+The oracle of a family is timm itself: its own forward pass, in which the one call of
 ``scaled_dot_product_attention`` is answered by loops over positions that the table states.
 """
 
@@ -49,25 +49,25 @@ def test_outputs_stay_until_trained(name):
         before = run(model, family)
         slow = run(unfused(copy.deepcopy(model)), family)
         for backend in ("auto", "reference"):
-            equipped = copy.deepcopy(model)
-            report = irpe.attach(equipped, QKV, family.where, backend)
+            attached = copy.deepcopy(model)
+            report = irpe.attach(attached, QKV, where=family.where, backend=backend)
             if backend == "reference":
-                unfused(equipped)  # what is left out, as the host does it unfused too
-            after = run(equipped, family)
+                unfused(attached)  # attention without an encoding, unfused as in timm
+            after = run(attached, family)
             torch.testing.assert_close(after, before, rtol=1e-5, atol=5e-6)
             if backend == "reference" and family.exact:
-                assert torch.equal(after, slow), "not bit-equal to the host's unfused path"
+                assert torch.equal(after, slow), "not bit-equal to timm's unfused path"
         assert len(report.modules) == len(family.grids) and "stay" in str(report)
-        assert (run(fill(equipped), family) - before).abs().max() > 1e-3
+        assert (run(fill(attached), family) - before).abs().max() > 1e-3
 
 
 def check_oracle(family, spec, own, monkeypatch):
     model = build(family).double()
-    equipped = copy.deepcopy(model)
-    report = irpe.attach(equipped, spec, family.where, own=own)
-    fill(equipped)
-    found = run(equipped, family)
-    loops = Loops(spec, equipped, report, family)
+    attached = copy.deepcopy(model)
+    report = irpe.attach(attached, spec, where=family.where, native=own)
+    fill(attached)
+    found = run(attached, family)
+    loops = Loops(spec, attached, report, family)
     for m in model.modules():
         if hasattr(m, "fused_attn"):
             m.fused_attn = True
@@ -88,11 +88,11 @@ def test_equals_the_host_with_attention_by_loops(name, spec, monkeypatch):
 
 @EACH
 def test_one_step_reaches_every_table(name):
-    """Their gradients too are those of the host's forward pass with tables that do nothing yet."""
+    """Gradients too are those of timm's forward pass with tables of zeros."""
     family = FAMILIES[name]
     model = build(family).double().train()
     other = copy.deepcopy(model)
-    irpe.attach(model, BIAS.replace("bias", "ctx").replace("-k", "-qkv"), family.where)
+    irpe.attach(model, BIAS.replace("bias", "ctx").replace("-k", "-qkv"), where=family.where)
     for each in (model, other):
         torch.manual_seed(3)
         run(each, family).square().sum().backward()
@@ -111,17 +111,17 @@ def test_state_copies_and_detach(name):
     before, state = fingerprint(model), list(model.state_dict())
     with torch.no_grad():
         output = run(model, family)
-        report = irpe.attach(model, BIAS, family.where)
+        report = irpe.attach(model, BIAS, where=family.where)
         changed = run(fill(model), family)
         assert set(model.state_dict()) - set(state) == set(report.keys)
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(run(other, family), changed)
         fresh = build(family, seed=5)
-        irpe.attach(fresh, BIAS, family.where)
+        irpe.attach(fresh, BIAS, where=family.where)
         fresh.load_state_dict(model.state_dict())
         torch.testing.assert_close(run(fresh, family), changed, rtol=1e-5, atol=1e-6)
-        with pytest.raises(irpe.IrpeError, match="equipped already"):
-            irpe.attach(model, BIAS, family.where)
+        with pytest.raises(irpe.IrpeError, match="encoding already"):
+            irpe.attach(model, BIAS, where=family.where)
         irpe.detach(model)
         assert fingerprint(model) == before and list(model.state_dict()) == state
         assert torch.equal(run(model, family), output)
@@ -135,12 +135,12 @@ def test_own_positions_are_replaced_if_told(name, monkeypatch):
     family = FAMILIES[name]
     model = build(family)
     if not family.has_own:
-        with pytest.raises(irpe.IrpeError, match="own='replace'.*own='keep'"):
-            irpe.attach(model, QKV, family.where, own="replace")
+        with pytest.raises(irpe.IrpeError, match="native='replace'.*native='keep'"):
+            irpe.attach(model, QKV, where=family.where, native="replace")
         return
     with torch.no_grad():
         before = run(model, family)
-        report = irpe.attach(model, QKV, family.where, own="replace")
+        report = irpe.attach(model, QKV, where=family.where, native="replace")
         assert "change at once" in str(report)
         after = run(model, family)
         assert (after - before).abs().max() > 1e-4
@@ -148,7 +148,7 @@ def test_own_positions_are_replaced_if_told(name, monkeypatch):
             if any(part in path for part in ("rel_pos", "relative_position", "cpb_mlp", "rope")):
                 nn.init.normal_(p)
         torch.testing.assert_close(run(model, family), after)
-        irpe.attach(build(family), "rope-axial", family.where, own="replace")
+        irpe.attach(build(family), "rope-axial", where=family.where, native="replace")
 
 
 # One of each way that positions take; the others with pytest -m slow.
@@ -162,7 +162,7 @@ def test_compiles_and_exports(name):
     family = FAMILIES[name]
     model = build(family)
     args, given = inputs(family)
-    irpe.attach(model, QKV, family.where)
+    irpe.attach(model, QKV, where=family.where)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wanted = counted(fill(model)(*args, **given), given)
@@ -182,7 +182,7 @@ def test_checkpointed_blocks_know_their_own_grid(name):
     """Gradients with checkpointing are those without, another grid run in between where it can."""
     family = FAMILIES[name]
     model = build(family).double().train()
-    irpe.attach(model, QKV, family.where)
+    irpe.attach(model, QKV, where=family.where)
     fill(model)
     torch.manual_seed(3)
     run(model, family).square().sum().backward()
@@ -209,11 +209,11 @@ def test_dropped_patches_keep_their_positions(name, monkeypatch):
         family = Family(naflex(patch_drop_rate=0.5, class_token=False), row(1), given=patches)
         whole = [places[1:] for places in MIXED]
     model = build(family).double().train()
-    equipped = copy.deepcopy(model)
-    report = irpe.attach(equipped, QKV)
-    fill(equipped)
+    attached = copy.deepcopy(model)
+    report = irpe.attach(attached, QKV)
+    fill(attached)
     args, given = inputs(family, torch.float64)
-    loops = Loops(QKV, equipped, report, family)
+    loops = Loops(QKV, attached, report, family)
 
     def kept(module, inputs, output):
         pairs = zip(whole, output[1], strict=True)
@@ -221,7 +221,7 @@ def test_dropped_patches_keep_their_positions(name, monkeypatch):
 
     with torch.no_grad():
         torch.manual_seed(4)
-        found = equipped.forward_features(*args, **given)
+        found = attached.forward_features(*args, **given)
         model.patch_drop.register_forward_hook(kept)
         for m in model.modules():
             if hasattr(m, "fused_attn"):
@@ -264,7 +264,7 @@ def test_heads_that_an_encoding_cannot_have(name):
     changed = {"embed_dim": (16, 12)} if name == "crossvit" else {"embed_dim": 12}
     model = family.make(**changed)
     before = fingerprint(model)
-    with pytest.raises(irpe.IrpeError, match="cannot be equipped: rope-axial.* of 4, not 6"):
+    with pytest.raises(irpe.IrpeError, match="does not support .*: rope-axial.* of 4, not 6"):
         irpe.attach(model, "rope-axial")
     assert fingerprint(model) == before
 

@@ -15,15 +15,15 @@ BACKENDS = ("reference", "eager", *TILES, "sdpa", "auto")
 F64 = torch.float64
 
 
-def build(spec, D, H, prefix):
+def build(spec, D, H, prefix, axes=2):
     """Modules of a spec with random tables; and the same as the oracle's encodings."""
     spec = irpe.parse(spec)
-    modules = irpe.build_rpe(spec, head_dim=D, num_heads=H, prefix=prefix, dtype=F64)
-    modules = {on: m for on, m in zip("qkv", modules, strict=True) if m is not None}
+    given = {"dim": D * H, "num_heads": H, "prefix": int(prefix), "axes": axes, "dtype": F64}
+    modules = {name.removeprefix("rpe_"): m for name, m in irpe.build(spec, **given).items()}
     encodings = []
     for on, module in modules.items():
         # On a cross module this is rows, then columns, as the functions are.
-        for table, function in zip(module.parameters(), plain.buckets(spec), strict=True):
+        for table, function in zip(module.parameters(), plain.buckets(spec, axes), strict=True):
             torch.nn.init.normal_(table)
             encodings.append((f"bias_{on}" if spec.mode == "bias" else on, table, function))
     return list(modules.values()), encodings
@@ -177,7 +177,7 @@ def solved(name):
     H, D = options.get("H", 2), options.get("D", 6)
     geometry, queries, keys = WHERE[where]()
     L, S = len(queries[0]), len(keys[0])
-    prefix = geometry.prefix > 0 or geometry.key_prefix > 0
+    prefix = max(geometry.prefix, geometry.key_prefix)
     modules, encodings = build(spec, D, H, prefix)
     q, k, v = tensors(2, H, L, S, D, options.get("G"), options.get("Dv"))
     mask = make_mask(options.get("mask"), 2, H, L, S)
@@ -304,7 +304,7 @@ def test_inputs_and_mask_are_not_written_to(backend):
 
 @pytest.mark.parametrize("backend", ("reference", "eager", *TILES))
 def test_dropout_of_everything(backend):
-    """Dropout acts on the probabilities before the value term meets them."""
+    """Dropout acts on the probabilities before the value term."""
     modules, _ = build("rpe-2.0-product-ctx-0-qkv", 6, 2, True)
     q, k, v = tensors(2, 2, 13, 13, 6)
     terms = joined(modules, irpe.Grid(3, 4, prefix=1))
@@ -319,9 +319,9 @@ def test_dropout_of_everything(backend):
 def test_dropout_drops_content_and_value_term_together(backend):
     """With v = 1 and a value table of 1, both halves see the same sum of kept probabilities."""
     D, H = 6, 2
-    rpe_v = irpe.build_rpe(
-        "rpe-2.0-product-ctx-1-v", head_dim=D, num_heads=H, prefix=True, dtype=F64
-    )[2]
+    rpe_v = irpe.build_rpe("rpe-2.0-product-ctx-1-v", head_dim=D, num_heads=H, prefix=1, dtype=F64)[
+        2
+    ]
     with torch.no_grad():
         rpe_v.table[..., : D // 2] = 1.0
     q, k, _ = tensors(2, H, 13, 13, D)
@@ -431,7 +431,7 @@ def test_one_table_in_two_terms(create_graph, backend):
 
 @pytest.mark.parametrize("backend", ("reference", "eager", *TILES, "sdpa"))
 def test_frozen_parts(backend):
-    """Only what wants a gradient gets one; a frozen table or key changes nothing for the others."""
+    """Frozen tables and keys get no gradient and do not change the gradients of others."""
     modules, _ = build("rpe-1.9-product-ctx-1-qk", 6, 2, False)
     terms = joined(modules, irpe.Grid(2, 3))
     q, k, v = tensors(1, 2, 6, 6, 6)
@@ -449,7 +449,7 @@ def test_frozen_parts(backend):
 
 @pytest.mark.parametrize("backend", ("reference", "sdpa", "auto"))
 def test_learned_mask(backend):
-    """An additive mask that wants a gradient gets it; eager cannot and says so."""
+    """An additive mask that requires a gradient gets it; eager raises."""
     modules, encodings = build("rpe-1.9-product-ctx-1-k", 6, 2, False)
     terms = joined(modules, irpe.Grid(2, 3))
     q, k, v = tensors(1, 2, 6, 6, 6)
@@ -476,9 +476,9 @@ def test_empty_batch(backend):
 @pytest.mark.parametrize("backend", ("reference", "eager", *TILES))
 def test_value_only_mass(backend):
     """Uniform attention: the value term is the mean of the table over the buckets of a row."""
-    rpe_v = irpe.build_rpe(
-        "rpe-2.0-product-ctx-0-v", head_dim=3, num_heads=2, prefix=True, dtype=F64
-    )[2]
+    rpe_v = irpe.build_rpe("rpe-2.0-product-ctx-0-v", head_dim=3, num_heads=2, prefix=1, dtype=F64)[
+        2
+    ]
     torch.nn.init.normal_(rpe_v.table)
     grid = irpe.Grid(3, 2, prefix=1)
     ids, _ = irpe.bucket_ids("rpe-2.0-product-ctx-0-v", grid)
@@ -519,7 +519,7 @@ def test_low_precision(shared, dtype, backend):
 
 
 def _plain(qkv, tables, ids):
-    """The textbook way: tables laid out for every pair of tokens."""
+    """The textbook way: tables materialised for every pair of tokens."""
     q, k, v = qkv
     scale = q.shape[-1] ** -0.5
     on_q, on_k = tables[0][:, :, ids.T], tables[1][:, :, ids]  # [H | 1, D, L, S]

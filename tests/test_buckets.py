@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from oracles import buckets as plain
 
 import irpe
-from irpe.buckets.piecewise import step_index
 
 METHODS = ("euc", "quant", "rank", "cross", "product")
 UNDIRECTED = ("euc", "quant", "rank")
@@ -99,7 +98,7 @@ def test_small_integers_do_not_wrap():
     ],
 )
 def test_piecewise_table(ratio, row):
-    assert step_index(irpe.RPE(ratio=ratio))(torch.arange(14)).tolist() == row
+    assert irpe.RPE(ratio=ratio).buckets()[0].index(torch.arange(14)).tolist() == row
 
 
 @settings(max_examples=80, deadline=None)
@@ -107,7 +106,7 @@ def test_piecewise_table(ratio, row):
 def test_step_index_is_odd_monotone_and_bounded(ratio, index):
     spec = irpe.RPE(ratio=ratio, index=index)
     x = torch.arange(-900, 901)
-    y = step_index(spec)(x)
+    y = spec.buckets()[0].index(x)
     assert torch.equal(y, -y.flip(0)) and y[900] == 0
     assert (y.diff() >= 0).all()
     assert int(y.max()) <= int(2 * spec.ratio) and int(y[901]) <= 1
@@ -116,7 +115,7 @@ def test_step_index_is_odd_monotone_and_bounded(ratio, index):
 
 def test_clip_is_clip():
     x = torch.arange(-30, 31)
-    assert torch.equal(step_index(irpe.RPE(index="clip", beta=4.7))(x), x.clamp(-4, 4))
+    assert torch.equal(irpe.RPE(index="clip", beta=4.7).buckets()[0].index(x), x.clamp(-4, 4))
 
 
 @pytest.mark.parametrize(
@@ -210,7 +209,7 @@ def test_product_of_one_row_is_shaw_in_one_dimension():
     spec = spec_of("product")
     ids, _ = irpe.bucket_ids(spec, irpe.Grid(1, 9))
     offsets = torch.arange(9).unsqueeze(1) - torch.arange(9)
-    index = step_index(spec)(offsets)
+    index = spec.buckets()[0].index(offsets)
     assert torch.equal(ids, index + 3 * 7 + 3)
     ids, _ = irpe.bucket_ids(spec, irpe.Grid(9, 1))
     assert torch.equal(ids, (index + 3) * 7 + 3)
@@ -243,14 +242,16 @@ def test_ranks_number_the_distances():
 def test_terms_share_ids_and_expand_as_documented():
     """The flat form is the dense one, laid end to end; by key, rows belong to the keys."""
     from irpe.buckets import BucketIds
-    from irpe.buckets.image import image_buckets
 
-    (function,) = image_buckets(spec_of("product"))
+    (function,) = spec_of("product").buckets()
     geometry = irpe.Geometry(
         torch.randint(0, 9, (2, 3, 2)), torch.randint(0, 9, (2, 4, 2)), prefix=1
     )
     cpu = torch.device("cpu")
-    forward, backward = BucketIds(function, geometry), BucketIds(function, geometry, by_key=True)
+    forward, backward = (
+        BucketIds(function, geometry),
+        BucketIds(function, geometry).oriented(by_key=True),
+    )
     N = forward.size
     dense, flat = forward.dense(cpu), forward.flat(cpu)
     rows = torch.arange(4).view(1, 4, 1) * N

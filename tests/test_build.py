@@ -1,4 +1,4 @@
-"""irpe.build and irpe.hooks: one builder for every spec; copies, devices, compilers, exporters."""
+"""irpe.build and irpe.encodings_of: every spec; copies, devices, compilers, exporters."""
 
 import copy
 import io
@@ -10,7 +10,7 @@ from text import F64
 from torch import nn
 
 import irpe
-from irpe.spec import NAMES
+from irpe.encodings import SPECS as NAMES
 
 # spec: (attribute names, parameters and their shapes) for 12 channels, 2 heads, no prefix
 MADE = {
@@ -23,7 +23,7 @@ MADE = {
     "rope-mixed": {"rope.frequencies": (2, 2, 4)},
     "sinusoidal": {"sinusoidal": None},
     "learned,length=20": {"learned.weight": (20, 12)},
-    "learned,length=5,stretch=corners,to=20": {"learned.weight": (5, 12)},
+    "learned,length=5,interpolate=corners,to=20": {"learned.weight": (5, 12)},
     "shaw,clip=3": {"shaw.table_k": (1, 6, 7)},
     "shaw,clip=3,on=kv,shared=0": {"shaw.table_k": (2, 6, 7), "shaw.table_v": (2, 7, 6)},
     "huang1,clip=3": {"huang.table": (1, 4)},
@@ -33,6 +33,14 @@ MADE = {
     "t5,buckets=8,max=20": {"t5.table": (2, 8)},
     "alibi": {"alibi": None},
     "pia": {"pia": None},
+    "cpb,hidden=5": {
+        "cpb.fc1.weight": (5, 2), "cpb.fc1.bias": (5,), "cpb.fc2.weight": (2, 5),
+    },
+    "decomposed,size=3,width=4": {
+        "decomposed.rel_pos_h": (5, 6), "decomposed.rel_pos_w": (7, 6),
+    },
+    "lookhere": {"lookhere": None},
+    "t5-axes,buckets=8,max=20": {"t5.table": (2, 2, 8)},
 }  # fmt: skip
 DIM = {"rope,layout=half,fraction=0.34": 200, "rope-axial": 16, "rope-mixed": 16}
 
@@ -49,7 +57,7 @@ def test_names_and_shapes(spec):
     assert shapes == {name: shape for name, shape in MADE[spec].items() if shape is not None}
     assert all(isinstance(module, irpe.Encoding) for module in made.values())
     assert str(spec) in "".join(map(str, made.values())) or "rpe-" in spec
-    with_prefix = nn.ModuleDict(build(spec, prefix=True)).state_dict()
+    with_prefix = nn.ModuleDict(build(spec, prefix=1)).state_dict()
     relative = spec.partition(",")[0] in ("shaw", "huang1", "huang2", "huang3", "huang4", "t5")
     for name, shape in shapes.items():
         more = sum(with_prefix[name].shape) - sum(shape)
@@ -57,7 +65,9 @@ def test_names_and_shapes(spec):
 
 
 def test_every_spec_is_built():
-    assert {spec.partition(",")[0] for spec in MADE} - {"rpe-1.9-product-ctx-1-kv"} == set(NAMES)
+    assert {spec.partition(",")[0] for spec in MADE} - {"rpe-1.9-product-ctx-1-kv"} == {*NAMES} - {
+        "rpe"
+    }
 
 
 def test_who_shares_among_layers_and_who_decays():
@@ -69,7 +79,7 @@ def test_who_shares_among_layers_and_who_decays():
 def layer_of(spec, causal=False, **options):
     torch.manual_seed(1)
     dim = DIM.get(spec, 12)
-    options = {"dtype": F64, "prefix": False, **options}
+    options = {"dtype": F64, "prefix": 0, **options}
     layer = irpe.RPEAttention(dim, 2, spec, causal=causal, **options)
     for name, p in layer.named_parameters():
         if "table" in name:
@@ -94,7 +104,7 @@ def test_copies_and_state_dicts(spec, copied):
     x = torch.randn(2, 9, DIM.get(spec, 12), dtype=F64)
     wanted = layer(x, geometry)
     assert torch.equal(copied(layer)(x, geometry), wanted)
-    other = irpe.RPEAttention(DIM.get(spec, 12), 2, spec, prefix=False, dtype=F64)
+    other = irpe.RPEAttention(DIM.get(spec, 12), 2, spec, prefix=0, dtype=F64)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x, geometry), wanted)
     assert torch.equal(layer(x, copied(geometry)), wanted)
@@ -285,7 +295,7 @@ def test_several_encodings_on_one_layer():
     nn.init.normal_(layer.t5.table)
     x, geometry = torch.randn(2, 9, 12, dtype=F64), irpe.Sequence(9)
     found = layer(x, geometry)
-    hooks = irpe.hooks(layer)
+    hooks = irpe.encodings_of(layer)
     assert hooks.encodings == (layer.rope, layer.t5)
     q, k, v = layer.qkv(x).view(2, 9, 3, 2, 6).permute(2, 0, 3, 1, 4).unbind(0)
     q, k = layer.rope.transform(q, k, geometry)
@@ -323,9 +333,9 @@ def test_head_dim_of_its_own():
 
 def test_layers_refuse_what_belongs_at_the_input():
     for spec in ("sinusoidal", "learned,length=9"):
-        refuses(lambda s=spec: irpe.RPEAttention(12, 2, s), spec, "input", "irpe.build")
-    refuses(lambda: irpe.build_rpe("rope", head_dim=6, num_heads=2, prefix=False), "rope", "build")
-    refuses(lambda: irpe.bucket_ids("rope", irpe.Sequence(4)), "rope", "no buckets", "shaw")
+        refuses(lambda s=spec: irpe.RPEAttention(12, 2, s, prefix=1), spec, "input", "irpe.build")
+    refuses(lambda: irpe.build_rpe("rope", head_dim=6, num_heads=2, prefix=0), "rope", "build")
+    refuses(lambda: irpe.bucket_ids("rope", irpe.Sequence(4)), "rope", "no buckets", "t5")
 
 
 def test_a_causal_t5_that_has_no_room():
@@ -335,9 +345,50 @@ def test_a_causal_t5_that_has_no_room():
 
 @pytest.mark.parametrize("spec", ["shaw,clip=3", "huang2,clip=3", "t5,buckets=8,max=20"])
 def test_tables_know_whether_there_are_prefix_tokens(spec):
-    (bare,), (own,) = build(spec).values(), build(spec, prefix=True).values()
-    refuses(lambda: bare.terms(irpe.Sequence(9, prefix=1)), "prefix=True")
-    refuses(lambda: own.terms(irpe.Sequence(9)), "prefix=False")
+    (bare,), (own,) = build(spec).values(), build(spec, prefix=1).values()
+    refuses(lambda: bare.terms(irpe.Sequence(9, prefix=1)), "prefix=1")
+    refuses(lambda: own.terms(irpe.Sequence(9)), "prefix=0")
     refuses(lambda: bare.terms(irpe.Grid(3, 3))[0].buckets.dense(torch.device("cpu")), "one axis")
     halves = irpe.Sequence(9, positions=torch.arange(9) / 2)
     refuses(lambda: bare.terms(halves)[0].buckets.dense(torch.device("cpu")), "integer", "float32")
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "sdpa"])
+@pytest.mark.parametrize("tables", ["shaw,clip=3", "huang4,clip=3", "shaw,clip=3 + huang4,clip=3"])
+def test_tables_read_queries_before_their_rotation(tables, backend):
+    """logits = s Rq . Rk + s q . r + s k . r', also with cached keys."""
+    torch.manual_seed(2)
+    owner, plain, rotary = nn.Module(), nn.Module(), nn.Module()
+    for module, spec in ((owner, f"rope + {tables}"), (plain, tables), (rotary, "rope")):
+        for name, encoding in irpe.build(spec, dim=16, num_heads=2, dtype=F64).items():
+            setattr(module, name, encoding)
+    for a, b in zip(owner.parameters(), plain.parameters(), strict=True):
+        b.data = nn.init.normal_(a).data
+    q, k, v = (torch.randn(2, 2, 9, 8, dtype=F64, requires_grad=True) for _ in range(3))
+    text, where = irpe.Sequence(9), torch.arange(9)
+    one, other, turn = (irpe.encodings_of(m) for m in (owner, plain, rotary))
+    rq, rk = turn.transform(q, k, text)
+    eye = torch.eye(9, dtype=F64).expand(2, 2, -1, -1)
+    given = {"scale": 8**-0.5, "backend": "reference"}
+    added = irpe.attention(q, k, eye, other.terms(text), **given).log()
+    added = added - irpe.attention(q, k, eye, **given).log()  # up to a constant of each row
+    wanted = ((rq @ rk.mT) * 8**-0.5 + added).softmax(-1) @ v
+    parts = [irpe.Sequence(n, positions=p) for n, p in ((4, where[:4]), (5, where[4:]))]
+    pieces = [
+        one.transform(q[:, :, p], k[:, :, p], at)
+        for p, at in zip((slice(4), slice(4, 9)), parts, strict=True)
+    ]
+    keys = torch.cat([piece[1] for piece in pieces], 2)
+    queries = torch.cat([piece[0] for piece in pieces], 2)
+    found = irpe.attention(queries, keys, v, one.terms(text), scale=8**-0.5, backend=backend)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    ours, theirs = (torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (found, wanted))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+def test_scales_per_channel_refuse_rotated_queries():
+    owner = nn.Module()
+    for name, encoding in irpe.build("rope + huang3,clip=2", dim=16, num_heads=2).items():
+        setattr(owner, name, encoding)
+    refuses(lambda: irpe.encodings_of(owner).terms(irpe.Sequence(3)), "rope + huang3", "channel")

@@ -66,8 +66,8 @@ SPECS = {
 def test_spec_strings(spec):
     refuses(lambda: irpe.parse(spec), *SPECS[spec])
     refuses(lambda: irpe.bucket_ids(spec, GRID))
-    refuses(lambda: irpe.build_rpe(spec, head_dim=4, num_heads=2, prefix=True))
-    refuses(lambda: irpe.RPEAttention(8, 2, spec))
+    refuses(lambda: irpe.build_rpe(spec, head_dim=4, num_heads=2, prefix=1))
+    refuses(lambda: irpe.RPEAttention(8, 2, spec, prefix=1))
     model = VisionTransformer(img_size=32, embed_dim=8, depth=1, num_heads=2, num_classes=0)
     refuses(lambda: irpe.attach(model, spec))
     assert not any("lookup_table" in name for name in model.state_dict())
@@ -85,7 +85,6 @@ def test_spec_strings(spec):
         ({"ratio": [2]}, "ratio=[2]"),
         ({"ratio": 1j}, "ratio=1j"),
         ({"shared": 7}, "shared=7"),
-        ({"shared": "1"}, "shared='1'"),
         ({"shared": None}, "shared=None"),
         ({"on": "K"}, "on='K'"),
         ({"on": ""}, "on=''"),
@@ -167,13 +166,13 @@ def test_geometry(make, says):
         (14, "14"),
         (irpe.Sequence(5), "axes"),
         (irpe.Geometry(torch.zeros(5, 2)), "float32"),
-        (irpe.Geometry(torch.zeros(5, 3, dtype=torch.long)), "axes"),
+        (irpe.Geometry(torch.zeros(5, 4, dtype=torch.long)), "axes"),
     ],
 )
 def test_what_image_buckets_need(geometry, says):
     refuses(lambda: irpe.bucket_ids(K, geometry), says)
     for prefix in (True, False):
-        rpe_k = irpe.build_rpe(K, head_dim=4, num_heads=2, prefix=prefix)[1]
+        rpe_k = irpe.build_rpe(K, head_dim=4, num_heads=2, prefix=int(prefix))[1]
         refuses(lambda rpe_k=rpe_k: rpe_k.terms(geometry)[0].buckets.dense(torch.device("cpu")))
 
 
@@ -189,7 +188,7 @@ def test_what_image_buckets_need(geometry, says):
 )
 @pytest.mark.parametrize("dtype", [torch.bool, torch.complex64])
 def test_positions_are_numbers_on_a_line(made, dtype):
-    refuses(lambda: made(torch.zeros(2, dtype=dtype)), str(dtype), "numbers on a line")
+    refuses(lambda: made(torch.zeros(2, dtype=dtype)), str(dtype), "integers or fractions")
 
 
 def test_sizes_that_no_tensor_has():
@@ -214,12 +213,12 @@ def test_sizes_that_no_tensor_has():
     ],
 )
 def test_build_rpe(given, says):
-    arguments = {"head_dim": 4, "num_heads": 2, "prefix": True}
+    arguments = {"head_dim": 4, "num_heads": 2, "prefix": 1}
     refuses(lambda: irpe.build_rpe(K, **{**arguments, **given}), says)
 
 
-def rpe(spec=K, D=6, H=2, prefix=True, **more):
-    modules = irpe.build_rpe(spec, head_dim=D, num_heads=H, prefix=prefix, **more)
+def rpe(spec=K, D=6, H=2, prefix=1, **more):
+    modules = irpe.build_rpe(spec, head_dim=D, num_heads=H, prefix=int(prefix), **more)
     return [m for m in modules if m is not None]
 
 
@@ -313,7 +312,7 @@ def test_attention(number, backend):
 def test_unknown_backend(backend):
     says = (repr(backend), "reference", "eager", "sdpa", "auto")
     refuses(lambda: irpe.attention(*[Z(2, 2, 13, 6)] * 3, terms(), backend=backend), *says)
-    refuses(lambda: irpe.RPEAttention(8, 2, K, backend=backend), *says)
+    refuses(lambda: irpe.RPEAttention(8, 2, K, backend=backend, prefix=1), *says)
     refuses(lambda: DeiT(img_size=32, embed_dim=8, depth=1, num_heads=2, backend=backend), *says)
     model = VisionTransformer(img_size=32, embed_dim=8, depth=1, num_heads=2)
     refuses(lambda: irpe.attach(model, K, backend=backend), *says)
@@ -329,14 +328,14 @@ def test_sdpa_has_no_value_term():
 @ANY
 def test_positions_for_another_batch(backend):
     grid = irpe.Grid(3, 4).select(torch.arange(12).view(3, 4))
-    given = terms(geometry=grid, prefix=False)
+    given = terms(geometry=grid, prefix=0)
     refuses(lambda: call(*[(2, 2, 4, 6)] * 3, terms=given, backend=backend), "3", "2")
 
 
 def test_prefix_of_the_grid_and_of_the_table():
-    with_one, without = rpe()[0], rpe(prefix=False)[0]
-    refuses(lambda: with_one.terms(irpe.Grid(3, 4)), "Grid(3, 4, prefix=0)", "prefix=False")
-    refuses(lambda: without.terms(GRID), "Grid(3, 4, prefix=1)", "prefix=True")
+    with_one, without = rpe()[0], rpe(prefix=0)[0]
+    refuses(lambda: with_one.terms(irpe.Grid(3, 4)), "Grid(3, 4, prefix=0)", "prefix=0")
+    refuses(lambda: without.terms(GRID), "Grid(3, 4, prefix=1)", "prefix=1")
 
 
 @pytest.mark.parametrize("x", [None, 3, [[1.0]], "x"])
@@ -371,12 +370,15 @@ def test_lookup(x, ids, says):
         ((8, 2.0), ("num_heads=2.0",)),
         ((0, 2), ("dim=0",)),
         ((8, 2, 7), ("7",)),
-        ((8, 2, K, True, True, 1.5), ("attn_drop=1.5",)),
-        ((8, 2, K, True, True, -1), ("attn_drop=-1",)),
     ],
 )
 def test_layer_arguments(given, says):
-    refuses(lambda: irpe.RPEAttention(*given), *says)
+    refuses(lambda: irpe.RPEAttention(*given, prefix=1), *says)
+
+
+@pytest.mark.parametrize("drop", [1.5, -1])
+def test_dropout_is_a_probability(drop):
+    refuses(lambda: irpe.RPEAttention(8, 2, K, attn_drop=drop), f"attn_drop={drop}")
 
 
 @pytest.mark.parametrize(
@@ -391,12 +393,12 @@ def test_layer_arguments(given, says):
     ],
 )
 def test_layer_call(x, geometry, says):
-    layer = irpe.RPEAttention(8, 2, K)
+    layer = irpe.RPEAttention(8, 2, K, prefix=1)
     refuses(lambda: layer(x, geometry), says)
 
 
 def test_layer_without_a_grid():
-    layer = irpe.RPEAttention(8, 2, K)
+    layer = irpe.RPEAttention(8, 2, K, prefix=1)
     refuses(lambda: layer(Z(2, 13, 8)), "geometry")
 
 
@@ -428,17 +430,20 @@ def test_dense_call(x, size, says, on):
         ((None, K), "NoneType"),
         (("vit", K), "str"),
         ((nn.Linear(2, 2), K), "Linear"),
-        ((lambda: VIT, K, None), "None"),
-        ((lambda: VIT, K, 3), "3"),
-        ((lambda: VIT, K, ["blocks.0.*"]), "blocks.0.*"),
-        ((lambda: VIT, K, ""), "''"),
+        ((lambda: VIT, K, {"where": None}), "None"),
+        ((lambda: VIT, K, {"where": 3}), "3"),
+        ((lambda: VIT, K, {"where": ["blocks.0.*"]}), "blocks.0.*"),
+        ((lambda: VIT, K, {"where": ""}), "''"),
+        ((lambda: VIT, {"blocks.0.*": K, "layers.*": K}), "pattern 'layers.*' matches none"),
+        ((lambda: VIT, {}), "empty"),
+        ((lambda: VIT, {"*": K}, {"where": "blocks.0.*"}), "give one of them"),
         ((lambda: VIT, None), "None"),
     ],
 )
 def test_attach(given, says):
-    model, *rest = given
+    model, spec, options = (*given, {})[:3]
     model = model() if isinstance(model, types.FunctionType) else model
-    refuses(lambda: irpe.attach(model, *rest), says)
+    refuses(lambda: irpe.attach(model, spec, **options), says)
 
 
 VIT = VisionTransformer(img_size=32, embed_dim=8, depth=1, num_heads=2, num_classes=0)

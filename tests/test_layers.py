@@ -23,7 +23,7 @@ SPECS = [
 
 
 def layer_of(spec, **options):
-    layer = irpe.RPEAttention(12, 2, spec, **{"dtype": F64, **options})
+    layer = irpe.RPEAttention(12, 2, spec, **{"dtype": F64, "prefix": 1, **options})
     for name, p in layer.named_parameters():
         if "lookup_table" in name:
             nn.init.normal_(p)
@@ -45,7 +45,7 @@ def encodings_of(layer, spec):
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 @pytest.mark.parametrize("spec", SPECS)
 def test_layer_against_loops(spec, prefix, backend):
-    layer = layer_of(spec, prefix=prefix > 0, backend=backend)
+    layer = layer_of(spec, prefix=int(prefix > 0), backend=backend)
     L = 6 + prefix
     x = torch.randn(1, L, 12, dtype=F64, requires_grad=True)
     mask = torch.rand(L, L) > 0.3
@@ -66,7 +66,7 @@ def test_layer_against_loops(spec, prefix, backend):
 
 def test_without_an_encoding_it_is_plain_attention():
     torch.manual_seed(1)
-    layer = irpe.RPEAttention(12, 2, None, dtype=F64)
+    layer = irpe.RPEAttention(12, 2, None, dtype=F64, prefix=1)
     assert (layer.rpe_q, layer.rpe_k, layer.rpe_v) == (None, None, None)
     other = nn.MultiheadAttention(12, 2, batch_first=True, dtype=F64)
     state = {"in_proj_weight": layer.qkv.weight, "in_proj_bias": layer.qkv.bias}
@@ -80,7 +80,7 @@ def test_without_an_encoding_it_is_plain_attention():
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_fresh_tables_change_nothing(spec):
-    layer, none = irpe.RPEAttention(12, 2, spec), irpe.RPEAttention(12, 2, None)
+    layer, none = irpe.RPEAttention(12, 2, spec, prefix=1), irpe.RPEAttention(12, 2, None, prefix=1)
     none.load_state_dict({n: p for n, p in layer.state_dict().items() if "rpe_" not in n})
     x = torch.randn(2, 7, 12)
     grid = irpe.Grid(2, 3, prefix=1)
@@ -116,12 +116,12 @@ def test_dropout_only_in_training():
     ],
 )
 def test_names_and_shapes_are_the_originals(spec, shapes):
-    state = irpe.RPEAttention(12, 2, spec).state_dict()
+    state = irpe.RPEAttention(12, 2, spec, prefix=1).state_dict()
     assert {n: tuple(p.shape) for n, p in state.items() if "rpe" in n} == shapes
     assert all((p == 0).all() for n, p in state.items() if "rpe" in n)
     rest = {"qkv.weight", "qkv.bias", "proj.weight", "proj.bias"}
     assert set(state) - set(shapes) == rest
-    bare = irpe.RPEAttention(12, 2, spec, prefix=False).state_dict()
+    bare = irpe.RPEAttention(12, 2, spec, prefix=0).state_dict()
     for name, shape in shapes.items():
         axis = 1 if "rpe_v" in name else -1
         assert bare[name].shape[axis] == shape[axis] - 1
@@ -135,7 +135,7 @@ def test_dense_call_is_the_originals(spec, size):
     """rpe_k(q * scale), rpe_q(k * scale) transposed and rpe_v(P), as in the authors' tutorial."""
     height, width, prefix = size
     spec = irpe.parse(spec)
-    modules = irpe.build_rpe(spec, head_dim=6, num_heads=2, prefix=prefix, dtype=F64)
+    modules = irpe.build_rpe(spec, head_dim=6, num_heads=2, prefix=int(prefix), dtype=F64)
     for m in modules:
         for p in () if m is None else m.parameters():
             nn.init.normal_(p)
@@ -158,9 +158,9 @@ def test_dense_call_is_the_originals(spec, size):
 
 
 def test_shared_bias_is_the_same_in_all_heads():
-    on_k = irpe.build_rpe(
-        "rpe-1.9-product-bias-1-k", head_dim=6, num_heads=3, prefix=True, dtype=F64
-    )[1]
+    on_k = irpe.build_rpe("rpe-1.9-product-bias-1-k", head_dim=6, num_heads=3, prefix=1, dtype=F64)[
+        1
+    ]
     nn.init.normal_(on_k.table)
     zero, v = torch.zeros(1, 3, 7, 6, dtype=F64), torch.eye(7, dtype=F64).expand(1, 3, 7, 7)
     p = irpe.attention(zero, zero, v, on_k.terms(irpe.Grid(2, 3, prefix=1)))
@@ -170,9 +170,9 @@ def test_shared_bias_is_the_same_in_all_heads():
 
 
 def test_per_head_tables_act_on_their_head():
-    on_k = irpe.build_rpe(
-        "rpe-1.9-product-ctx-0-k", head_dim=6, num_heads=3, prefix=True, dtype=F64
-    )[1]
+    on_k = irpe.build_rpe("rpe-1.9-product-ctx-0-k", head_dim=6, num_heads=3, prefix=1, dtype=F64)[
+        1
+    ]
     q, k, v = (torch.randn(1, 3, 7, 6, dtype=F64) for _ in range(3))
     grid = irpe.Grid(2, 3, prefix=1)
     before = irpe.attention(q, k, v, on_k.terms(grid))
@@ -185,7 +185,7 @@ def test_per_head_tables_act_on_their_head():
 
 def test_half_turn_with_flipped_tables():
     """Tokens in reverse and tables in reverse: outputs in reverse (papers, D3.10)."""
-    layer = layer_of("rpe-1.9-product-ctx-0-qkv", prefix=False)
+    layer = layer_of("rpe-1.9-product-ctx-0-qkv", prefix=0)
     turned = copy.deepcopy(layer)
     with torch.no_grad():
         for name, p in turned.named_parameters():
@@ -199,7 +199,7 @@ def test_half_turn_with_flipped_tables():
 
 def test_a_permutation_of_tokens_with_their_positions():
     """Attention with positions is equivariant: only where a token is counts, not its number."""
-    layer = layer_of("rpe-1.9-cross-ctx-0-qkv", prefix=False)
+    layer = layer_of("rpe-1.9-cross-ctx-0-qkv", prefix=0)
     x, order = torch.randn(1, 12, 12, dtype=F64), torch.randperm(12)
     wanted = layer(x, irpe.Grid(3, 4))[:, order]
     found = layer(x[:, order], irpe.Grid(3, 4).select(order))
@@ -207,7 +207,7 @@ def test_a_permutation_of_tokens_with_their_positions():
 
 
 def test_a_smaller_image_is_a_masked_larger_one():
-    layer = layer_of("rpe-1.9-product-ctx-1-qkv", prefix=True)
+    layer = layer_of("rpe-1.9-product-ctx-1-qkv", prefix=1)
     inside = torch.cat(
         (torch.tensor([0]), (torch.arange(2)[:, None] * 4 + torch.arange(3) + 1).flatten())
     )
@@ -250,5 +250,5 @@ def test_one_layer_on_many_grids():
 
 
 def test_module_prints_what_it_is():
-    text = repr(irpe.RPEAttention(12, 2, "rpe-1.9-cross-ctx-0-k"))
-    assert "rp_rows" in text and "method=rows" in text and "[2, 6, 8]" in text
+    text = repr(irpe.RPEAttention(12, 2, "rpe-1.9-cross-ctx-0-k", prefix=1))
+    assert "rp_rows" in text and "rpe-1.9-cross-ctx-0-k" in text and "[2, 6, 8]" in text

@@ -40,8 +40,8 @@ def tokens():
 @pytest.mark.parametrize("bias", [False, True])
 def test_fresh_tables_change_nothing(batch_first, bias):
     plain = host(batch_first=batch_first, bias=bias)
-    equipped = copy.deepcopy(plain)
-    report = irpe.attach(equipped, QKV, backend="reference")
+    attached = copy.deepcopy(plain)
+    report = irpe.attach(attached, QKV, backend="reference")
     assert report.modules == ("",) and len(report.keys) == 6
     x, placed, padding = tokens()
     given = [t if batch_first else t.transpose(0, 1) for t in (placed, placed, x)]
@@ -61,11 +61,11 @@ def test_fresh_tables_change_nothing(batch_first, bias):
             masks["attn_mask"][:, 0] = False if masks["attn_mask"].dtype == torch.bool else 0.0
         for average in (False, True):
             with irpe.located(GRID):
-                found = equipped(*given, average_attn_weights=average, **masks)
+                found = attached(*given, average_attn_weights=average, **masks)
             wanted = plain(*given, average_attn_weights=average, **masks)
             torch.testing.assert_close(found, wanted)
         with irpe.located(GRID):
-            assert equipped(*given, need_weights=False, **masks)[1] is None
+            assert attached(*given, need_weights=False, **masks)[1] is None
 
 
 @pytest.mark.parametrize("spec", [K, QKV, BIAS])
@@ -143,12 +143,14 @@ def test_detach_gives_back_torchs_own():
 
 def test_what_cannot_be_equipped():
     whole = nn.Transformer(C, H, 1, 1, 32)
-    with pytest.raises(irpe.IrpeError, match=r"decoder\.layers\.0.*no place on the grid"):
-        irpe.attach(whole, K)
     assert irpe.attach(whole, K, where="encoder.*").modules == ("encoder.layers.0.self_attn",)
-    with pytest.raises(irpe.IrpeError, match="another width"):
-        irpe.attach(nn.MultiheadAttention(C, H, kdim=8), K)
-    with pytest.raises(irpe.IrpeError, match="without a place"):
+    image, queries = torch.zeros(L, 1, C), torch.zeros(4, 1, C)
+    with irpe.located(GRID):
+        whole(image, queries)
+        irpe.attach(whole, K, where="decoder.*")
+        with pytest.raises(irpe.IrpeError, match="L=4 and S=4: attach with where="):
+            whole(image, queries)
+    with pytest.raises(irpe.IrpeError, match="without a position"):
         irpe.attach(nn.MultiheadAttention(C, H, add_bias_kv=True), K)
     model = host()
     irpe.attach(model, K)
@@ -157,7 +159,7 @@ def test_what_cannot_be_equipped():
         model(x, x, x)
     with pytest.raises(irpe.IrpeError, match="15 queries"), irpe.located(GRID):
         model(x, x, x)  # sequence first: two tokens
-    with pytest.raises(irpe.IrpeError, match="equipped already"):
+    with pytest.raises(irpe.IrpeError, match="encoding already"):
         irpe.attach(model, K)
     with pytest.raises(irpe.IrpeError, match="not a geometry"), irpe.located((3, 5)):
         pass

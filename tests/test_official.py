@@ -5,14 +5,10 @@ import re
 
 import numpy as np
 import pytest
-import timm
 import torch
 from common import FIXTURES, TILES
-from timm.models.vision_transformer import VisionTransformer
 
 import irpe
-from irpe.buckets.piecewise import step_index
-from models.deit import DeiT
 
 IDS = np.load(FIXTURES / "bucket_ids.npz")
 ATTENTION = np.load(FIXTURES / "attention.npz")
@@ -48,7 +44,7 @@ def test_bucket_ids(case):
 )
 def test_piecewise_index(case, spec):
     offsets = POSITIONS["pw_x"] if "sq" not in case else np.arange(1000)
-    found = step_index(spec)(torch.from_numpy(offsets.astype(np.int64)))
+    found = spec.buckets()[0].index(torch.from_numpy(offsets.astype(np.int64)))
     np.testing.assert_array_equal(found.numpy(), POSITIONS[case].astype(np.int64))
 
 
@@ -61,7 +57,7 @@ def test_attention(case, backend):
     ratio, shared, skip, height, width, heads, dim, _ = ATTENTION[f"{case}/meta"]
     spec = irpe.RPE(ratio=float(ratio), method=method, mode=MODES[mode], shared=bool(shared), on=on)
     modules = irpe.build_rpe(
-        spec, head_dim=int(dim), num_heads=int(heads), prefix=skip > 0, dtype=torch.float64
+        spec, head_dim=int(dim), num_heads=int(heads), prefix=int(skip), dtype=torch.float64
     )
     owner = torch.nn.ModuleDict(
         {f"rpe_{name}": m for name, m in zip("qkv", modules, strict=True) if m is not None}
@@ -88,6 +84,11 @@ def test_attention(case, backend):
 @pytest.mark.parametrize("host", ["attach", "models"])
 @pytest.mark.parametrize("case", list(DEIT["cases"]))
 def test_deit_logits(case, host, backend):
+    pytest.importorskip("timm")
+    from timm.models.vision_transformer import VisionTransformer
+
+    from models.deit import DeiT
+
     arch, numbers = DEIT["arch"], DEIT["cases"][case]
     shape = {k: arch[k] for k in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
     shape |= {"mlp_ratio": arch["mlp_ratio"], "num_classes": arch["num_classes"]}
@@ -117,6 +118,7 @@ def test_deit_logits(case, host, backend):
 
 
 def test_released_names_and_counts():
+    timm = pytest.importorskip("timm")
     import irpe.zoo  # noqa: F401
 
     numbers = json.loads((FIXTURES / "deit_small_qkv_keys.json").read_text())

@@ -96,7 +96,7 @@ def test_only_differences_of_positions_count(spec):
 
 @pytest.mark.parametrize("spec", HUANG)
 def test_reversal(spec):
-    """Method 1 does not know which way a sequence runs; the others do, but for mirrored tables."""
+    """Method 1 does not depend on direction; the others do, except with mirrored tables."""
     module, (q, k, v) = module_of(spec), tensors()
     geometry = irpe.Sequence(L)
 
@@ -132,12 +132,12 @@ def test_method_4_with_absolute_tables_is_x_plus_p():
     queries = irpe.Sequence(L, positions=torch.arange(L), keys=torch.zeros(L, dtype=torch.int64))
     rows = torch.zeros(1, D, 2 * L + 1, dtype=F64)
     on_q, on_k = rows.clone(), rows.clone()
-    on_q[0, :, L - torch.arange(L)] = r.T  # offset 0 - j meets the query: q_i . r_j
+    on_q[0, :, L - torch.arange(L)] = r.T  # offset 0 - j indexes the vector of the query: q_i . r_j
     on_k[0, :, L - torch.arange(L)] = p.T  # offset 0 - i, seen from the key: k_j . p_i
     clip = ClipBuckets(L)
     terms = (
         irpe.Term("query", on_q, BucketIds(clip, keys)),
-        irpe.Term("key", on_k, BucketIds(clip, queries, by_key=True)),
+        irpe.Term("key", on_k, BucketIds(clip, queries)),
     )
     found = irpe.attention(q, k, v, terms)
     wanted = ((q + p) @ (k + r).mT - p @ r.T) * D**-0.5
@@ -151,7 +151,7 @@ def test_tables_on_a_row_of_patches(width):
     grid, line = irpe.Grid(1, width), irpe.Sequence(width)
     rpe_q, rpe_k, _ = irpe.build_rpe(
         "rpe-2.0-product-ctx-1-qk,index=clip,beta=3",
-        head_dim=D, num_heads=H, prefix=False, dtype=F64,
+        head_dim=D, num_heads=H, prefix=0, dtype=F64,
     )  # fmt: skip
     middle = slice(3 * 7, 4 * 7)  # buckets of row offset 0
     module = module_of("huang4,clip=3")
@@ -177,7 +177,7 @@ def test_t5_is_a_bias_of_its_buckets():
 @pytest.mark.parametrize("both", [True, False])
 @pytest.mark.parametrize(("buckets", "most"), [(32, 128), (8, 20), (64, 1000), (16, 65), (4, 3)])
 def test_t5_buckets(buckets, most, both):
-    from irpe.buckets.text import log_buckets
+    from irpe.encodings.t5 import log_buckets
 
     function = log_buckets(irpe.parse(f"t5,buckets={buckets},max={most}"), both)
     offsets = torch.arange(-3 * most, 3 * most + 1)
@@ -240,15 +240,17 @@ def test_several_multipliers_multiply(backend):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
-def test_channels_in_chunks(monkeypatch):
+def test_channels_in_tiles(monkeypatch):
     """A few queries at a time, down to one, give the same numbers and gradients."""
-    from irpe.backends.eager import content
+    from irpe.backends import eager
+    from irpe.backends.eager import passes
 
     module, (q, k, v) = module_of("huang3,clip=3,shared=0"), tensors()
     where = torch.stack((torch.arange(L), torch.arange(L) * 2))
     outcomes = []
-    for chunk in (2**20, 1, 3 * 2 * H * L * D):
-        monkeypatch.setattr(content, "CHUNK", chunk)
+    for size, keeps in ((2**20, True), (1, True), (1, False), (3 * 2 * H * L * D, False)):
+        monkeypatch.setattr(passes, "SIZE", size)
+        monkeypatch.setattr(eager, "keeps", lambda call, keeps=keeps: keeps)
         terms = module.terms(irpe.Sequence(L, positions=where))
         inputs = [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), module.table]
         out = irpe.attention(q, k, v, terms, backend="eager")
@@ -292,7 +294,7 @@ def test_low_precision(spec, dtype, backend):
 
 
 def _plain(spec, qkv, tables):
-    """The textbook way, everything laid out for every pair, in the inputs' dtype."""
+    """The textbook way, everything materialised for every pair, in the inputs' dtype."""
     q, k, v = qkv
     scale, L = q.shape[-1] ** -0.5, q.shape[2]
     if spec == "alibi":

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import irpe
-from irpe.spec import KINDS, NAMES
-from irpe.spec.grammar import options
+from irpe.encodings import SPECS as NAMES
 
 CANONICAL = [
     "rope",
@@ -22,13 +21,14 @@ CANONICAL = [
     "rope,scaling=ntk,factor=8",
     "rope-axial",
     "rope-axial,layout=half,base=50,order=xy",
+    "rope-axial,layout=half,coords=max,shift=0.5,jitter=1.35,rescale=2",
     "rope-mixed",
     "rope-mixed,base=12.5",
     "sinusoidal",
     "sinusoidal,form=fairseq,base=100",
     "learned,length=512",
-    "learned,length=512,stretch=left,to=2048",
-    "learned,length=64,stretch=half_pixel,to=100",
+    "learned,length=512,interpolate=left,to=2048",
+    "learned,length=64,interpolate=half_pixel,to=100",
     "shaw,clip=64",
     "shaw,clip=3,on=kv,shared=0",
     "huang1,clip=64",
@@ -42,6 +42,15 @@ CANONICAL = [
     "alibi,span=4",
     "pia",
     "pia,form=paper",
+    "rope,scaling=longrope,factor=4,original=64,short_factor=1:1.5,long_factor=2:0.5",
+    "rope,scaling=llama3,factor=8,original=8192,low_freq_factor=2,high_freq_factor=8",
+    "cpb,hidden=512",
+    "cpb,form=cr,hidden=128,window=8",
+    "decomposed,size=14",
+    "decomposed,size=14,width=20",
+    "t5-axes,buckets=8,max=20",
+    "lookhere",
+    "lookhere,fov=180,slope=2.5",
 ]
 VALUES = st.one_of(
     st.sampled_from(["half", "interleaved", "linear", "ntk", "yarn", "left", "corners", "k", "kv"]),
@@ -63,7 +72,7 @@ def test_there_and_back(text):
 
 
 def test_every_name_has_a_canonical_string():
-    assert {text.partition(",")[0] for text in CANONICAL} == set(NAMES)
+    assert {text.partition(",")[0] for text in CANONICAL} == {*NAMES} - {"rpe"}
 
 
 def test_defaults_are_left_out_unless_they_size_a_table():
@@ -76,15 +85,17 @@ def test_defaults_are_left_out_unless_they_size_a_table():
 
 
 def test_what_a_spec_says_of_itself():
-    by_axes = {name: irpe.parse(name).axes for name in NAMES}
-    assert {n for n, axes in by_axes.items() if 2 in axes} == {"rope-axial", "rope-mixed", "alibi"}
-    assert {n for n, axes in by_axes.items() if 1 not in axes} == {"rope-axial", "rope-mixed"}
-    assert {n for n in NAMES if irpe.parse(n).at_input} == {"sinusoidal", "learned"}
-    neutral = {n for n in NAMES if irpe.parse(n).neutral}
-    assert neutral == {"shaw", "t5", *(f"huang{n}" for n in range(1, 5))}
+    names = [name for name in NAMES if name != "rpe"]
+    by_axes = {name: irpe.parse(name).axes for name in names}
+    images = {"rope-axial", "rope-mixed", "cpb", "decomposed", "lookhere", "t5-axes"}
+    assert {n for n, axes in by_axes.items() if 2 in axes} == {*images, "alibi"}
+    assert {n for n, axes in by_axes.items() if 1 not in axes} == images
+    assert {n for n in names if irpe.parse(n).at_input} == {"sinusoidal", "learned"}
+    neutral = {n for n in names if irpe.parse(n).neutral}
+    assert neutral == {"decomposed", "shaw", "t5", "t5-axes", *(f"huang{n}" for n in range(1, 5))}
     image = irpe.parse("rpe-1.9-product-ctx-1-k")
     assert isinstance(image, irpe.Spec) and (image.axes, image.at_input, image.neutral) == (
-        (2,),
+        (2, 3),
         False,
         True,
     )
@@ -93,7 +104,7 @@ def test_what_a_spec_says_of_itself():
 @settings(max_examples=500, deadline=None)
 @given(st.sampled_from(sorted(NAMES)), st.data())
 def test_any_options_parse_or_are_an_irpe_error(name, data):
-    known = [field.name for field in options(NAMES[name], name)]
+    known = [field.name for field in NAMES[name].options(name)]
     chosen = data.draw(st.lists(st.sampled_from([*known, "method", "x"]), max_size=4))
     text = ",".join([name, *(f"{option}={data.draw(VALUES)}" for option in chosen)])
     try:
@@ -142,7 +153,7 @@ ANYTHING = st.one_of(
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.sampled_from(KINDS), st.data())
+@given(st.sampled_from([*dict.fromkeys(NAMES.values())]), st.data())
 def test_any_field_value_is_taken_or_is_an_irpe_error(kind, data):
     names = [field.name for field in dataclasses.fields(kind)]
     chosen = data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=2, unique=True))
@@ -177,9 +188,9 @@ def test_any_field_value_is_taken_or_is_an_irpe_error(kind, data):
         ("rope-axial,fraction=0.5", ("fraction=0.5", "order=")),
         ("learned,length=0", ("length=0", "1 to")),
         ("learned,length=8.5", ("'8.5'", "integer")),
-        ("learned,stretch=left", ("stretch=left", "to=None", "to=2048")),
-        ("learned,length=64,stretch=left,to=32", ("to=32", "length=64")),
-        ("learned,stretch=right,to=900", ("'right'", "half_pixel")),
+        ("learned,interpolate=left", ("interpolate=left", "to=None", "to=2048")),
+        ("learned,length=64,interpolate=left,to=32", ("to=32", "length=64")),
+        ("learned,interpolate=right,to=900", ("'right'", "half_pixel")),
         ("shaw,clip=", ("clip=''", "integer")),
         ("shaw,clip=64,on=v", ("'v'", "k, kv")),
         ("shaw,shared=2", ("'2'", "0 or 1")),

@@ -70,7 +70,7 @@ def solved(number):
     geometry, queries, keys = places(where)
     L, S = len(queries[0]), len(keys[0])
     B = 1 if where == "63" else 2
-    prefix = geometry.prefix > 0 or geometry.key_prefix > 0
+    prefix = max(geometry.prefix, geometry.key_prefix)
     made = modules(spec, H, D, prefix, causal)
     (module,) = made.values()
     q = torch.randn(B, H, L, D, dtype=F64, requires_grad=True)
@@ -116,37 +116,33 @@ def test_against_loops(number, backend):
 
 
 def test_every_encoding_is_tried():
-    from irpe.spec import NAMES
+    from irpe.encodings import SPECS as NAMES
 
     tried = {case[0].partition(",")[0] for case in CASES}
-    assert tried == set(NAMES) - {"sinusoidal", "learned", "pia"}  # which are in test_absolute.py
+    elsewhere = {"rpe", "cpb", "decomposed", "lookhere", "t5-axes", "sinusoidal", "learned", "pia"}
+    assert tried == set(NAMES) - elsewhere
 
 
-@pytest.mark.parametrize("block", [1, 2, 3])
-def test_causal_attention_in_blocks_of_queries(block, monkeypatch):
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_causal_attention_in_blocks_of_queries(rows, monkeypatch):
     """What eager does with long causal calls, on short ones: all of the loops' causal cases."""
     import test_attention as images
 
-    from irpe.backends import eager
+    from irpe.backends.eager import tile
 
-    monkeypatch.setattr(eager, "BLOCK", block)
-    parts = []
-    whole = eager._whole
-    monkeypatch.setattr(eager, "_whole", lambda *given: parts.append(given) or whole(*given))
+    monkeypatch.setattr(tile, "KEPT_ROWS", rows)
     for number, (_, _, options) in enumerate(CASES):
         if options.get("causal"):
             test_against_loops(number, "eager")
     for name, (_, _, options) in images.CASES.items():
         if options.get("causal"):
             images.test_against_loops(name, "eager")
-    shapes = [(call.q.shape[2], k.shape[2]) for _, call, k, _ in parts]
-    assert len(parts) > 50 and min(keys for _, keys in shapes) <= 2 + block
 
 
 def test_causal_blocks_drop_out_and_differentiate_twice(monkeypatch):
-    from irpe.backends import eager
+    from irpe.backends.eager import tile
 
-    monkeypatch.setattr(eager, "BLOCK", 2)
+    monkeypatch.setattr(tile, "KEPT_ROWS", 2)
     (module,) = modules("shaw,clip=2,on=kv", 2, 4, False).values()
     terms = module.terms(irpe.Sequence(6))
     q, k, v = (torch.randn(1, 2, 6, 4, dtype=F64, requires_grad=True) for _ in range(3))

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import irpe
+from irpe.cache import CACHE
 from models.deit import DeiT
 
 F64 = torch.float64
@@ -50,9 +51,11 @@ def attached(spec, **options):
     return fill(model)
 
 
-def modules(spec, D=6, H=2, prefix=True, dtype=F64):
+def modules(spec, D=6, H=2, prefix=1, dtype=F64):
     made = [
-        m for m in irpe.build_rpe(spec, head_dim=D, num_heads=H, prefix=prefix, dtype=dtype) if m
+        m
+        for m in irpe.build_rpe(spec, head_dim=D, num_heads=H, prefix=int(prefix), dtype=dtype)
+        if m
     ]
     for m in made:
         for p in m.parameters():
@@ -163,9 +166,9 @@ def test_attach_compiles_no_more_often_than_the_plain_model(training):
     options = {"dynamic_img_size": True, "depth": 1}
     model = fill(VisionTransformer(**{**SMALL, "num_classes": 5, **options}))
     plain = compiles(model, training, SIZES[:4])
-    equipped = attached("rpe-1.9-product-ctx-1-qkv", **options)
-    assert compiles(equipped, training, SIZES[:4]) <= plain
-    assert compiles(equipped, training, SIZES[:1] * 3) == 1
+    encoded = attached("rpe-1.9-product-ctx-1-qkv", **options)
+    assert compiles(encoded, training, SIZES[:4]) <= plain
+    assert compiles(encoded, training, SIZES[:1] * 3) == 1
 
 
 @pytest.mark.parametrize("make", [deit, attached])
@@ -197,7 +200,7 @@ def test_attach_after_compile_of_checkpointed_blocks():
 @pytest.mark.parametrize("make", [deit, attached])
 @pytest.mark.parametrize("on", ["k", "qk", "qkv"])
 def test_export(on, make, training):
-    """Gradients on, as a script that forgets no_grad does; then eager goes on as before."""
+    """Gradients on, as a script that forgets no_grad does; then eager mode works as before."""
     model = make(f"rpe-1.9-product-ctx-1-{on}").train(training)
     x = torch.randn(2, 3, 64, 64)
     wanted = model(x)
@@ -240,7 +243,7 @@ def test_a_grid_that_went_through_export():
     class Closed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer = fill(irpe.RPEAttention(12, 2, "rpe-1.9-product-ctx-1-qkv"))
+            self.layer = fill(irpe.RPEAttention(12, 2, "rpe-1.9-product-ctx-1-qkv", prefix=1))
 
         def forward(self, x):
             return self.layer(x, grid)
@@ -301,7 +304,7 @@ def test_functorch(spec, backend):
     one_by_one = torch.func.vmap(lambda q, k, v: whole(q[None], k[None], v[None])[0])
     torch.testing.assert_close(one_by_one(*inputs), whole(*inputs), rtol=1e-10, atol=1e-10)
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    kept = [x for x in grid._memo.values() if isinstance(x, torch.Tensor)]
+    kept = [x for x, _ in CACHE._values.values() if isinstance(x, torch.Tensor)]
     assert kept, "plain calls share their ids"
     assert not any(wrapped(x) for x in kept), "a transform's tensor stayed"
     whole(*inputs).sum().backward()
@@ -373,22 +376,22 @@ def test_models_in_inference_mode_then_training(make):
 @pytest.mark.parametrize("backend", ["auto", "reference", "eager", *TILES])
 def test_meta(backend):
     with torch.device("meta"):
-        layer = irpe.RPEAttention(12, 2, "rpe-1.9-product-ctx-0-qkv", backend=backend)
+        layer = irpe.RPEAttention(12, 2, "rpe-1.9-product-ctx-0-qkv", backend=backend, prefix=1)
     assert all(p.is_meta for p in layer.parameters())
     grid = irpe.Grid(3, 4, prefix=1)
     assert layer(torch.randn(2, 13, 12, device="meta"), grid).shape == (2, 13, 12)
-    state = irpe.RPEAttention(12, 2, "rpe-1.9-product-ctx-0-qkv").state_dict()
+    state = irpe.RPEAttention(12, 2, "rpe-1.9-product-ctx-0-qkv", prefix=1).state_dict()
     real = layer.to_empty(device="cpu")
     real.load_state_dict(state)
     x = torch.randn(2, 13, 12)
-    other = irpe.RPEAttention(12, 2, "rpe-1.9-product-ctx-0-qkv", backend=backend)
+    other = irpe.RPEAttention(12, 2, "rpe-1.9-product-ctx-0-qkv", backend=backend, prefix=1)
     other.load_state_dict(state)
     torch.testing.assert_close(real(x, grid), other(x, irpe.Grid(3, 4, prefix=1)))
 
 
 def test_tables_from_meta_are_reset_to_zero():
     made = irpe.build_rpe(
-        "rpe-1.9-product-ctx-1-k", head_dim=4, num_heads=2, prefix=True, device="meta"
+        "rpe-1.9-product-ctx-1-k", head_dim=4, num_heads=2, prefix=1, device="meta"
     )[1]
     made = made.to_empty(device="cpu")
     made.table.data.fill_(7.0)

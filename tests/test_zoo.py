@@ -60,7 +60,7 @@ def test_names(name):
     assert (model.embed_dim, model.blocks[0].attn.num_heads) == (dim, heads)
     assert len(timm.create_model(name, embed_dim=24, num_heads=heads).blocks) == 12
     with torch.device("meta"):
-        tables = irpe.build_rpe(spec, head_dim=64, num_heads=heads, prefix=True)
+        tables = irpe.build_rpe(spec, head_dim=64, num_heads=heads, prefix=1)
     for on, wanted in zip("qkv", tables, strict=True):
         found = getattr(model.blocks[0].attn, f"rpe_{on}")
         assert (found is None) == (wanted is None)
@@ -249,7 +249,7 @@ def test_pretrained_from_a_released_file(served):
 
 
 def test_pretrained_at_another_size(served):
-    """The absolute embedding is resized; the tables are taken as they are."""
+    """The absolute embedding is resized; the tables are unmodified."""
     files, address = served
     source = fill(create())
     released(source, files / "model.pth")

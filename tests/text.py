@@ -53,7 +53,7 @@ def name_of(spec):
 
 def modules(spec, H, D, prefix, causal=False, dtype=F64):
     """The modules of a spec, tables drawn at random."""
-    made = irpe.build(spec, dim=H * D, num_heads=H, prefix=prefix, causal=causal, dtype=dtype)
+    made = irpe.build(spec, dim=H * D, num_heads=H, prefix=int(prefix), causal=causal, dtype=dtype)
     for name, p in torch.nn.ModuleDict(made).named_parameters():
         if "frequencies" not in name:
             torch.nn.init.normal_(p)

@@ -1,8 +1,8 @@
 """YAML and command line into a typed dataclass, with errors of one line.
 
-jsonargparse does the parsing and the validation. Around it: every unknown key is answered with the
-nearest valid one and the list of valid keys, dashes may stand for underscores in option names, and
-a yes-or-no option may stand alone (``--eval-only``).
+jsonargparse parses and validates. In addition, the error for an unknown key names the nearest valid
+one and lists the valid keys; option names may have dashes for underscores; and a boolean option
+needs no value (``--eval-only``).
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import operator
 import re
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -28,15 +29,38 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 Config = TypeVar("Config")
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes tuples as lists, and nothing as a reference."""
+
+    ignore_aliases = staticmethod(lambda data: True)
+
+
+_Dumper.add_representer(tuple, lambda dumper, value: dumper.represent_list(value))
+_PAIR = re.compile(r"[A-Za-z_]\w*=")
+# Names in other training codes, with ours.
+_OTHER_NAMES = {
+    "learning_rate": "lr",
+    "num_workers": "workers",
+    "num_epochs": "epochs",
+    "output_dir": "output",
+    "drop_rate": "drop",
+    "image_size": "img_size",
+    "data_path": "root",
+    "data_dir": "root",
+}
+
+
 def parse(kind: type[Config], argv: Sequence[str] | None, prog: str) -> Config:
     """Parse ``argv`` (``None``: the process's own) into an instance of the dataclass ``kind``.
 
-    ``--config FILE`` reads YAML; what stands later on the command line wins. The dataclass's
-    docstring is the head of ``--help``. Raises :class:`UserError` naming the key, the value and
+    ``--config FILE`` reads YAML; later options override earlier ones. The dataclass's docstring is
+    the head of ``--help``. Raises :class:`UserError` naming the key, the value and
     what is valid.
     """
     tokens = _normalise(kind, list(sys.argv[1:] if argv is None else argv))
-    for path in _config_files(tokens):
+    files = [token.partition("=")[2] for token in tokens if token.startswith("--config=")]
+    files += [after for token, after in itertools.pairwise(tokens) if token == "--config"]
+    for path in files:
         _check_mapping(kind, _read_yaml(path), path)
     parser = ArgumentParser(
         prog=prog,
@@ -51,20 +75,39 @@ def parse(kind: type[Config], argv: Sequence[str] | None, prog: str) -> Config:
         parsed = vars(parser.instantiate(parser.parse_args(tokens)))
     except Exception as error:
         raise UserError(_explain(kind, str(error))) from error
-    return kind(**{name: value for name, value in parsed.items() if name != "config"})
+    config = kind(**{name: value for name, value in parsed.items() if name != "config"})
+    check_used(config, {token[2:].partition("=")[0] for token in tokens if token[:2] == "--"})
+    return config
+
+
+def check_used(config: Any, given: Collection[str] = ()) -> None:
+    """Raise for an option that has no effect with the others, by the ``rules`` of its dataclass.
+
+    Args:
+        given: options of the command line. Those of a file may lose their effect by one of these,
+            as with ``--ema.enabled false``.
+    """
+    default = type(config)()
+    for rule in getattr(type(config), "rules", ()):
+        if rule.used(config):
+            continue
+        for name in rule.options.split():
+            get, under = operator.attrgetter(name), f"{name}."
+            if get(config) == get(default):
+                continue
+            typed = name in given or any(key.startswith(under) for key in given)
+            if typed or rule.switch not in given:
+                value = f"{get(config)!r:.300}" if not dataclasses.is_dataclass(get(config)) else ""
+                switch = yaml.safe_dump(operator.attrgetter(rule.switch)(config)).partition("\n")[0]
+                raise UserError(
+                    f"{name}: {value} has no effect with {rule.switch}: {switch:.300}; "
+                    f"it needs {rule.needs}{rule.note}"
+                )
 
 
 def dump(config: Any) -> str:
     """Return the dataclass ``config`` as YAML that :func:`parse` reads back to an equal one."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        return value
-
-    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False, width=100)
+    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, width=100)
 
 
 def keys(kind: type, prefix: str = "") -> dict[str, Any]:
@@ -77,10 +120,12 @@ def keys(kind: type, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _normalise(kind: type, argv: list[str]) -> list[str]:
-    """Check option names, allow dashes in them, and complete options that stand alone."""
+def _normalise(kind: type, argv: list[Any]) -> list[str]:
+    """Check option names, allow dashes in them, complete flags, and read ``key=value`` pairs."""
     valid, tokens = keys(kind), []
     for position, token in enumerate(argv):
+        if token is None:  # a pair that was read with its option
+            continue
         if not token.startswith("--") or token == "--":
             tokens.append(token)
             continue
@@ -91,17 +136,33 @@ def _normalise(kind: type, argv: list[str]) -> list[str]:
             continue
         _check_key(valid, name, "the command line")
         following = argv[position + 1 : position + 2]
+        if typing.get_origin(valid.get(name)) is dict:
+            after = [] if equals else list(itertools.takewhile(_PAIR.match, argv[position + 1 :]))
+            pairs = [pair for part in ([value] if equals else after) for pair in part.split(",")]
+            if pairs and all(map(_PAIR.match, pairs)):
+                argv[position + 1 : position + 1 + len(after)] = [None] * len(after)
+                tokens += [f"--{name}.{pair}" for pair in pairs]
+                continue
+            _check_spaces(name, value if equals else "".join(following))
         if valid.get(name) is bool and not equals and (not following or following[0][:2] == "--"):
             equals, value = "=", "true"
         tokens.append(f"--{name}{equals}{value}")
     return tokens
 
 
-def _config_files(tokens: list[str]) -> list[str]:
-    """Return the files that ``--config`` names, in order."""
-    files = [token.partition("=")[2] for token in tokens if token.startswith("--config=")]
-    files += [after for token, after in itertools.pairwise(tokens) if token == "--config"]
-    return files
+def _check_spaces(name: str, text: str) -> None:
+    """Raise for ``{depth:6}``, which YAML reads as the key ``depth:6``."""
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return
+    for key, value in content.items() if isinstance(content, dict) else ():
+        if value is None and ":" in str(key):
+            first, _, rest = str(key).partition(":")
+            raise UserError(
+                f"{name}: {text!r} lacks a space after the colon of {key!r}: write "
+                f"{{{first}: {rest}}}, or {first}={rest} without braces"
+            )
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -133,19 +194,18 @@ def _check_mapping(kind: type, content: dict[str, Any], where: str, prefix: str 
 
 
 def _check_key(valid: dict[str, Any], name: str, where: str) -> None:
-    """Raise unless ``name`` is a valid key, or lies inside a free mapping such as model.kwargs."""
+    """Raise unless ``name`` is a valid key, or inside a free mapping such as model.kwargs."""
     parent = name
-    while parent:
-        if parent in valid:
-            if parent == name or typing.get_origin(valid[parent]) is dict:
-                return
-            break
+    while parent and parent not in valid:
         parent = parent.rpartition(".")[0]
+    if parent and (parent == name or typing.get_origin(valid[parent]) is dict):
+        return
     section = parent if dataclasses.is_dataclass(valid.get(parent)) else ""
     inside = f"{section}." if section else ""
     siblings = [key for key in valid if key.startswith(inside) and "." not in key[len(inside) :]]
     # A misplaced key (`mixup` for `aug.mixup`) is a nearer miss than any spelling.
     last = name.rpartition(".")[2]
+    last = _OTHER_NAMES.get(last, last)
     near = [key for key in valid if key.rpartition(".")[2] == last]
     near = near or difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
@@ -178,21 +238,18 @@ def _explain(kind: type, message: str) -> str:
 def describe(hint: Any) -> str:
     """Say in words what values a type allows."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    names[type(None)] = "null"
     if hint in names:
         return names[hint]
-    if hint is type(None):
-        return "null"
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return "one of " + ", ".join(map(str, inner))
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(part) for part in inner)
-    if origin is tuple and inner[-1] is Ellipsis:
+    if origin is list or (origin is tuple and inner[-1] is Ellipsis):
         return f"a list, each {describe(inner[0])}"
     if origin is tuple:
         return "a list of " + " and ".join(describe(part) for part in inner)
-    if origin is list:
-        return f"a list, each {describe(inner[0])}"
     if origin is dict:
         return "a mapping `{key: value}`"
     if dataclasses.is_dataclass(hint):

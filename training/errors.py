@@ -1,12 +1,18 @@
-"""One exception for what the user can put right, and one way to report it."""
+"""Errors that the user can correct, signals, and how scripts report them."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
+import io
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any
 
 import torch.distributed as dist
 
@@ -14,23 +20,66 @@ import irpe
 
 
 class UserError(Exception):
-    """Something the user gave cannot be used; the message repeats it and says what would work."""
+    """An input cannot be used; the message repeats it and says what would work."""
 
     status = 2
 
 
 class Interrupted(UserError):
-    """Something beside the run failed: the same command may well succeed when it goes on."""
+    """Something outside of the run failed: the same command may succeed when it resumes."""
 
     status = 75  # "temporary failure" in sysexits.h
 
 
 class Stopped(BaseException):
-    """A signal asked the run to end. Not an Exception, so that nothing takes it for a failure."""
+    """A signal ended the run. Not an Exception, so that ``except Exception`` does not catch it."""
 
     def __init__(self, number: int, note: str = "") -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}{note}")
         self.number, self.note, self.status = number, note, 128 + number
+
+
+class Signals:
+    """Context manager that stores a signal in ``caught`` instead of ending the process.
+
+    A second SIGINT interrupts as usual, unless it comes within two seconds: launchers forward the
+    Ctrl-C that the terminal has already sent.
+    """
+
+    def __init__(self) -> None:
+        self.caught: int | None = None
+        self._since = 0.0
+        self._at_once = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():  # others must not
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before if before is not None else signal.SIG_DFL)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Raise :class:`Stopped` at once at a signal, during work that changes no state."""
+        if self.caught is not None:
+            raise Stopped(self.caught)
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.caught is None:
+            self.caught, self._since = number, time.monotonic()
+            if self._at_once:
+                raise Stopped(number)
+        elif number == signal.SIGINT and time.monotonic() - self._since > 2:
+            raise KeyboardInterrupt
 
 
 def one_line(text: object) -> str:
@@ -49,6 +98,9 @@ def script(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # for names it cannot print
+                stream.reconfigure(errors="backslashreplace")
         try:
             main(argv)
             _leave_group()
@@ -74,6 +126,6 @@ def script(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
 
 
 def _leave_group() -> None:
-    """Else the threads of the others' connections may abort this process as it exits."""
+    """Destroy the process group; its threads might abort this process at its exit."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

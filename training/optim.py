@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -11,10 +12,9 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
+import irpe
 from training.errors import UserError
 from training.options import EmaConfig, OptimConfig, SchedConfig
-
-TABLE = "lookup_table_"
 
 
 def learning_rate(config: OptimConfig, batch_size: int) -> float:
@@ -28,67 +28,61 @@ def make_optimizer(model: nn.Module, config: OptimConfig, batch_size: int) -> to
     """Create the optimiser. Vectors and the model's own exemptions do not decay.
 
     With ``table_decay: false`` the parameters whose names contain ``lookup_table_`` are exempt too.
+    With ``table_lr`` the tables of all encodings have groups of their own (``irpe.param_groups``).
     """
     if config.opt not in list_optimizers():
         raise UserError(
             f"optim.opt: timm has no optimiser {config.opt!r}; there are: "
             + ", ".join(list_optimizers())
         )
-    options: dict[str, Any] = dict(config.kwargs)
-    if config.betas is not None:
-        options["betas"] = tuple(config.betas)
-    if config.eps is not None:
-        options["eps"] = config.eps
-    # timm's way to exempt parameters is to ask the model, so the tables are added to its answer.
+    rate = learning_rate(config, batch_size)
+    given = {"betas": config.betas and tuple(config.betas), "eps": config.eps, "lr": rate}
+    options: dict[str, Any] = config.kwargs | {k: v for k, v in given.items() if v is not None}
+    if config.table_lr is not None:
+        groups = irpe.param_groups(
+            model,
+            lr=rate,
+            weight_decay=config.weight_decay,
+            table_lr=config.table_lr,
+            table_weight_decay=None if config.table_decay else 0.0,
+            layer_decay=config.layer_decay,
+        )
+        return _create(groups, config, options)
+    # timm reads the exempt parameters from the model, so the tables are added there.
     listed = getattr(model, "no_weight_decay", set)
     exempt = set(listed())
     if not config.table_decay:
-        exempt |= {name for name, _ in model.named_parameters() if TABLE in name}
-    model.no_weight_decay = lambda: exempt  # type: ignore[assignment]
+        exempt |= {name for name, _ in model.named_parameters() if "lookup_table_" in name}
+    model.no_weight_decay = lambda: exempt
+    options |= {"weight_decay": config.weight_decay, "layer_decay": config.layer_decay}
     try:
-        return create_optimizer_v2(
-            model,
-            opt=config.opt,
-            lr=learning_rate(config, batch_size),
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            layer_decay=config.layer_decay,
-            **options,
-        )
-    except (TypeError, ValueError) as error:
-        raise UserError(f"optim: {config.opt!r} cannot be created: {error}") from error
+        return _create(model, config, options)
     finally:
         del model.no_weight_decay
+
+
+def _create(parameters: Any, config: OptimConfig, options: dict[str, Any]) -> torch.optim.Optimizer:
+    try:
+        return create_optimizer_v2(parameters, opt=config.opt, momentum=config.momentum, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optim: {config.opt!r} cannot be created: {error}") from error
 
 
 def make_schedule(
     optimizer: torch.optim.Optimizer, config: SchedConfig, epochs: int, steps_per_epoch: int
 ) -> tuple[Scheduler, int]:
     """Create the schedule, advanced by ``step_update(step)``; return it and the epochs in all."""
-    if config.warmup_epochs >= epochs and config.warmup_epochs > 0:
-        raise UserError(
-            f"sched.warmup_epochs: {config.warmup_epochs:g} leaves nothing of epochs: {epochs}"
-        )
     return create_scheduler_v2(
         optimizer,
-        sched=config.sched,
         num_epochs=epochs,
-        warmup_epochs=config.warmup_epochs,
-        warmup_lr=config.warmup_lr,
-        min_lr=config.min_lr,
-        decay_epochs=config.decay_epochs,
-        decay_milestones=config.decay_milestones,
-        decay_rate=config.decay_rate,
-        cooldown_epochs=config.cooldown_epochs,
         step_on_epochs=False,
         updates_per_epoch=steps_per_epoch,
+        **dataclasses.asdict(config),  # whose names are timm's
     )
 
 
 def make_ema(model: nn.Module, config: EmaConfig) -> ModelEmaV3 | None:
-    """Create the moving average of the weights, if the config wants one."""
+    """Create the moving average of the weights, or None if it is not enabled."""
     if not config.enabled:
         return None
-    if not 0 <= config.decay < 1:
-        raise UserError(f"ema.decay: {config.decay} is not in [0, 1)")
     return ModelEmaV3(model, decay=config.decay, use_warmup=config.warmup)

@@ -2,8 +2,76 @@
 
 from __future__ import annotations
 
+import operator
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+import yaml
+
+
+class Rule(NamedTuple):
+    """Options that have an effect only together with another one.
+
+    Args:
+        options: dotted names, separated by spaces.
+        needs: what gives them one: an option's name, then ": ", " not " or " above " and a value,
+            or several, as in "sched.sched: step or poly".
+        note: more about that, for the error.
+        test: the condition itself, where ``needs`` does not say it all.
+    """
+
+    options: str
+    needs: str
+    note: str = ""
+    test: Callable[[Any], bool] | None = None
+
+    @property
+    def switch(self) -> str:
+        """The option that they depend on."""
+        return re.split(r"[: ]", self.needs)[0]
+
+    def used(self, config: Any) -> bool:
+        """Return whether the options have an effect in a config."""
+        if self.test is not None:
+            return self.test(config)
+        value = operator.attrgetter(self.switch)(config)
+        relation, wanted = re.fullmatch(r"[\w.]+(:| not| above) (.*)", self.needs).groups()
+        values = [yaml.safe_load(text) for text in wanted.split(" or ")]
+        return value > values[0] if relation == " above" else (value in values) == (relation == ":")
+
+
+# Options, where a script has them, by what is wrong with a value that does not pass the test.
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "is not at least 1": (
+        lambda x: x >= 1,
+        "epochs batch_size grad_accum_steps eval_batch_size steps_per_epoch budget eval_tokens "
+        "lr_drop aug.repeats model.dim model.depth model.num_heads questions.longest_question "
+        "questions.longest_answer excerpts.size run.save_every run.eval_every run.save_steps "
+        "run.keep run.threads",
+    ),
+    "is negative": (lambda x: x >= 0, "run.max_skipped data.workers memory sample temperature"),
+    "is not in [0, 1)": (
+        lambda x: 0 <= x < 1,
+        "ema.decay model.drop model.attn_drop model.act_drop",
+    ),
+    "is not a probability": (lambda x: 0 <= x <= 1, "aug.hflip aug.crop_prob"),
+}
+SCHEDULE_RULES = (
+    Rule("ema.decay ema.warmup", "ema.enabled: true"),
+    Rule("sched.warmup_lr", "sched.warmup_epochs above 0"),
+    Rule("sched.decay_milestones", "sched.sched: multistep"),
+    Rule("sched.decay_rate", "sched.sched: step or multistep or poly"),
+    Rule("run.shard", "run.precision: fp32 or bf16"),
+    Rule("run.shard", "run.compile: false"),
+    Rule("resume", "eval_only: false"),
+    Rule("allow_changed_data", "resume not null", ": auto, or a run's folder"),
+)
+OPTIM_RULES = (
+    Rule("optim.lr_base optim.lr_base_size", "optim.lr: null"),
+    Rule("sched.decay_epochs", "sched.sched: step"),
+)
 
 
 @dataclass(kw_only=True)
@@ -22,6 +90,8 @@ class OptimConfig:
     """weight decay; vectors (biases, norms) and what the model lists are exempt"""
     table_decay: bool = True
     """whether relative position tables decay too, as in the released training code"""
+    table_lr: float | None = None
+    """learning rate of relative position tables, which begin at zero; null: as for other weights"""
     betas: tuple[float, float] | None = None
     """Adam's two betas; null: the optimiser's own"""
     eps: float | None = None
@@ -71,13 +141,28 @@ class EmaConfig:
 
 
 @dataclass(kw_only=True)
+class ImagesConfig:
+    """How images are read."""
+
+    on_bad_image: Literal["skip", "fail"] = "skip"
+    """an image that is absent or does not decode: skip it, counted and named, or stop"""
+    exif: bool = False
+    """apply the EXIF orientation of images, which timm's and COCO's readers do not: sizes and boxes
+    of annotations are then those of the turned images"""
+    workers: int | None = None
+    """processes that load images, of each process of the job; 0: load in the main process; null:
+    the CPU cores that the job may use on this host, shared among its processes, at most 8; none
+    for the digits; 4 for streams (wds, hfids, tfds), whose order depends on the number"""
+
+
+@dataclass(kw_only=True)
 class RunConfig:
-    """Where a run writes, and on what it computes."""
+    """Output, checkpoints, precision and devices of a run."""
 
     output: str = "runs"
-    """folder that holds the run folders"""
+    """folder of the run directories"""
     experiment: str | None = None
-    """name of the run folder; null: made from the model, the encoding and the seed"""
+    """name of the run directory; null: made from the model, the encoding and the seed"""
     save_every: int = 1
     """epochs between two checkpoints; the last epoch is always saved"""
     save_steps: int | None = None
@@ -85,11 +170,11 @@ class RunConfig:
     keep: int = 2
     """newest training states to keep, beside the best weights"""
     on_save_error: Literal["stop", "continue"] = "stop"
-    """a checkpoint that cannot be written, as on a full disk: stop, or go on with the one before;
-    the last epoch's must be written"""
+    """a checkpoint that cannot be written, as on a full disk: stop, or continue with the one
+    before; the last epoch's must be written"""
     max_skipped: int = 0
-    """steps that may be left out because their loss or gradient is not finite; 0: stop at the
-    first; more: a GPU is waited for at every step"""
+    """steps that may be skipped because their loss or gradient is not finite; 0: stop at the
+    first; more: every step waits for the GPU"""
     eval_every: int = 1
     """epochs between two evaluations; the last epoch is always evaluated"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -102,5 +187,31 @@ class RunConfig:
     """shard weights, gradients and optimiser state over the processes (FSDP2)"""
     threads: int | None = None
     """CPU threads of torch; null: as many as torch chooses"""
+    trackers: list[str] = field(default_factory=list)
+    """experiment trackers that get each epoch's record, as [tensorboard, wandb]; their files are in
+    the run directory"""
     progress: Literal["auto", "bar", "lines", "none"] = "auto"
     """a progress bar, a line per epoch, or nothing; auto: a bar on a terminal, lines elsewhere"""
+
+
+@dataclass(kw_only=True)
+class ScriptConfig:
+    """The options of every script, beside its own."""
+
+    grad_accum_steps: int = 1
+    """forward passes that one step is split into"""
+    seed: int = 0
+    """seed of everything random"""
+    plugins: list[str] = field(default_factory=list)
+    """modules to import first, which register encodings of your own, as [mine] for mine.py"""
+    eval_only: bool = False
+    """evaluate the checkpoint (or published weights) and stop"""
+    checkpoint: str | None = None
+    """weights to start from, or to evaluate: .pth or .safetensors"""
+    resume: str | None = None
+    """resume an interrupted run: its folder, or auto for the newest of this name"""
+    allow_changed_data: bool = False
+    """resume although the data changed since the state was saved; the changes are printed"""
+    sched: SchedConfig = field(default_factory=SchedConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    run: RunConfig = field(default_factory=RunConfig)

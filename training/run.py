@@ -1,185 +1,174 @@
-"""What every training script does around its task: folder, schedule, loop, pictures, verdict."""
+"""What every script does around its task: parse, evaluate or train, directory, pictures."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from torch import nn
 
-from training.badimages import BadImages
-from training.curves import Panel, draw_curves
-from training.errors import UserError
+from irpe.tools.plugins import import_plugins
+from training import config as configuration
+from training.data.digest import check_unchanged
+from training.distributed import Sharded, from_main_process, make_accelerator
+from training.errors import UserError, script
 from training.loop import Loop
 from training.optim import make_ema, make_schedule
-from training.pictures import draw_tables
-from training.plan import Plan, Step
+from training.options import RANGES
 from training.progress import Progress
-from training.resume import open_folder
-from training.runfolder import RunFolder
-from training.sharding import Sharded, check_sharding
+from training.report import draw_curves, draw_tables, start_trackers
+from training.run_directory import flat, open_run, read_records
+from training.task import Context, Task
+from training.weights import difference
+
+_WARMUP = 0.2  # share of a run that is shorter than its warm-up
 
 
-class Task:
-    """What a script trains: the batches of an epoch, the loss of one, and the evaluation.
-
-    Attributes:
-        bad: images that did not decode; None for a task without images.
-    """
-
-    bad: BadImages | None = None
-
-    def batches(self, epoch: int, skip: int = 0) -> Iterator[Any]:
-        raise NotImplementedError
-
-    def loss(self, model: nn.Module, batch: Any, step: int) -> Step:
-        raise NotImplementedError
-
-    def evaluate(self, models: list[nn.Module]) -> list[dict[str, Any]]:
-        raise NotImplementedError
-
-    def carried(self) -> Any:
-        """What the next step depends on besides the weights; it is written with a state."""
-        return None
-
-    def restore(self, carried: Any) -> None:
-        """Go on from what :meth:`carried` returned, in a run that is resumed."""
-
-    def skipped(self) -> None:
-        """Forget what the last step left, as it was not finite."""
-
-
-def train(
-    config: Any,
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer_of: Callable[[nn.Module], torch.optim.Optimizer],
-    task_of: Callable[[Callable[[str], None]], Task],
-    *,
-    name: str,
-    spec: Any,
-    steps: int,
-    best: str,
-    lower: bool = False,
-    unit: str = "images",
-    clip_grad: float | None,
-    about: dict[str, Any],
-    advice: str,
-    line: Callable[[dict[str, Any], int], str],
-    panels: Sequence[Panel],
-    verdict: Callable[[dict[str, Any]], str],
-    finish: Callable[[Any, RunFolder | None, nn.Module], None] = lambda *given: None,
-) -> dict[str, Any]:
-    """Train ``model`` on what ``config`` says and leave a run folder.
+def main_of(
+    kind: type, open_task: Callable[[Any, Accelerator], Task], prog: str
+) -> Callable[..., int]:
+    """Return the ``main(argv)`` of the script ``prog``.
 
     Args:
-        config: of a script: has epochs, seed, resume, grad_accum_steps, sched, ema, run.
-        optimizer_of: makes the optimiser of a model: this one, or its sharded copy.
-        task_of: makes the task from a function that prints a line for people.
-        model: on the accelerator's device. name: of the folder. spec: of the model's encoding,
-            None without one. steps: of an epoch. best: the figure that decides which
-            checkpoint is the best, the highest or, with ``lower``, the lowest. unit: of the
-            pace. line: of an epoch, from its record and the number of epochs.
+        kind: dataclass of its options. open_task: opens data and model as they say.
     """
-    start = time.perf_counter()
-    check_sharding(config.run, accelerator.num_processes)
-    sharded = Sharded(model, accelerator, config.run) if config.run.shard else None
-    optimizer = optimizer_of(model if sharded is None else sharded.model)
-    schedule, epochs = make_schedule(optimizer, config.sched, config.epochs, steps)
-    ema = make_ema(model, config.ema)
-    folder, state = open_folder(accelerator, config, name)
-    if sharded is not None:
-        wrapped, optimizer = sharded.model, accelerator.prepare(optimizer)
-    else:
-        if config.run.compile:
-            model.compile()
-        wrapped, optimizer = accelerator.prepare(model, optimizer)
-    style = config.run.progress if accelerator.is_main_process else "none"
-    progress = Progress(steps * epochs, epochs, style, unit)
-    task = task_of(progress.say)
-    plan = Plan(
-        epochs=epochs,
-        steps_per_epoch=steps,
-        accumulate=config.grad_accum_steps,
-        clip_grad=clip_grad,
-        save_every=config.run.save_every,
-        save_steps=config.run.save_steps,
-        keep=config.run.keep,
-        patient=config.run.on_save_error == "continue",
-        max_skipped=config.run.max_skipped,
-        seed=config.seed,
-        eval_every=config.run.eval_every,
-        best=best,
-        lower=lower,
-        advice=advice,
-        about=about,
-    )
 
-    def carried() -> dict[str, Any]:
-        bad = {} if task.bad is None else task.bad.gather()
-        return {"task": task.carried(), "bad": bad}
+    @script
+    def main(argv: Sequence[str] | None = None) -> None:
+        config = configuration.parse(kind, argv, prog)
+        import_plugins(config.plugins)
+        start(config, open_task)
 
-    loop = Loop(
-        accelerator, model, wrapped, optimizer, schedule, ema, folder, plan, progress,
-        carried, task.skipped, sharded,
-    )  # fmt: skip
-    if state is not None:
-        loop.restore(state)
-        task.restore(state["carried"]["task"])
-        if task.bad is not None:
-            task.bad.restore(state["carried"]["bad"])
-        within = f" and step {loop.step}" if loop.within else ""
-        progress.say(f"going on after epoch {loop.epoch}{within}")
-    try:
-        record = loop.fit(
-            task.batches, task.loss, task.evaluate, lambda record: line(record, epochs)
+    return main
+
+
+def start(config: Any, open_task: Callable[[Any, Accelerator], Task]) -> Any:
+    """Evaluate, or train, as ``config`` says; return the metrics, or the last epoch's record."""
+    values = flat(dataclasses.asdict(config))
+    for problem, (fits, names) in RANGES.items():
+        for name in names.split():
+            if values.get(name) is not None and not fits(values[name]):
+                raise UserError(f"{name}: {values[name]} {problem}")
+    if config.eval_only and config.checkpoint is None and not values.get("model.pretrained"):
+        raise UserError("eval_only needs checkpoint: FILE, or published weights")
+    accelerator = make_accelerator(config.run)
+    task = open_task(config, accelerator)
+    task.model.to(accelerator.device)
+    return task.report() if config.eval_only else train(task)
+
+
+def train(task: Task) -> dict[str, Any]:
+    """Train, write a run directory, and return the last epoch's record."""
+    begin = time.perf_counter()
+    config, accelerator, model = task.config, task.accelerator, task.model
+    main = accelerator.is_main_process
+    if config.run.shard and accelerator.num_processes < 2:
+        raise UserError(
+            "run.shard: true needs several processes, and this is one; start them with "
+            "torchrun --nproc_per_node=N"
         )
-    finally:
-        progress.close()
-        if folder is not None and folder.records():
-            try:
-                draw_curves(folder.records(), folder / "curves.png", folder.path.name, panels)
-            except OSError as error:  # what ended the run is what must be told
-                progress.warn(f"cannot write {str(folder / 'curves.png')!r}: {error.strerror}")
-    if folder is not None:
-        record = record or folder.records()[-1]
-    averaged = model if ema is None else ema.module
-    finish(task, folder, averaged)
-    skipped = {} if task.bad is None else task.bad.gather()
-    if folder is not None:
-        draw_tables(averaged, folder / "tables.png", spec)
-        if skipped:
-            folder.write_json("skipped.json", skipped)
-            print(f"{len(skipped)} images did not decode; {folder / 'skipped.json'} names them")
-        folder.beat("finished", epoch=loop.epoch, step=loop.step, steps=loop.step)
-        seconds = time.perf_counter() - start
-        print(f"{verdict(record)}, after {epochs} epochs in {seconds:.0f} s")
-        print(f"run folder: {folder.path}")
-    return record
+    sharded = Sharded(model, accelerator, config.run) if config.run.shard else None
+    optimizer = task.optimizer(model if sharded is None else sharded.model)
+    sched = config.sched
+    if sched.warmup_epochs >= config.epochs:
+        sched = dataclasses.replace(sched, warmup_epochs=config.epochs * _WARMUP)
+        if main:
+            print(
+                f"note: sched.warmup_epochs: {config.sched.warmup_epochs:g} is all of epochs: "
+                f"{config.epochs}; this run warms up for {sched.warmup_epochs:g}"
+            )
+    schedule, epochs = make_schedule(optimizer, sched, config.epochs, task.steps)
+    ema = make_ema(model, config.ema)
+    digest = from_main_process(accelerator, task.digest() if main else {})
+    with open_run(accelerator, config, task.name) as (directory, state):
+        if sharded is not None:
+            trained, optimizer = sharded.model, accelerator.prepare(optimizer)
+        else:
+            if config.run.compile:
+                model.compile()
+            trained, optimizer = accelerator.prepare(model, optimizer)
+        style = config.run.progress if main else "none"
+        progress = Progress(task.steps * epochs, epochs, style, task.unit)
+        if task.bad is not None:
+            task.bad.say = progress.say
+        if task.note:
+            progress.say(task.note)
+        context = Context(
+            task=task,
+            trained=trained,
+            optimizer=optimizer,
+            schedule=schedule,
+            ema=ema,
+            sharded=sharded,
+            directory=directory,
+            progress=progress,
+            epochs=epochs,
+            data=digest,
+        )
+        loop = Loop(context)
+        if state is not None:
+            _resume(loop, state)
+        if directory is not None and config.run.trackers:
+            options = flat(dataclasses.asdict(config))
+            start_trackers(accelerator, config.run.trackers, directory.path, options)
+        try:
+            record = loop.fit()
+        finally:
+            progress.close()
+            for tracker in accelerator.trackers:
+                tracker.finish()
+            _draw_curves(context)
+        averaged = model if ema is None else ema.module
+        task.finish(directory, averaged)
+        skipped = {} if task.bad is None else task.bad.gather()
+        if directory is not None:
+            record = record or read_records(directory.path)[-1]
+            if skipped:
+                directory.write_json("skipped.json", skipped)
+                path = directory / "skipped.json"
+                print(f"{len(skipped)} images did not decode; {path} names them")
+            directory.update("finished", epoch=loop.epoch, step=loop.step, steps=loop.step)
+            draw_tables(averaged, directory / "tables.png")
+            seconds = time.perf_counter() - begin
+            print(f"{task.verdict(record)}, after {epochs} epochs in {seconds:.0f} s")
+            print(f"run directory: {directory.path}")
+        return record
 
 
-def steps_per_epoch(
-    batches: int, accumulate: int, batch_size: int, samples: int, what: str = "images"
-) -> int:
-    """Optimiser steps of an epoch of ``batches`` batches; at least one."""
-    if not batches // accumulate:
-        raise UserError(f"batch_size: {batch_size} is more than the {samples} training {what}")
-    return batches // accumulate
+def _resume(loop: Loop, state: dict[str, Any]) -> None:
+    """Check that the run has the same classes and data, and restore its state."""
+    run, before = loop.context, state["carried"]
+    say, main = run.progress.say, run.accelerator.is_main_process
+    differing = difference(before["about"], run.task.about)
+    if differing is not None:
+        raise UserError(f"resume: the run was started on other classes: {differing}")
+    check_unchanged(
+        before["data"],
+        run.data,
+        allowed=run.config.allow_changed_data,
+        say=run.progress.warn if main else lambda text: None,
+    )
+    if before["epochs"] != run.epochs:
+        state["schedule"] = run.schedule.state_dict()
+        say(
+            f"the run is extended from {before['epochs']} to {run.epochs} epochs; from here on the "
+            f"learning rate is that of a run of {run.epochs} epochs"
+        )
+    if run.directory is not None:
+        run.directory.write_text("config.yaml", configuration.dump(run.config))
+    loop.restore(state)
+    within = f" and step {loop.step}" if loop.within else ""
+    say(f"resuming after epoch {loop.epoch}{within}")
 
 
-def check_numbers(config: Any) -> None:
-    """Raise for figures of any script that are out of range."""
-    for name in ("epochs", "batch_size", "grad_accum_steps"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name}: {getattr(config, name)} is not at least 1")
-    for name in ("save_every", "eval_every", "save_steps", "keep"):
-        value = getattr(config.run, name)
-        if value is not None and value < 1:
-            raise UserError(f"run.{name}: {getattr(config.run, name)} is not at least 1")
-    if config.run.max_skipped < 0:
-        raise UserError(f"run.max_skipped: {config.run.max_skipped} is negative")
-    if getattr(config.data, "workers", 0) < 0:
-        raise UserError(f"data.workers: {config.data.workers} is negative")
+def _draw_curves(context: Context) -> None:
+    """Draw ``curves.png``; an error must not hide the one that ended the run."""
+    directory = context.directory
+    if directory is not None and (records := read_records(directory.path)):
+        path = directory / "curves.png"
+        try:
+            draw_curves(records, path, directory.path.name, context.task.panels)
+        except OSError as error:
+            context.progress.warn(f"cannot write {str(path)!r}: {error.strerror}")

@@ -1,6 +1,6 @@
-"""Randomness that depends on what is done, never on when or by whom.
+"""Seeds for every random decision.
 
-A generator whose state is carried along makes a result depend on the number of workers, on the
+The state of one long-lived generator would make results depend on the number of workers, on the
 order of the work and on where a run was interrupted. So every random decision here starts from
 a seed derived from its coordinates: (seed, epoch, sample) for augmentation, (seed, step) for
 mixing, (seed, step, process) for dropout.
@@ -27,7 +27,7 @@ def derive(*coordinates: int | str) -> int:
 def forked(seed: int) -> Iterator[None]:
     """Seed Python's, NumPy's and torch's CPU generators, and restore them on leaving."""
     python, tensor = random.getstate(), torch.random.get_rng_state()
-    # NumPy's generator is put aside whole: copying its state costs ten times as much.
+    # NumPy's generator is replaced: copying its state costs ten times as much.
     array = np.random.get_bit_generator()
     random.seed(seed)
     np.random.set_bit_generator(np.random.MT19937(seed))

@@ -1,57 +1,139 @@
-"""Load weights into a model, all of them or none; ``irpe.tools.weights`` reads them."""
+"""Load a checkpoint, strictly for evaluation, with allowed differences for fine-tuning."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import copy
+import json
+from collections.abc import Iterable
+from typing import Any
 
-from torch import Tensor, nn
+from accelerate import PartialState
+from torch import nn
 
+import irpe
+from irpe.files.fit import differences, fit
+from irpe.files.read import read_checkpoint
 from training.errors import UserError
 
-_SHOWN = 6
+_SHOWN = 4
 
 
-def apply_weights(
+def start_from(
     model: nn.Module,
-    weights: dict[str, Tensor],
-    path: str | Path,
-    options: str = "model.name, model.kwargs and rpe",
-) -> None:
-    """Load ``weights`` into ``model``, all of them or none.
+    file: str,
+    classes: dict[str, Any],
+    heads: Iterable[nn.Module] = (),
+    *,
+    training: bool,
+    by_name: Iterable[str] | None = None,
+) -> str:
+    """Load the weights of ``file`` into ``model``; return one line that says what was taken.
 
-    ``options`` are what decides about the architecture, for the error message. Raises
-    :class:`UserError` that lists the keys which are missing, unexpected, of another shape or kind.
+    The main process prints it in training. Evaluation is strict. Training keeps the model's own
+    values of a classifier of another shape or of other classes and of tables that the file lacks,
+    ignores its tables where the model has none, and resizes absolute embeddings.
+
+    Args:
+        classes: what :func:`identity` returned for the data.
+        heads: the modules of ``model`` that depend on the classes.
+        by_name: for models of text, whose encodings a config may change (a rotary scaling, a table
+            that is interpolated): compare names and shapes alone, and let these parts differ.
+
+    Raises:
+        irpe.IrpeError: for weights that do not fit.
+        UserError: in evaluation, for weights of other classes.
     """
-    state = model.state_dict()
-    own = {key: tuple(value.shape) for key, value in state.items()}
-    given = {key: tuple(value.shape) for key, value in weights.items()}
-    # Floating point of another precision is converted.
-    kinds = [
-        f"{key} {weights[key].dtype} in the file, {value.dtype} in the model"
-        for key, value in state.items()
-        if key in weights and weights[key].is_floating_point() != value.is_floating_point()
-    ]
-    differences = [
-        ("missing in the file", [key for key in own if key not in given]),
-        ("unknown to the model", [key for key in given if key not in own]),
-        (
-            "of another shape",
-            [
-                f"{key} {list(given[key])} in the file, {list(own[key])} in the model"
-                for key in own
-                if key in given and given[key] != own[key]
-            ],
-        ),
-        ("of another kind", kinds),
-    ]
-    parts = []
-    for kind, items in differences:
-        if items:
-            more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-            parts.append(f"{len(items)} {kind}: {', '.join(items[:_SHOWN])}{more}")
-    if parts:
+    differing = difference(read_checkpoint(file).about, classes)
+    if differing is not None and not training:
+        raise UserError(f"checkpoint: {file!r} was trained on other classes: {differing}")
+    own = [(head, copy.deepcopy(head.state_dict())) for head in heads]
+    try:
+        if by_name is not None:
+            loaded = _load_by_name(model, file, frozenset(by_name))
+        else:
+            loaded = str(irpe.load(model, file, differ="head, positions, tables" * training or ()))
+    except irpe.IrpeError as error:
+        problem, advice, _ = str(error).partition(": irpe.")
+        if not advice:
+            raise
         raise UserError(
-            f"checkpoint {str(path)!r} is of another architecture than this model "
-            f"({'; '.join(parts)}); {options} must be those it was made with"
+            f"checkpoint: {problem}; give the encoding that it was trained with (rpe, enc_rpe2d "
+            "or encoding)"
+        ) from error
+    if differing is not None:
+        for head, state in own:
+            head.load_state_dict(state)
+        loaded += f"; the classifier is left fresh, its classes differ: {differing}"
+    if training and PartialState().is_main_process:
+        print(loaded)
+    return loaded
+
+
+def _load_by_name(model: nn.Module, file: str, parts: frozenset[str]) -> str:
+    found = fit(model, read_checkpoint(file).weights, parts)
+    if found.wrong:
+        raise UserError(
+            f"checkpoint: {file!r} does not fit the model ({differences(found.wrong)}); give the "
+            "encoding that it was trained with"
         )
-    model.load_state_dict(weights)
+    model.load_state_dict(found.weights, strict=False)
+    return f"{file}: {len(found.taken)} tensors taken, {len(found.fresh)} left fresh"
+
+
+def identity(classes: Any) -> dict[str, str]:
+    """Return the classes for the header of a weights file: nothing where they are not known.
+
+    Args:
+        classes: names by number, as a list; or a detection data set's names by category id.
+    """
+    if not classes:
+        return {}
+    if isinstance(classes, dict):
+        return {"categories": json.dumps({str(key): name for key, name in classes.items()})}
+    return {"classes": json.dumps(list(classes))}
+
+
+def difference(
+    file: dict[str, Any], data: dict[str, Any], sides: tuple[str, str] = ("before", "now")
+) -> str | None:
+    """Say how the classes of a file, or a state, differ from the data's; None if they do not."""
+    for key in ("classes", "categories"):
+        if key not in file or key not in data or file[key] == data[key]:
+            continue
+        before, now = (_numbered(about[key]) for about in (file, data))
+        numbers = [number for number in {**before, **now} if before.get(number) != now.get(number)]
+        shown = [
+            f"{number}: {before.get(number, 'absent')!r} {sides[0]}, "
+            f"{now.get(number, 'absent')!r} {sides[1]}"
+            for number in numbers[:_SHOWN]
+        ]
+        more = f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else ""
+        old, new = set(before.values()), set(now.values())
+        sets = [
+            f"{what}: {', '.join(sorted(names)[:_SHOWN])}"
+            for what, names in zip(
+                (f"only {side}" for side in sides), (old - new, new - old), strict=True
+            )
+            if names
+        ]
+        return f"class {', '.join(shown)}{more}" + (f" ({'; '.join(sets)})" if sets else "")
+    return None
+
+
+def check_same_classes(train: Any, held_out: Any) -> None:
+    """Raise where two splits, see :func:`identity`, number their classes differently."""
+    differing = difference(identity(train), identity(held_out), ("in training", "held out"))
+    if differing is not None:
+        raise UserError(
+            f"the training and the held-out data have different classes: {differing}; "
+            "data.class_map can number folders alike"
+        )
+
+
+def _numbered(text: str) -> dict[str, str]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {"?": text[:60]}
+    pairs = found.items() if isinstance(found, dict) else enumerate(found)
+    return {str(number): str(name) for number, name in pairs}

@@ -7,17 +7,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..terms import Term
-from .call import Call, added, expanded, meet
+from .call import Call, added, expanded, project
 
 
 def lookup(x: Tensor, ids: Tensor) -> Tensor:
-    """``y[b, h, i, j] = x[b, h, i, ids[(b,) i, j]]``."""
+    """Return y with ``y[b, h, i, j] = x[b, h, i, ids[(b,) i, j]]``."""
     ids = ids.unsqueeze(1) if ids.dim() == 3 else ids
     return x.gather(-1, ids.expand(*x.shape[:-1], ids.shape[-1]))
 
 
+def unsupported(call: Call) -> str | None:
+    """Return why this call cannot be computed: it always can."""
+    return None
+
+
+def preference(call: Call) -> tuple[int, str]:
+    """Return the rank of this backend for a call, and why."""
+    if call.traced or (call.compiled and call.device.type != "cuda"):
+        return 90, "plain operations, which a compiler fuses and an exporter supports"
+    return 0, "plain torch, computes everything"
+
+
 def attention(call: Call, keep: Tensor | None = None) -> Tensor:
-    """``[B, H, L, D]``. ``keep`` replaces the dropout by one drawn before: zero or 1 / (1 - p)."""
+    """Return ``[B, H, L, E]``.
+
+    Args:
+        call: the call.
+        keep: replaces the dropout by one drawn before: zero or 1 / (1 - p).
+    """
     k, v = call.grouped()
     q = call.q * call.scale
     logits = _content(q, k, call.terms)
@@ -39,31 +56,39 @@ def attention(call: Call, keep: Tensor | None = None) -> Tensor:
         probabilities = probabilities * keep
     elif call.dropout_p > 0.0:
         probabilities = F.dropout(probabilities, call.dropout_p)
+    return weighted(probabilities, v, call.terms)
+
+
+def weighted(probabilities: Tensor, v: Tensor, terms: tuple[Term, ...]) -> Tensor:
+    """Return the sum of values and value terms by probabilities ``[B, H, L, S]``."""
     out = probabilities @ v
-    for term in call.terms:
+    for term in terms:
         if term.kind == "value":
-            ids = term.buckets.dense(q.device)
+            ids = term.buckets.dense(v.device)
             ids = ids.unsqueeze(1) if ids.dim() == 3 else ids
             mass = probabilities.new_zeros(*probabilities.shape[:-1], term.buckets.size)
             mass = mass.scatter_add(-1, ids.expand_as(probabilities), probabilities)
-            out = out + meet(mass, term.table)
+            out = out + project(mass, term.table)
     return out
 
 
 def position(term: Term, q: Tensor, k: Tensor, scale: float) -> Tensor | None:
-    """What a term adds to the logits, ``[1 | B, H | 1, L, S]``; None if it acts elsewhere.
+    """Return what a term adds to the logits, ``[1 | B, H | 1, L, S]``; None if it acts elsewhere.
 
     Args:
-        q: ``[B, H, L, D]``, scaled. k: ``[B, H, S, D]``, not scaled.
+        term: the term.
+        q: ``[B, H, L, D]``, scaled.
+        k: ``[B, H, S, D]``, not scaled.
+        scale: of the logits.
     """
     match term.kind:
         case "bias" | "slope":
             return added(term, q)
         case "query":
-            return lookup(meet(q, term.table), term.buckets.dense(q.device))
+            return lookup(project(q, term.table), term.buckets.dense(q.device))
         case "key":
             ids = term.buckets.dense(q.device)
-            rows = meet(k * scale, term.table)
+            rows = project(k * scale, term.table)
             return lookup(rows, ids.transpose(-2, -1)).transpose(-2, -1)
     return None
 

@@ -1,16 +1,16 @@
-"""Pure functions from integer offsets to bucket ids."""
+"""Bucket functions: from integer offsets (query - key) to bucket ids. They are pure."""
 
-from .ids import BucketFunction, BucketIds, bucket_functions, bucket_ids
+from .clip import ClipBuckets, OneBucket
+from .ids import BucketFunction, BucketIds, prefix_ids
 from .image import ImageBuckets
-from .text import ClipBuckets, LogBuckets, OneBucket
+from .steps import StepIndex
 
 __all__ = [
     "BucketFunction",
     "BucketIds",
     "ClipBuckets",
     "ImageBuckets",
-    "LogBuckets",
     "OneBucket",
-    "bucket_functions",
-    "bucket_ids",
+    "StepIndex",
+    "prefix_ids",
 ]

@@ -1,7 +1,7 @@
-"""Bucket ids of a geometry, in a compact form that expands on demand and once for all layers."""
+"""Bucket ids of a geometry: expanded on demand, computed once for equal geometries."""
 
+import hashlib
 from collections.abc import Hashable
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -10,13 +10,16 @@ from torch import Tensor
 
 from ..errors import IrpeError
 from ..geometry import Geometry
-from ..spec import RPE, T5, Huang, Shaw, Spec, parse
-from .image import image_buckets
-from .text import ClipBuckets, log_buckets
 
 
 class BucketFunction(Hashable, Protocol):
-    """From integer offsets ``[..., A]`` to bucket ids int64 ``[...]`` below ``size``."""
+    """From integer offsets ``[..., A]`` to bucket ids int64 ``[...]`` in [0, size).
+
+    It is hashable by value, so that layers share its ids: a frozen dataclass is. An attribute
+    ``opposite`` may say the id of the negated offset, "same" or "reversed" (size - 1 - id), which
+    saves a GPU one map. An attribute ``prefix_ids`` may give buckets to pairs of one prefix token:
+    (a prefix token's query, a query's prefix key). The last bucket is then for pairs of two.
+    """
 
     @property
     def size(self) -> int: ...
@@ -24,22 +27,56 @@ class BucketFunction(Hashable, Protocol):
     def __call__(self, offsets: Tensor) -> Tensor: ...
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+FUNCTIONS: dict[int, BucketFunction] = {}
+_NUMBERS: dict[BucketFunction, int] = {}
+
+
+def number_of(function: BucketFunction) -> int:
+    """Return a number for a bucket function, the same for equal ones: its key in ``FUNCTIONS``.
+
+    An operator of torch takes numbers only. It follows from the function's repr, so that it is the
+    same in other processes.
+    """
+    number = _NUMBERS.get(function)
+    if number is None:
+        text = f"{type(function).__module__}.{type(function).__qualname__} {function!r}"
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+        while number in FUNCTIONS:  # by an unequal function
+            number += 1
+        FUNCTIONS[number] = function
+        _NUMBERS[function] = number
+    return number
+
+
 class BucketIds:
-    """Which bucket each pair of a query and a key falls into.
+    """The bucket of each pair of a query and a key.
+
+    A term orients them: by query (offsets query - key, a row of numbers belongs to a query) or by
+    key (offsets key - query, a row belongs to a key).
 
     Args:
         function: from offsets to ids.
-        geometry: where the tokens are.
-        by_key: offsets are key - query instead of query - key, and a row of numbers per bucket
-            belongs to the key: the form that the query table's counterpart, ``rpe_q``, needs.
-        block: (start, stop, keys): only the queries from start to stop, and the first keys.
+        geometry: positions of the tokens.
+        number: ``number_of(function)`` where it is known, so that torch.compile can read it.
     """
 
-    function: BucketFunction
-    geometry: Geometry
-    by_key: bool = False
-    block: tuple[int, int, int] | None = None
+    __slots__ = ("by_key", "function", "geometry", "number")
+
+    def __init__(
+        self, function: BucketFunction, geometry: Geometry, number: int | None = None
+    ) -> None:
+        if not isinstance(geometry, Geometry):
+            raise IrpeError(f"geometry={geometry!r} is not a geometry: make an irpe.Grid")
+        self.function, self.geometry, self.by_key = function, geometry, False
+        self.number = number
+
+    def oriented(self, by_key: bool) -> "BucketIds":
+        """Return the same buckets, by key or by query."""
+        if self.by_key == by_key:
+            return self
+        turned = BucketIds(self.function, self.geometry, self.number)
+        turned.by_key = by_key
+        return turned
 
     @property
     def size(self) -> int:
@@ -47,99 +84,70 @@ class BucketIds:
         return self.function.size + (self.geometry.prefix > 0 or self.geometry.key_prefix > 0)
 
     def dense(self, device: torch.device) -> Tensor:
-        """Ids int64 ``[L, S]``, or ``[B, L, S]`` where each sample has positions of its own."""
+        """Return ids int64 ``[L, S]``, or ``[B, L, S]`` where samples have their own positions."""
         key = ("dense", self.function, self.by_key, device)
-        return self._cut(self.geometry.remember(key, lambda: self._dense(device)))
-
-    def _cut(self, pairs: Tensor) -> Tensor:
-        if self.block is None:
-            return pairs
-        start, stop, keys = self.block
-        return pairs[..., start:stop, :keys]
+        return self.geometry.remember(key, lambda: self._dense(device))
 
     def _dense(self, device: torch.device) -> Tensor:
+        offsets = self.geometry.offsets(device)
+        ids = self._padded(self.function(-offsets if self.by_key else offsets), self.size - 1)
+        apart = prefix_ids(self.function)
+        if apart is not None:
+            queries, keys = self.geometry.prefix, self.geometry.key_prefix
+            ids[..., :queries, keys:], ids[..., queries:, :keys] = apart[
+                :: -1 if self.by_key else 1
+            ]
+        return ids
+
+    def _padded(self, pairs: Tensor, value: int) -> Tensor:
+        """``[(B,) L', S']`` with prefix tokens."""
         geometry = self.geometry
-        offsets = geometry.offsets(device)
-        ids = self.function(-offsets if self.by_key else offsets)
         if geometry.prefix or geometry.key_prefix:
-            ids = F.pad(ids, (geometry.key_prefix, 0, geometry.prefix, 0), value=self.size - 1)
-        return ids.squeeze(0) if ids.dim() == 3 and geometry.batch is None else ids
+            pairs = F.pad(pairs, (geometry.key_prefix, 0, geometry.prefix, 0), value=value)
+        return pairs.squeeze(0) if pairs.dim() == 3 and geometry.batch is None else pairs
 
     def flat(self, device: torch.device) -> Tensor:
-        """Index ``[1 | B, 1, L * S]`` into rows of N numbers laid end to end, ``[B, H, L * N]``.
+        """Return the index ``[1 | B, 1, L * S]`` into flattened rows of N numbers.
 
-        The rows are the queries', with ``by_key`` the keys' (``[B, H, S * N]``).
+        The rows are the queries', ``[B, H, L * N]``, or by key the keys', ``[B, H, S * N]``.
         """
-        key = ("flat", self.function, self.by_key, self.block, device)
-        return self.geometry.remember(key, lambda: self._flat(device))
-
-    def _flat(self, device: torch.device) -> Tensor:
-        # The whole is not remembered, since who needs the flat form does not need both; the
-        # blocks are cut from one that is.
-        ids = self._dense(device) if self.block is None else self.dense(device)
-        rows = torch.arange(ids.shape[-1 if self.by_key else -2], device=device) * self.size
-        ids = ids + (rows if self.by_key else rows.unsqueeze(-1))
-        return ids.reshape(-1, 1, ids.shape[-2] * ids.shape[-1])
+        key = ("flat", self.function, self.by_key, device)
+        # The dense ids are not kept: who reads the flat form does not need both.
+        return self.geometry.remember(
+            key, lambda: flat_index(self._dense(device), self.size, self.by_key)
+        )
 
     def compact(self, device: torch.device) -> Tensor:
-        """Ids ``[1 | B, L, S]`` of the fewest bytes, for kernels."""
+        """Return ids ``[1 | B, L, S]`` of the fewest bytes, for kernels."""
         small = next(d for d in (torch.uint8, torch.int16, torch.int32) if fits(self.size, d))
         ids = self._dense(device).to(small)
         return ids.reshape(-1, *ids.shape[-2:])
 
     def distances(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Euclidean distances ``[L, S]``, or ``[B, L, S]``; of pairs with a prefix token 0."""
+        """Return Euclidean distances ``[(B,) L, S]``; 0 for pairs with a prefix token."""
         key = ("distances", device, dtype)
-        return self._cut(self.geometry.remember(key, lambda: self._distances(device, dtype)))
+        return self.geometry.remember(key, lambda: self._distances(device, dtype))
 
     def _distances(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        geometry = self.geometry
-        offsets = geometry.offsets(device).to(dtype)
-        far = offsets.squeeze(-1).abs() if geometry.axes == 1 else offsets.square().sum(-1).sqrt()
-        if geometry.prefix or geometry.key_prefix:
-            far = F.pad(far, (geometry.key_prefix, 0, geometry.prefix, 0))
-        return far.squeeze(0) if far.dim() == 3 and geometry.batch is None else far
+        offsets = self.geometry.offsets(device).to(dtype)
+        one_axis = self.geometry.axes == 1
+        far = offsets.squeeze(-1).abs() if one_axis else offsets.square().sum(-1).sqrt()
+        return self._padded(far, 0)
+
+
+def prefix_ids(function: BucketFunction) -> tuple[int, int] | None:
+    """Return the ids of pairs with one prefix token, None where they share the last bucket."""
+    found: tuple[int, int] | None = getattr(function, "prefix_ids", None)
+    return found
+
+
+def flat_index(ids: Tensor, size: int, by_key: bool) -> Tensor:
+    """Return the index ``[1 | B, 1, L * S]`` of ids ``[(B,) L, S]`` into flattened rows."""
+    rows = torch.arange(ids.shape[-1 if by_key else -2], device=ids.device) * size
+    ids = ids + (rows if by_key else rows.unsqueeze(-1))
+    return ids.reshape(-1, 1, ids.shape[-2] * ids.shape[-1])
 
 
 def fits(size: int, dtype: torch.dtype) -> bool:
-    """Whether ids below size can be held."""
+    """Return whether ids below a size can be stored in a dtype."""
     return size - 1 <= torch.iinfo(dtype).max
-
-
-def bucket_functions(spec: Spec, causal: bool = False) -> tuple[BucketFunction, ...]:
-    """The bucket functions of a spec: (rows, columns) for method ``cross``, else one.
-
-    ``causal`` decides for a T5 spec that leaves open whether later keys count.
-    """
-    match spec:
-        case RPE():
-            return image_buckets(spec)
-        case Shaw():
-            return (ClipBuckets(spec.clip),)
-        case Huang():
-            return (ClipBuckets(spec.clip, signed=spec.method != 1),)
-        case T5():
-            both = not causal if spec.bidirectional is None else spec.bidirectional
-            return (log_buckets(spec, both),)
-    raise IrpeError(f"{spec} has no buckets: rpe-..., shaw, huang1 to huang4 and t5 have")
-
-
-def bucket_ids(
-    spec: str | Spec, geometry: Geometry, device: torch.device | str = "cpu"
-) -> tuple[Tensor | tuple[Tensor, Tensor], int]:
-    """Bucket ids of an encoding, and the number of buckets.
-
-    Args:
-        spec: the encoding; a T5 that does not say otherwise is bidirectional.
-        geometry: an ``irpe.Grid``, for texts an ``irpe.Sequence``; with prefix tokens one more
-            bucket holds all pairs with one.
-
-    Returns:
-        Ids int64 ``[L, S]`` (``[B, L, S]`` for per-sample positions) of offsets query - key, for
-        method ``cross`` a pair (rows, columns) of these; and N, the size of one table.
-    """
-    if not isinstance(geometry, Geometry):
-        raise IrpeError(f"geometry={geometry!r} is not a geometry: make an irpe.Grid")
-    maps = [BucketIds(function, geometry) for function in bucket_functions(parse(spec))]
-    ids = tuple(m.dense(torch.device(device)) for m in maps)
-    return (ids[0] if len(ids) == 1 else ids), maps[0].size  # type: ignore[return-value]

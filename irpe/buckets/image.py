@@ -1,5 +1,6 @@
-"""The four methods of image relative position encoding (Wu et al., section 3.3)."""
+"""Bucket functions of image relative position encoding (Wu et al., ICCV 2021, section 3.3)."""
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -7,100 +8,89 @@ import torch
 from torch import Tensor
 
 from ..errors import IrpeError
-from ..spec import RPE
-from .piecewise import StepIndex, step_index
+from .steps import StepIndex
+
+AXES = ("frames", "rows", "columns")  # of positions; images have the last two
 
 
 @dataclass(frozen=True, slots=True)
 class ImageBuckets:
-    """A function from (row, column) offsets to bucket ids.
+    """Buckets of (row, column) offsets, or (frame, row, column) ones.
 
-    ``method`` is a spec's, with ``cross`` split into ``rows`` and ``columns``; ``ranks`` holds the
-    rank of each squared distance, for method ``rank``.
+    Args:
+        method: ``product``, ``euc``, ``quant``, ``rank``, or one part of ``cross``: ``frames``,
+            ``rows`` or ``columns``.
+        index: of one axis or of distances.
+        ranks: for ``rank``, the rank of each squared distance.
+        axes: 2 or 3.
     """
 
     method: str
     index: StepIndex
     ranks: tuple[int, ...] = ()
+    axes: int = 2
 
     @property
     def size(self) -> int:
-        """Number of buckets, the one of prefix tokens left out."""
+        """Number of buckets, without the one of prefix tokens."""
         side = 2 * self.index.bound + 1
-        return side * side if self.method == "product" else side
+        return side**self.axes if self.method == "product" else side
 
     @property
     def opposite(self) -> str:
         """Id of the negated offset: "reversed" (size - 1 - id), or the "same" id."""
-        return "reversed" if self.method in ("product", "rows", "columns") else "same"
+        return "reversed" if self.method in ("product", *AXES) else "same"
 
     def __call__(self, offsets: Tensor) -> Tensor:
-        """Bucket ids int64 ``[...]`` of integer offsets ``[..., 2]``."""
-        if offsets.shape[-1] != 2:
-            raise IrpeError(f"image encodings need (row, column), not {offsets.shape[-1]} axes")
+        """Return bucket ids int64 ``[...]`` of integer offsets ``[..., A]``."""
+        if offsets.shape[-1] != self.axes:
+            raise IrpeError(
+                f"this encoding was built for {self.axes} axes, {', '.join(AXES[-self.axes :])}, "
+                f"not for {offsets.shape[-1]}: build it with axes={offsets.shape[-1]}"
+                if offsets.shape[-1] in (2, 3)
+                else f"image encodings need (row, column), not {offsets.shape[-1]} axes"
+            )
         if offsets.is_floating_point():
             raise IrpeError(f"image encodings need integer positions, not {offsets.dtype}")
         index, bound = self.index, self.index.bound
-        # What lies past the reach on one axis is past it altogether; clamped, squares stay small.
+        # An offset past the reach on one axis is past it in every method; squares stay small.
         limit = index.reach + 1
-        rows, columns = offsets.to(torch.int64).clamp(-limit, limit).unbind(-1)
-        match self.method:
-            case "rows":
-                return index(rows) + bound
-            case "columns":
-                return index(columns) + bound
-            case "product":
-                return (index(rows) + bound) * (2 * bound + 1) + index(columns) + bound
-        squared = rows * rows + columns * columns
-        match self.method:
-            case "euc":
-                return index(_rounded_root(squared)) + bound
-            case "quant":
-                return index(squared) + bound
-            case "rank":
-                ranks = torch.tensor(self.ranks, device=squared.device)
-                return index(ranks[squared.clamp(max=len(self.ranks) - 1)]) + bound
-        raise IrpeError(f"unknown method {self.method!r}")
-
-
-def image_buckets(spec: RPE) -> tuple[ImageBuckets, ...]:
-    """The bucket functions of a spec: (rows, columns) for ``cross``, else one."""
-    methods = ("rows", "columns") if spec.method == "cross" else (spec.method,)
-    index = step_index(spec)
-    ranks = _ranks(index.reach) if spec.method == "rank" else ()
-    return tuple(ImageBuckets(method, index, ranks) for method in methods)
+        parts = offsets.to(torch.int64).clamp(-limit, limit).unbind(-1)
+        if self.method in AXES:
+            return index(parts[AXES[-self.axes :].index(self.method)]) + bound
+        if self.method == "product":
+            ids = index(parts[0]) + bound
+            for part in parts[1:]:
+                ids = ids * (2 * bound + 1) + index(part) + bound
+            return ids
+        distances = parts[0] * parts[0]  # squared, as in quant
+        for part in parts[1:]:
+            distances = distances + part * part
+        if self.method == "euc":
+            distances = _rounded_root(distances)
+        elif self.method == "rank":
+            ranks = torch.tensor(self.ranks, device=distances.device)
+            distances = ranks[distances.clamp(max=len(self.ranks) - 1)]
+        return index(distances) + bound
 
 
 def _rounded_root(squared: Tensor) -> Tensor:
-    """round(sqrt(n)) of integers; corrected in integers, since square roots differ by device."""
+    """Return round(sqrt(n)) of integers, corrected: square roots differ by device."""
     root = squared.to(torch.float32).sqrt().round().to(torch.int64)
     root = (root - (squared <= root * root - root).to(torch.int64)).clamp(min=0)
     return root + (squared > root * root + root).to(torch.int64)
 
 
 @lru_cache(maxsize=64)
-def _ranks(reach: int) -> tuple[int, ...]:
-    """Rank of squared distances among all that integer offsets can have: 0, 1, 2, 4, 5, 8, ...
+def ranks(reach: int) -> tuple[int, ...]:
+    """Return the rank of each squared distance among 0, 1, 2, 4, 5, 8, ..., up to rank ``reach``.
 
-    Counted over the whole plane and not over one grid, so that an offset has the same rank in
-    every grid. Goes on until the rank ``reach``; numbers between two squared distances get the
-    lower one's rank, and are never looked up.
+    These are the squared distances of the whole plane and not of one grid, so that an offset has
+    the same rank in every grid. Numbers between two of them get the lower one's rank, and are
+    never looked up.
     """
-    limit = 4 * reach + 16
-    while True:
-        present = [False] * (limit + 1)
-        root = int(limit**0.5) + 1
-        for row in range(root):
-            for column in range(row, root):
-                if row * row + column * column <= limit:
-                    present[row * row + column * column] = True
-        if sum(present) > reach:
-            break
-        limit *= 2
-    ranks, rank = [], -1
-    for is_distance in present:
-        rank += is_distance
-        ranks.append(rank)
-        if rank == reach:
-            break
-    return tuple(ranks)
+    limit = 8 * reach + 16  # of these numbers, more than ``reach`` are sums of two squares
+    squares = torch.arange(math.isqrt(limit) + 1, device="cpu").square()
+    present = torch.unique(squares.unsqueeze(1) + squares)[: reach + 1]
+    numbers = torch.arange(int(present[-1]) + 1, device="cpu")
+    return tuple((torch.searchsorted(present, numbers, right=True) - 1).tolist())

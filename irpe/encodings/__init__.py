@@ -1,15 +1,33 @@
-"""Encodings as modules: four hooks into a model, and a builder for any spec."""
+"""Encodings: one file each, with its spec, its module and, if they are its own, its buckets."""
 
-from .absolute import stretch
-from .base import Encoding, Hooks, hooks
-from .build import build
-from .image import build_rpe
+# Each import registers the specs of a file, in the order in which ``irpe specs`` lists them.
+from . import rpe, rope, rope_axial, rope_mixed, alibi, cpb, decomposed, lookhere  # noqa: I001, F401
+from . import t5, t5_axes, shaw, huang, sinusoidal, learned, pia  # noqa: F401
+from .base import (
+    SPECS,
+    Encoding,
+    Encodings,
+    bucket_ids,
+    build,
+    encodings_of,
+    parse,
+    register,
+    specs,
+)
+from .learned import interpolate
+from .rpe import RPE, build_rpe
 
 __all__ = [
+    "RPE",
+    "SPECS",
     "Encoding",
-    "Hooks",
+    "Encodings",
+    "bucket_ids",
     "build",
     "build_rpe",
-    "hooks",
-    "stretch",
+    "encodings_of",
+    "interpolate",
+    "parse",
+    "register",
+    "specs",
 ]

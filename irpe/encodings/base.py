@@ -1,48 +1,114 @@
-"""The hooks of an encoding; each does nothing unless overridden."""
+"""What all encodings share: the module class, the registry of specs, ``parse`` and ``build``."""
 
+import re
+from typing import Any, TypeVar
+
+import torch
 from torch import Tensor, nn
 
 from ..buckets import BucketFunction, BucketIds
+from ..buckets.ids import number_of
 from ..errors import IrpeError
 from ..geometry import Geometry
+from ..spec import LayerSize, Spec, Sum, read_options
 from ..terms import Term
 
 
 class Encoding(nn.Module):
-    """A position encoding that models call at four places.
+    """A position encoding as a module; a model calls its four methods.
 
-    ``one_for_all``: whether its authors share one among all layers. ``decays``: whether its
-    parameters take part in weight decay.
+    Each method does nothing unless a subclass overrides it.
+
+    Attributes:
+        spec: the spec that it was built from, a single one.
+        one_for_all: whether its authors share one module among all layers.
+        decays: whether its parameters take part in weight decay.
     """
 
+    spec: Spec
     one_for_all: bool = False
     decays: bool = True
 
     def embed(self, x: Tensor, geometry: Geometry) -> Tensor:
-        """Change the tokens ``[B, L, C]`` at the model's input."""
+        """Return the tokens ``[B, L, C]`` at the model's input, changed."""
         return x
 
     def inputs(self, xq: Tensor, xk: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-        """Change what enters the query and key projections, ``[B, L, C]`` and ``[B, S, C]``."""
+        """Return the inputs of the query and key projections, ``[B, L, C]`` and ``[B, S, C]``."""
         return xq, xk
 
     def transform(self, q: Tensor, k: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-        """Change queries ``[B, H, L, D]`` and keys ``[B, H, S, D]`` after their projections.
-
-        More channels may come back than went in; the attention's scale stays that of D.
-        """
+        """Return queries ``[B, H, L, D]`` and keys ``[B, H, S, D]``, after their projections."""
         return q, k
 
     def terms(self, geometry: Geometry) -> tuple[Term, ...]:
-        """Tables for ``irpe.attention``; tuples of several encodings add up."""
+        """Return the terms for ``irpe.attention``; tuples of several encodings add up."""
         return ()
 
+    def extra_repr(self) -> str:
+        shapes = (f"{n}={list(p.shape)}" for n, p in self.named_parameters(recurse=False))
+        return ", ".join((str(self.spec), *shapes))
 
-class Hooks:
-    """The hooks of several encodings, one after the other; see ``Encoding``."""
+
+class TableEncoding(Encoding):
+    """An encoding of tables with a row for each bucket, zero at first.
+
+    Args:
+        function: from offsets to buckets; where there are prefix tokens, pairs with one have one
+            bucket more.
+    """
+
+    def __init__(self, spec: Spec, size: LayerSize, function: BucketFunction) -> None:
+        super().__init__()
+        self.spec, self.function, self.prefix = spec, function, size.prefix
+        self.num_buckets = function.size + (size.prefix > 0)
+        self.number = number_of(function)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.number = number_of(self.function)  # other processes do not have it yet
+
+    def reset_parameters(self) -> None:
+        """Zero the tables, after construction on the meta device as well."""
+        for table in self.parameters():
+            nn.init.zeros_(table)
+
+    def buckets(self, geometry: Geometry) -> BucketIds:
+        """Return the buckets; raise IrpeError where only the geometry or the table has a prefix."""
+        buckets = BucketIds(self.function, geometry, self.number)
+        has_prefix = False
+        if geometry.prefix > 0 or geometry.key_prefix > 0:  # sizes may be symbols
+            has_prefix = True
+        if has_prefix != (self.prefix > 0):
+            raise IrpeError(
+                f"{geometry!r} has {'a' if has_prefix else 'no'} prefix, but the table of "
+                f"{self.spec} was built {'with' if self.prefix else 'without'} a bucket for one: "
+                f"build it with prefix={int(has_prefix)}, or attach inside "
+                "`with irpe.located(grid):` of such a grid"
+            )
+        return buckets
+
+
+class Encodings:
+    """Several encodings, applied one after the other; see ``Encoding`` for the methods.
+
+    Tables are multiplied with queries and keys as they are before ``transform``: with rotated ones
+    the sum of a rotary encoding and a table would not be relative. So where both are there,
+    ``transform`` returns more channels, the rotated ones and then the others, and the tables of
+    ``terms`` are zero for the rotated ones. The attention's scale stays that of D.
+    """
 
     def __init__(self, encodings: tuple[Encoding, ...]) -> None:
         self.encodings = encodings
+        self._transforms = any(type(e).transform is not Encoding.transform for e in encodings)
+
+    @property
+    def by_length(self) -> bool:
+        """Whether ``transform`` depends on the largest position, so that all keys change with it.
+
+        A cache then holds keys as they were before ``transform``.
+        """
+        return any(getattr(e.spec, "by_length", False) for e in self.encodings)
 
     def embed(self, x: Tensor, geometry: Geometry) -> Tensor:
         for encoding in self.encodings:
@@ -55,38 +121,224 @@ class Hooks:
         return xq, xk
 
     def transform(self, q: Tensor, k: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+        if not self._transforms:
+            return q, k
+        before = {"query": q, "key": k}
         for encoding in self.encodings:
             q, k = encoding.transform(q, k, geometry)
+        for kind in self._content(self._terms(geometry)):
+            more = [before[kind], torch.zeros_like(before["key" if kind == "query" else "query"])]
+            more_q, more_k = more if kind == "query" else more[::-1]
+            q, k = torch.cat((q, more_q), -1), torch.cat((k, more_k), -1)
         return q, k
 
     def terms(self, geometry: Geometry) -> tuple[Term, ...]:
+        terms = self._terms(geometry)
+        content = self._content(terms)
+        return tuple(
+            term.with_table(_padded(term.table, content.index(term.kind), len(content)))
+            if term.kind in content
+            else term
+            for term in terms
+        )
+
+    def _terms(self, geometry: Geometry) -> tuple[Term, ...]:
         return tuple(term for e in self.encodings for term in e.terms(geometry))
 
+    def _content(self, terms: tuple[Term, ...]) -> list[str]:
+        """The kinds of terms, query and key, that need channels of their own."""
+        kinds = {term.kind for term in terms} if self._transforms else set()
+        if "channels" in kinds:
+            names = " + ".join(dict.fromkeys(str(e.spec) for e in self.encodings))
+            raise IrpeError(
+                f"{names}: scales per channel do not go together with rotated queries and keys"
+            )
+        return [kind for kind in ("query", "key") if kind in kinds]
 
-def hooks(owner: nn.Module) -> Hooks:
-    """The hooks of the encodings that are attributes of a module, in the order they were set."""
-    return Hooks(tuple(e for e in owner.children() if isinstance(e, Encoding)))
+
+def _padded(table: Tensor, place: int, parts: int) -> Tensor:
+    """A table ``[H | 1, D, N]`` for queries or keys of D rotated channels and ``parts`` times D."""
+    dim = table.shape[1]
+    return nn.functional.pad(table, (0, 0, (1 + place) * dim, (parts - 1 - place) * dim))
 
 
-def located_buckets(
-    what: str, function: BucketFunction, geometry: Geometry, prefix: bool, by_key: bool = False
-) -> BucketIds:
-    """Buckets of a table that was built with or without a row for prefix tokens.
+def encodings_of(module: nn.Module) -> Encodings:
+    """Return the encodings that are attributes of a module, in the order they were set."""
+    return Encodings(tuple(e for e in module.children() if isinstance(e, Encoding)))
+
+
+def specs(model: nn.Module) -> dict[str, str]:
+    """Return the spec of every module of a model that has encodings.
+
+    Returns:
+        Spec strings by the module's path, "" for the model itself. Several encodings on one
+        module add up: ``"rope-axial + rpe-1.9-product-bias-1-k"``.
+    """
+    if not isinstance(model, nn.Module):
+        raise IrpeError(f"a model is a torch.nn.Module, not {type(model).__name__}")
+    found = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, Encoding):
+            held = dict.fromkeys(str(e.spec) for e in encodings_of(module).encodings)
+            if held:
+                found[path] = " + ".join(held)
+    return found
+
+
+# What a spec's string may start with, and its class; filled by ``register``.
+SPECS: dict[str, type[Spec]] = {}
+_Kind = TypeVar("_Kind", bound=type[Spec])
+
+
+def register(spec: _Kind) -> _Kind:
+    """Register an encoding, as a decorator of its spec: ``irpe.parse`` then reads its names.
+
+    Args:
+        spec: a frozen dataclass, subclass of ``irpe.Spec``, with ``names`` and ``build``.
 
     Raises:
-        IrpeError: where the geometry has prefix tokens and the table no row for them, or the
-            other way round. ``what`` is the table's name.
+        IrpeError: for a class that is no spec, and a name that is taken or cannot be parsed.
+    """
+    if not isinstance(spec, type) or not issubclass(spec, Spec):
+        raise IrpeError(f"register takes a subclass of irpe.Spec, not {spec!r}")
+    if "__dataclass_fields__" not in vars(spec) or not spec.names or spec.build is Spec.build:
+        raise IrpeError(
+            f"{spec.__name__} needs @dataclass(frozen=True, kw_only=True) below @irpe.register, "
+            "a class variable names and a method build(size)"
+        )
+    for name in spec.names:
+        if not re.fullmatch("[a-z][a-z0-9_-]*", name):
+            raise IrpeError(
+                f"name {name!r} of {spec.__name__}: a name has small letters, digits, - and _, "
+                "and starts with a letter"
+            )
+        holder = SPECS.get(name, spec)
+        # A module that is run or imported again registers its class again.
+        if (holder.__module__, holder.__qualname__) != (spec.__module__, spec.__qualname__):
+            raise IrpeError(f"name {name!r} of {spec.__name__} is taken by {holder.__name__}")
+    SPECS.update(dict.fromkeys(spec.names, spec))
+    return spec
+
+
+def parse(spec: str | Spec) -> Spec:
+    """Return the spec of a string; a spec comes back as it is.
+
+    Args:
+        spec: such as ``"rpe-1.9-product-ctx-1-k"``, ``"rope,layout=half"``, or a sum,
+            ``"rope-axial + rpe-1.9-product-bias-1-k"``.
+
+    Raises:
+        IrpeError: naming the part that is wrong and the values it may take.
+    """
+    if isinstance(spec, Spec):
+        return spec
+    if not isinstance(spec, str):
+        raise IrpeError(f"a spec is a string or an irpe.Spec, not {type(spec).__name__}: {spec!r}")
+    try:
+        # A plus before a digit belongs to a number: 5e+5.
+        single = tuple(_parse_one(part) for part in re.split(r"\s*\+(?!\d)\s*", spec))
+        return single[0] if len(single) == 1 else Sum(single)
+    except IrpeError as error:
+        raise IrpeError(f"cannot parse the spec {spec!r}: {error}") from None
+
+
+def _parse_one(text: str) -> Spec:
+    name, *given = text.split(",")
+    kind = SPECS.get(name) or SPECS.get(name.partition("-")[0])
+    fields = None if kind is None else kind.read_name(name)
+    if kind is None or fields is None:
+        known = ", ".join(some.grammar or start for start, some in SPECS.items())
+        raise IrpeError(f"unknown encoding {name!r}; there are {known}")
+    return kind(**fields, **read_options(given, [field.name for field in kind.options(name)]))
+
+
+def build(
+    spec: str | Spec,
+    *,
+    dim: int,
+    num_heads: int,
+    head_dim: int | None = None,
+    prefix: int = 0,
+    causal: bool = False,
+    axes: int = 2,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Encoding]:
+    """Build the modules of a spec, for one attention layer or for a model's input.
+
+    Args:
+        spec: the encoding.
+        dim: C, channels of the tokens.
+        num_heads: H, the query heads.
+        head_dim: D; None: C / H.
+        prefix: number of prefix tokens (class token, registers) before the others: a table of
+            relative positions gets a bucket for them.
+        causal: whether no query sees a later key.
+        axes: numbers that a position of an image (2) or a video (3) has.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Returns:
+        Modules by attribute name, for ``setattr`` on the attention module: rpe_q, rpe_k, rpe_v
+        for images; else one of rope, alibi, t5, shaw, huang, pia; and for the model's input
+        sinusoidal or learned. ``irpe.encodings_of(module)`` applies them.
+
+    Raises:
+        IrpeError: for sizes that the encoding cannot have.
+    """
+    spec = parse(spec)
+    made = spec.build(
+        LayerSize(
+            dim=dim,
+            num_heads=num_heads,
+            head_dim=LayerSize.split(dim, num_heads) if head_dim is None else head_dim,
+            prefix=prefix,
+            causal=causal,
+            axes=axes,
+            device=device,
+            dtype=dtype,
+        )
+    )
+    for name, module in made.items():
+        if not isinstance(module, Encoding) or not hasattr(module, "spec"):
+            raise IrpeError(f"{spec} built {name}, which is no irpe.Encoding with a .spec")
+    return made
+
+
+def bucket_ids(
+    spec: str | Spec, geometry: Geometry, device: torch.device | str = "cpu"
+) -> tuple[Tensor | tuple[Tensor, ...], int]:
+    """Return the bucket ids of an encoding, and its number of buckets.
+
+    Args:
+        spec: the encoding; a T5 that does not say otherwise is bidirectional.
+        geometry: an ``irpe.Grid`` or ``irpe.Volume``, for text an ``irpe.Sequence``; with prefix
+            tokens one more bucket holds all pairs with one.
+        device: of the ids.
+
+    Returns:
+        Ids int64 ``[L, S]`` (``[B, L, S]`` for per-sample positions) of offsets query - key, for
+        method ``cross`` (rows, columns) or (frames, rows, columns) of these; and N, the size of
+        one table.
+
+    Raises:
+        IrpeError: for an encoding without buckets.
     """
     if not isinstance(geometry, Geometry):
         raise IrpeError(f"geometry={geometry!r} is not a geometry: make an irpe.Grid")
-    has_prefix = False
-    if geometry.prefix > 0 or geometry.key_prefix > 0:  # sizes may be symbols
-        has_prefix = True
-    if has_prefix != prefix:
+    spec = parse(spec)
+    modules: dict[str, Any] = {}
+    if not spec.at_input and geometry.axes in spec.axes:
+        prefix = max(geometry.prefix, geometry.key_prefix)
+        sizes: dict[str, Any] = {"axes": max(geometry.axes, 2), "prefix": prefix}
+        modules = build(spec, dim=768, num_heads=12, **sizes, device="meta")
+    terms = (term for module in modules.values() for term in module.terms(geometry))
+    functions = dict.fromkeys(term.buckets.function for term in terms if term.kind != "slope")
+    if not functions:
         raise IrpeError(
-            f"{geometry!r} has {'a' if has_prefix else 'no'} prefix, but the {what} "
-            f"table was built {'with' if prefix else 'without'} a bucket for one "
-            f"({function.size + prefix} buckets): build it with prefix={has_prefix}, "
-            "or attach inside `with irpe.located(grid):` of such a grid"
+            f"{spec} has no buckets over {geometry!r}: relative tables have, such as "
+            "rpe-1.9-product-ctx-1-k over a Grid and t5 over a Sequence"
         )
-    return BucketIds(function, geometry, by_key)
+    maps = [BucketIds(function, geometry) for function in functions]
+    ids = tuple(m.dense(torch.device(device)) for m in maps)
+    return (ids[0] if len(ids) == 1 else ids), maps[0].size

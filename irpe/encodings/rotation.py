@@ -1,26 +1,164 @@
-"""Rotation of pairs of channels: the arithmetic of rotary embeddings, written out both ways.
+"""Rotary embeddings: what ``rope``, ``rope-axial`` and ``rope-mixed`` share.
 
-Tables are float32 or better, whatever is rotated; the result is rounded once.
+Queries and keys are rotated by their positions, so that their products depend on offsets alone. An
+angle is a position times a frequency, summed over axes. Angles are computed in float64, since they
+are absolute and grow with the position; cosines and sines are float32 or better.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
+
+from ..errors import IrpeError
+from ..geometry import Geometry
+from ..spec import LayerSize
+from .base import Encoding
+
+LAYOUTS = ("interleaved", "half")
+
+
+class Rotary(Encoding):
+    """Queries and keys rotated by fixed frequencies (Su et al., 2021; Heo et al., 2024).
+
+    It has no parameters and no buffers. Cosines and sines are computed once for equal geometries
+    and all layers. Prefix tokens are not rotated.
+
+    Args:
+        spec: with ``layout`` and ``frequencies(head_dim)``, which returns radians per position
+            ``[A, R / 2]`` in float64, and a factor of cosines and sines. Where ``by_length`` is
+            True, it is also given the largest position plus 1.
+    """
+
+    spec: Any
+
+    def __init__(self, spec: Any, size: LayerSize) -> None:
+        super().__init__()
+        self.spec, self.head_dim = spec, size.head_dim
+        self.frequencies(size.axes)  # validates early
+
+    def frequencies(self, axes: int, length: Tensor | None = None) -> tuple[Tensor, float]:
+        """Return the spec's frequencies of positions with this many axes, and their factor."""
+        given = () if length is None else (length,)
+        made: tuple[Tensor, float] = self.spec.frequencies(self.head_dim, *given)
+        return made
+
+    def tables(self, geometry: Geometry, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``cos_sin`` on the device of a tensor, in float64 for a float64 one."""
+        key = ("rotary", self.spec, self.head_dim, like.device, like.dtype == torch.float64)
+        tables: tuple[Tensor, Tensor] = geometry.remember(key, lambda: self.compute(geometry, like))
+        return tables
+
+    def compute(
+        self, geometry: Geometry, like: Tensor, move: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``tables``; ``move`` is passed to ``coordinates``."""
+        by_length = getattr(self.spec, "by_length", False)
+        length = _length(geometry, like.device) if by_length else None
+        frequencies, factor = self.frequencies(geometry.axes, length)
+        wide = torch.float32 if like.device.type == "mps" else torch.float64
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+
+        def place(positions: Tensor) -> Tensor:
+            return self.coordinates(positions, geometry, move)
+
+        return cos_sin(geometry, frequencies.to(like.device, wide), factor, dtype, place)
+
+    def coordinates(self, positions: Tensor, geometry: Geometry, move: Tensor | None) -> Tensor:
+        """Return what frequencies are multiplied with, ``[(B,) L', A]``, of positions."""
+        return positions
+
+    def transform(self, q: Tensor, k: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+        check_sizes(self, q, k, geometry, self.head_dim)
+        (cos_q, sin_q), (cos_k, sin_k) = (t.unbind(0) for t in self.tables(geometry, q))
+        layout = self.spec.layout
+        return rotate(q, cos_q, sin_q, layout), rotate(k, cos_k, sin_k, layout)
+
+    def extra_repr(self) -> str:
+        return f"{self.spec}, head_dim={self.head_dim}"
+
+
+def _length(geometry: Geometry, device: torch.device) -> Tensor:
+    """The largest position plus 1, a float64 number; of no positions 0."""
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    ends = [p.amax().to(wide) + 1 for p in geometry.positions(device) if p.numel()]
+    return torch.stack(ends).amax() if ends else torch.zeros((), dtype=wide, device=device)
+
+
+def powers(base: float, count: int) -> Tensor:
+    """Return ``base ** (-t / count)`` for t from 0, float64 on the CPU."""
+    return base ** (-torch.arange(count, dtype=torch.float64, device="cpu") / count)
+
+
+def cos_sin(
+    geometry: Geometry,
+    frequencies: Tensor,
+    factor: float,
+    dtype: torch.dtype,
+    place: Callable[[Tensor], Tensor] = lambda positions: positions,
+) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines of queries and of keys, times a factor.
+
+    Args:
+        frequencies: radians per position, ``[A, R / 2]`` or ``[H, A, R / 2]``; angles are computed
+            in their dtype.
+        place: from positions to what is multiplied with frequencies.
+
+    Returns:
+        ``[2, L, R / 2]``, ``[2, H, L, R / 2]`` or ``[2, B, 1 | H, L, R / 2]``, and with S.
+    """
+
+    def side(positions: Tensor, prefix: int) -> Tensor:
+        placed = place(positions.to(frequencies.dtype))
+        if placed.dim() == 3:
+            placed = placed.unsqueeze(1)  # [B, 1, L, A]
+        # A sum over axes and no product of matrices, which autocast would round.
+        turned = placed.unsqueeze(-1) * frequencies.unsqueeze(-3)
+        angles = nn.functional.pad(turned.sum(-2), (0, 0, prefix, 0))
+        return (torch.stack((angles.cos(), angles.sin())) * factor).to(dtype)
+
+    query, key = geometry.positions(frequencies.device)
+    on_q = side(query, geometry.prefix)
+    if key is query and geometry.key_prefix == geometry.prefix:
+        return on_q, on_q
+    return on_q, side(key, geometry.key_prefix)
+
+
+def check_sizes(
+    encoding: Encoding,
+    q: Tensor,
+    k: Tensor,
+    geometry: Geometry,
+    head_dim: int,
+    heads: int | None = None,
+) -> None:
+    """Raise IrpeError for tensors or positions that do not fit a rotary encoding."""
+    spec = encoding.spec
+    if not isinstance(geometry, Geometry):
+        raise IrpeError(f"geometry={geometry!r} is not a geometry: make an irpe.Sequence or Grid")
+    if geometry.axes not in spec.axes:
+        other = "rope" if geometry.axes == 1 else "rope-axial or rope-mixed"
+        raise IrpeError(
+            f"{spec} needs positions of {' or '.join(map(str, spec.axes))} numbers, not of "
+            f"{geometry.axes} as in "
+            f"{geometry!r}: {other} would do"
+        )
+    geometry.check(q.shape[0], q.shape[2], k.shape[2])
+    for name, x in (("q", q), ("k", k)):
+        if x.shape[-1] != head_dim or heads not in (None, x.shape[1]):
+            built = f"head_dim={head_dim}" if heads is None else f"{heads} heads of {head_dim}"
+            raise IrpeError(f"{spec} was built for {built} channels, but {name} is {list(x.shape)}")
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
-    """Turn pairs of channels of x by the angles of a table (Su et al., Eq. 34).
+    """Return x with pairs of channels rotated by angles (Su et al., Eq. 34).
 
     Args:
-        x: ``[B, H, L, D]``.
-        cos, sin: ``[..., L, R / 2]``, broadcastable to x's first axes, in float32 or float64; the
-            first R channels are rotated, the others pass.
+        x: ``[B, H, L, D]``; the first R channels are rotated, and rounded once.
+        cos, sin: ``[..., L, R / 2]``, broadcastable to x's first axes, float32 or float64.
         layout: pairs are (2t, 2t + 1) in ``interleaved``, (t, t + R / 2) in ``half``.
-
-    Returns:
-        As x.
     """
     learned = cos.requires_grad or sin.requires_grad
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -50,7 +188,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """Keeps the table and nothing else: the gradient is rotated back."""
+    """Saves the table and nothing else: the backward pass rotates the gradient back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, layout: str, back: bool) -> Tensor:

@@ -1,7 +1,8 @@
-"""Other people's models, equipped. The only place in irpe that knows other libraries."""
+"""``attach``: encodings on the models of other libraries. Only this part of irpe imports those."""
 
 from .attach import Report, attach, detach
-from .groups import param_groups
-from .place import located
+from .base import Site, register_host
+from .carry import located
+from .maps import attention_maps
 
-__all__ = ["Report", "attach", "detach", "located", "param_groups"]
+__all__ = ["Report", "Site", "attach", "attention_maps", "detach", "located", "register_host"]

@@ -1,17 +1,19 @@
-"""``attach`` and ``detach``: equip a model that exists already, in place, and undo it."""
+"""``attach`` and ``detach``: put encodings on the attention modules of a model, and remove them."""
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from importlib import import_module
 
 from torch import nn
 
+from ..backends import check_backend
+from ..encodings import parse, specs
 from ..errors import IrpeError
-from ..functional import check_backend
-from ..spec import Spec, parse
-from .site import Site
+from ..spec import Spec
+from .base import Site, find_sites, register_host
+from .config import remember_specs
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,136 +21,177 @@ class Report:
     """What ``attach`` changed.
 
     Args:
-        spec: the encoding. modules: paths of the attention modules that carry it now.
-        parameters: number of parameters added. keys: their names in the state_dict.
-        own: whether the modules' own rotary embeddings and relative biases were kept.
+        specs: path of each attention module that was changed, and its spec.
+        parameters: number of parameters added.
+        keys: their names in the state_dict.
+        native: "keep", "replace" or "fuse": what became of native position encodings.
     """
 
-    spec: Spec
-    modules: tuple[str, ...]
+    specs: dict[str, str]
     parameters: int
     keys: tuple[str, ...]
-    own: str = "keep"
+    native: str = "keep"
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Paths of the attention modules that were changed."""
+        return tuple(self.specs)
 
     def __str__(self) -> str:
-        names = self.modules[0]
-        if len(self.modules) > 1:
-            names += f" ... {self.modules[-1]}"
-        same = self.spec.neutral and self.own == "keep"
-        return (
-            f"{self.spec} on {len(self.modules)} attention modules ({names}), "
-            f"{self.parameters:,} parameters added; outputs "
-            + ("stay the same until trained" if same else "change at once: train on")
+        by_spec: dict[str, list[str]] = {}
+        if self.native == "fuse":
+            what = "; ".join(sorted({spec for spec in self.specs.values() if spec}))
+            return (
+                f"native encodings of {len(self.specs)} attention modules fused"
+                + (f", with {what}, {self.parameters:,} parameters added" if what else "")
+                + "; outputs stay the same to rounding"
+                + (" where that is neutral" if what else "")
+            )
+        for path, spec in self.specs.items():
+            by_spec.setdefault(spec, []).append(path or "the model itself")
+        lines = []
+        for spec, paths in by_spec.items():
+            names = paths[0] if len(paths) == 1 else f"{paths[0]} ... {paths[-1]}"
+            lines.append(f"{spec} on {len(paths)} attention modules ({names})")
+        same = self.native == "keep" and all(parse(spec).neutral for spec in by_spec)
+        return f"{'; '.join(lines)}, {self.parameters:,} parameters added; outputs " + (
+            "stay the same until trained" if same else "change at once: train on"
         )
 
 
 def attach(
     model: nn.Module,
-    spec: str | Spec,
+    spec: str | Spec | Mapping[str, str | Spec] | None = None,
+    *,
     where: str = "*",
     backend: str = "auto",
-    own: str = "keep",
+    native: str = "keep",
 ) -> Report:
-    """Equip a model with an encoding, in place.
+    """Put encodings on the attention modules of a model, in place.
 
     Tables start so that outputs stay the same, to rounding, until they are trained; rotary
-    embeddings, ALiBi and what else has no tables to start with change outputs at once, and the
-    report says so. Keys of the state_dict stay as they are and new ones are added. Positions come
-    from an image model's own patch embedding, anew in each forward pass; for
-    ``nn.MultiheadAttention`` the caller tells them by ``with irpe.located(grid):``, around
-    ``attach`` too where prefix tokens stand before the others.
+    embeddings, ALiBi and other encodings without such tables change outputs at once, and the report
+    says so. Keys of the state_dict stay as they are and new ones are added. Image models compute
+    positions from their own patch embedding at every forward pass. For ``nn.MultiheadAttention``
+    and timm's blocks in a model of your own, set them by ``with irpe.located(grid):``, around
+    ``attach`` too if there are prefix tokens.
+
+    An optimiser or an averaged copy of the model that was made before does not have the new
+    parameters: make it after ``attach``.
 
     Args:
-        model: a vision transformer of timm's or torchvision's, an image encoder of transformers
-            or ``nn.MultiheadAttention`` (``nn.TransformerEncoder``), or any module that holds some;
-            where a decoder does too, ``where`` chooses the encoder.
-        spec: the encoding, as ``"rpe-2.0-product-ctx-1-k"`` or ``"rope-axial"``.
+        model: a vision transformer of timm or torchvision, an image encoder of transformers, an
+            ``nn.MultiheadAttention`` (``nn.TransformerEncoder``), a model of a registered library
+            (``irpe.register_host``), or any module that holds some of these.
+        spec: the encoding, as ``"rpe-2.0-product-ctx-1-k"``; several for one module as
+            ``"rope-axial + rpe-1.9-product-bias-1-k"``; or a mapping of shell patterns to specs:
+            the first pattern that fits a module's path decides, and a module that fits none stays.
+            None, with ``native="fuse"``: the native encodings alone.
         where: a shell pattern for the paths of the attention modules, as ``"blocks.[0-5].*"``.
         backend: see ``irpe.attention``.
-        own: what becomes of an attention module's own rotary embedding or relative bias: "keep"
-            it, and the encoding is added; or "replace" it by the encoding, which changes outputs
-            at once. Its parameters stay in the model, unused, for ``detach``.
+        native: what becomes of a module's native rotary embedding or relative bias. "keep": the
+            encoding is added to it. "replace": the encoding replaces it, which changes outputs at
+            once; its parameters stay in the model for ``detach``, and need no gradient until then.
+            "fuse": it is computed as terms of ``irpe.attention`` on its own parameters, without a
+            bias of all pairs; outputs and the state_dict stay the same (docs/support.md: which).
 
     Returns:
         What was changed; print it.
 
     Raises:
-        IrpeError: where nothing matches, a module is equipped already or cannot be. The model is
-            not changed then.
+        IrpeError: if nothing matches, a pattern of a mapping fits nothing, or a module has an
+            encoding already or is not supported. The model is not changed then.
     """
-    spec = parse(spec)
     check_backend(backend)
-    if own not in ("keep", "replace"):
-        raise IrpeError(f"own={own!r} is not one of keep, replace")
+    if native not in ("keep", "replace", "fuse"):
+        raise IrpeError(f"native={native!r} is not one of keep, replace, fuse")
     if not isinstance(where, str):
-        raise IrpeError(f"where={where!r} is a shell pattern, as 'blocks.[0-5].*'")
-    sites = _sites(model)
+        raise IrpeError(f"where={where!r} is not a shell pattern, as 'blocks.[0-5].*'")
+    patterns: dict[str, Spec | None]
+    if spec is None and native != "fuse":
+        raise IrpeError("spec=None: attach needs an encoding, such as rpe-1.9-product-ctx-1-k")
+    if not isinstance(spec, Mapping):
+        patterns = {where: None if spec is None else parse(spec)}
+    elif where != "*":
+        raise IrpeError(f"where={where!r} and a mapping of patterns to specs: give one of them")
+    elif not spec:
+        raise IrpeError("the mapping of patterns to specs is empty")
+    else:
+        patterns = {str(pattern): parse(one) for pattern, one in spec.items()}
+    chosen = _choose(model, patterns, "pattern " if isinstance(spec, Mapping) else "where=")
+    for site, one in chosen:
+        name = site.name or type(model).__name__
+        if site.attached:
+            raise IrpeError(
+                f"{name} has an encoding already: irpe.detach(model) removes it; to put several "
+                f"on one module, attach their sum, '{specs(site.module).get('')} + {one}'"
+            )
+        why = None if one is None else site.unsupported(one)
+        if why is not None:
+            raise IrpeError(f"attach does not support {name}: {why}")
+        why = site.unfused(one) if native == "fuse" else None
+        if why is not None:
+            raise IrpeError(f"native='fuse' does not support {name}: {why}")
+        if native == "replace" and site.native() is None:
+            raise IrpeError(
+                f"native='replace', but {name} has no native rotary embedding or relative bias: "
+                "leave native='keep'"
+            )
+    before = {name for name, _ in model.named_parameters()}
+    for site, one in chosen:
+        site.add(one, backend=backend, native=native)
+    added = {n: p.numel() for n, p in model.named_parameters() if n not in before}
+    remember_specs(model)
+    changed = {site.name: "" if one is None else str(one) for site, one in chosen}
+    return Report(changed, sum(added.values()), tuple(added), native)
+
+
+def _choose(
+    model: nn.Module, patterns: Mapping[str, Spec | None], say: str
+) -> list[tuple[Site, Spec | None]]:
+    """The sites whose path fits a pattern, each with its spec."""
+    sites = find_sites(model)
     if not sites:
         raise IrpeError(
-            f"{type(model).__name__} has no attention that can be equipped: "
-            "attach knows vision transformers of timm and torchvision, image encoders of "
-            "transformers, and torch's nn.MultiheadAttention; "
-            "for a model of your own, use irpe.RPEAttention"
+            f"{type(model).__name__} has no attention that attach supports: it supports vision "
+            "transformers of timm and torchvision, image encoders of transformers, and torch's "
+            "nn.MultiheadAttention; for a model of your own, use irpe.RPEAttention"
         )
-    chosen = [site for site in sites if fnmatchcase(site.name, where)]
-    if not chosen:
-        names = ", ".join(site.name for site in sites[:3])
-        raise IrpeError(f"where={where!r} matches none of the attention modules ({names}, ...)")
-    for site in chosen:
-        name = site.name or type(model).__name__
-        if site.equipped:
-            raise IrpeError(f"{name} is equipped already: irpe.detach(model) undoes that")
-        obstacle = site.obstacle(spec)
-        if obstacle is not None:
-            raise IrpeError(f"{name} cannot be equipped: {obstacle}")
-        if own == "replace" and site.possession() is None:
+    fitting = ((site, [p for p in patterns if fnmatchcase(site.name, p)]) for site in sites)
+    chosen = [(site, found[0]) for site, found in fitting if found]
+    used = {pattern for _, pattern in chosen}
+    for pattern in patterns:
+        if pattern not in used:
+            names = ", ".join(site.name for site in sites[:3])
             raise IrpeError(
-                f"own='replace', but {name} has no rotary embedding or relative bias of its "
-                "own: leave own='keep'"
+                f"{say}{pattern!r} matches none of the attention modules ({names}, ...)"
             )
-        site.own = own
-    before = {name for name, _ in model.named_parameters()}
-    for site in chosen:
-        site.equip(spec, backend)
-    added = {n: p.numel() for n, p in model.named_parameters() if n not in before}
-    return Report(spec, tuple(s.name for s in chosen), sum(added.values()), tuple(added), own)
+    return [(site, patterns[pattern]) for site, pattern in chosen]
 
 
 def detach(model: nn.Module) -> None:
-    """Undo ``attach``: remove the tables and give every module its own forward pass back.
+    """Undo ``attach``: remove the tables and restore every module exactly.
 
     Raises:
-        IrpeError: where nothing is attached.
+        IrpeError: if nothing is attached.
     """
-    equipped = [site for site in _sites(model) if site.equipped]
-    if not equipped:
+    attached = [site for site in find_sites(model) if site.attached]
+    if not attached:
         raise IrpeError(f"nothing is attached to this {type(model).__name__}")
-    for site in equipped:
-        if site.equipped:  # not stripped together with another one
-            site.strip()
+    for site in attached:
+        site.remove()
+    remember_specs(model)
 
 
-# A library's module, which is imported where a model may hold something of that library's, and its
-# host here; the first that knows an attention module has it.
-_HOSTS = {
-    "timm": "timm",
-    "torchvision.models.vision_transformer": "torchvision",
-    "transformers.modeling_utils": "transformers",
-    "torch": "mha",
-}
+def _find_built_in(file: str, model: nn.Module) -> Iterator[Site]:
+    found: Iterator[Site] = import_module(f".{file}", __package__).find_sites(model)
+    return found
 
 
-def _sites(model: nn.Module) -> list[Site]:
-    if not isinstance(model, nn.Module):
-        raise IrpeError(f"a model is a torch.nn.Module, not {type(model).__name__}")
-    return list(_find(model))
-
-
-def _find(model: nn.Module) -> Iterator[Site]:
-    known: set[int] = set()
-    for library, host in _HOSTS.items():
-        if library in sys.modules:
-            sites = import_module(f".{host}", __package__).sites(model)
-            found = [site for site in sites if id(site.module) not in known]
-            known |= {id(site.module) for site in found}
-            yield from found
+for _library, _file in (
+    ("torch", "torch"),
+    ("transformers.modeling_utils", "transformers"),
+    ("torchvision.models.vision_transformer", "torchvision"),
+    ("timm", "timm.sites"),
+):
+    register_host(_library, partial(_find_built_in, _file))

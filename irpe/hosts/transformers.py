@@ -1,30 +1,30 @@
-"""Hugging Face's transformers: image encoders whose attention goes through its interface.
+"""Hugging Face's transformers: encoders of images and videos.
 
-An equipped module asks for the attention function named "irpe", which runs its encodings; all else
-of the model, and the choice of the modules that are not equipped, stays. The patch projection tells
-the grid, see ``place``; a layer that is recomputed in a backward pass is handed its own once more.
+An attached module asks for the attention function named "irpe", which runs its encodings; all else
+of the model, and the choice of the other modules' attention function, stays. TimeSformer has no
+such choice, see transformers_video.py.
 """
 
 import inspect
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from ..encodings import build, hooks
 from ..errors import IrpeError
-from ..functional import attention
-from ..geometry import Geometry
+from ..geometry import Grid
 from ..spec import Spec
-from .mha import probabilities
-from .place import Slot, forget, here, locate, located, placeable, unhook
-from .site import Site, misplaced_on_image, put_on, take_off
+from .attend import attend
+from .base import Site, change_class, freeze, plain_class, restore_class, rotates, unfreeze
+from .carry import carry_geometry, geometry_of, select_by, stop_carrying
+from .transformers_native import ATTENTION, Decomposed, attached_class, heads_of, native_terms
 
-# What stands before the patches, in the order of the embeddings' own forward pass.
+_NATIVE = ("relative_position_bias", "rel_pos_h", "rel_pos_w", "continuous_position_bias_mlp")
+# The prefix tokens, in the order of the embeddings' own forward pass.
 PREFIX: dict[str, tuple[str, ...]] = {
+    "BeitEmbeddings": ("cls_token",),
     "CLIPVisionEmbeddings": ("class_embedding",),
     "DINOv3ViTEmbeddings": ("cls_token", "register_tokens"),
     "DeiTEmbeddings": ("cls_token", "distillation_token"),
@@ -35,178 +35,192 @@ PREFIX: dict[str, tuple[str, ...]] = {
     "ViTEmbeddings": ("cls_token",),
     "ViTMAEEmbeddings": ("cls_token",),
     "ViTMSNEmbeddings": ("cls_token",),
+    "VideoMAEEmbeddings": (),
+    "VivitEmbeddings": ("cls_token",),
 }
+# What narrows the patches to those that are not masked, by the embeddings that mask some.
+MASKED = {"ViTMAEEmbeddings": "select_restored", "VideoMAEEmbeddings": "select_unmasked"}
 
 
-def sites(model: nn.Module) -> Iterator["EncoderSite"]:
-    """The attention modules of all image encoders in a model."""
+def find_sites(model: nn.Module) -> Iterator[Site]:
+    """The attention modules of all encoders of images and videos in a model."""
+    for path, module in model.named_modules():
+        kind = plain_class(module)
+        known = kind.__name__ in (*ATTENTION, "SwinAttention")
+        if known and kind.__module__.startswith("transformers.models."):
+            yield WindowSite(path, module)
     for path, root in model.named_modules():
         embeddings: Any = getattr(root, "embeddings", None)
         if not type(embeddings).__module__.startswith("transformers."):
             continue
-        projection = next((m for m in embeddings.modules() if isinstance(m, nn.Conv2d)), None)
+        convolutions = (m for m in embeddings.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
+        projection = next(convolutions, None)
         if projection is None:  # a text's
+            continue
+        if type(embeddings).__name__ == "TimesformerEmbeddings":
+            from .transformers_video import find_sites as find  # imports the model's module
+
+            yield from find(path, root)
             continue
         for base, layers in root.named_modules(prefix=path):
             if isinstance(layers, nn.ModuleList):
-                for number, layer in layers.named_children():
-                    for name, module in layer.named_modules(prefix=f"{base}.{number}"):
-                        if hasattr(module, "config") and hasattr(module, "is_causal"):
-                            yield EncoderSite(name, module, layer, layers, embeddings, projection)
+                for name, module in layers.named_modules(prefix=base):
+                    if hasattr(module, "config") and hasattr(module, "is_causal"):
+                        yield EncoderSite(name, module, root, embeddings, projection)
 
 
-class EncoderSite(Site):
-    """One attention module, its layer, the list of layers, and what makes their tokens."""
+class NativeSite(Site):
+    """One attention module; its native encoding, if it has one, is computed as terms."""
+
+    axes = 2
+    bias: Any = None  # the module of a native relative bias
+
+    def native(self) -> str | None:
+        held = (getattr(self.module, name, None) for name in _NATIVE)
+        return (
+            "relative bias" if self.bias is not None or any(x is not None for x in held) else None
+        )
+
+    def unfused(self, spec: Spec | None) -> str | None:
+        if self.native() is None:
+            return super().unfused(spec)
+        if isinstance(self.kind, type) and issubclass(self.kind, Decomposed) and rotates(spec):
+            return f"its vectors are not to be multiplied with queries that {spec} rotates"
+        return None
+
+    def add(self, spec: Spec | None, *, backend: str, native: str) -> None:
+        if native == "keep" and self.native() is not None:
+            native = "fuse"
+        super().add(spec, backend=backend, native=native)
+        if native == "replace":
+            freeze(self.module, _NATIVE)
+        if self.bias is not None:
+            self.module.__dict__["rpe_bias"] = self.bias
+            change_class(self.bias, attached_class(plain_class(self.bias)))
+            if native == "replace":
+                freeze(self.bias, ("relative_position_bias_table",))
+
+    def remove(self) -> None:
+        super().remove()
+        self.module.__dict__.pop("rpe_bias", None)
+        if self.bias is not None:
+            restore_class(self.bias)
+            unfreeze(self.bias)
+
+
+class WindowSite(NativeSite):
+    """A module that has the grid of its input: SAM's, ViTDet's, or one of Swin's windows."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__(name, module)
+        kind = plain_class(module)
+        if kind.__name__ in ATTENTION:
+            self.kind = attached_class(kind)
+        else:
+            self.bias = getattr(module, "relative_position_bias", None)
+
+    def unsupported(self, spec: Spec) -> str | None:
+        if self.native() is not None and (why := self.unfused(spec)) is not None:
+            return why
+        return super().unsupported(spec)
+
+    def sizes(self) -> dict[str, Any]:
+        heads = heads_of(self.module)
+        made = (getattr(self.module, name, None) for name in ("proj", "o_proj", "value"))
+        dim = next(layer.in_features for layer in made if layer is not None)
+        return {"dim": dim, "num_heads": heads, "head_dim": dim // heads, "prefix": 0}
+
+    def add(self, spec: Spec | None, *, backend: str, native: str) -> None:
+        super().add(spec, backend=backend, native=native)
+        if self.bias is not None:
+            self.module.config = Config(self.module.config)
+
+    def remove(self) -> None:
+        super().remove()
+        if self.bias is not None:
+            self.module.config = self.module.config.native
+
+
+class EncoderSite(NativeSite):
+    """One attention module, its encoder, and what makes the tokens."""
 
     def __init__(
         self,
         name: str,
         module: nn.Module,
-        layer: nn.Module,
-        layers: nn.ModuleList,
+        root: nn.Module,
         embeddings: nn.Module,
-        projection: nn.Conv2d,
+        projection: nn.Conv2d | nn.Conv3d,
     ) -> None:
         super().__init__(name, module)
-        self.module: Any = module
-        self.layer, self.layers = layer, layers
-        self.embeddings, self.projection = embeddings, projection
+        self.axes = 3 if isinstance(projection, nn.Conv3d) else 2
+        self.root, self.embeddings, self.projection = root, embeddings, projection
+        owners = (m for m in root.modules() if module in m.children())
+        self.bias = getattr(next(owners), "relative_position_bias", None)  # BEiT's
 
-    @property
-    def equipped(self) -> bool:
-        return isinstance(self.module.config, Config)
+    def unfused(self, spec: Spec | None) -> str | None:
+        return self._shared() or super().unfused(spec)
 
-    def obstacle(self, spec: Spec) -> str | None:
+    def _shared(self) -> str | None:
+        if getattr(self.root, "shared_position_bias", None) is None:
+            return None
+        return "its relative bias is one for all layers (use_shared_relative_position_bias)"
+
+    def unsupported(self, spec: Spec) -> str | None:
+        if (why := self._shared()) is not None:
+            return why
         kind = type(self.embeddings).__name__
         if kind not in PREFIX:
             return (
-                f"how {kind} lays out its tokens is not known; what can be equipped has "
+                f"the order of the tokens of {kind} is not known; supported are "
                 f"{', '.join(sorted(PREFIX))}"
             )
-        if not placeable(self.layers):
-            return f"its layers are a {type(self.layers).__name__}, not a ModuleList"
         forward: Any = inspect.unwrap(type(self.module).forward)
-        _settle(self.layer)
-        if "forward" in vars(self.layer):
-            return "the forward pass of its layer is wrapped already: attach before that"
         if "ALL_ATTENTION_FUNCTIONS" not in forward.__code__.co_names:
             return f"{type(self.module).__name__} does not use transformers' AttentionInterface"
-        return misplaced_on_image(spec)
+        return super().unsupported(spec)
 
-    def equip(self, spec: Spec, backend: str) -> None:
-        tokens = [getattr(self.embeddings, name) for name in PREFIX[type(self.embeddings).__name__]]
-        prefix = sum(1 if token.dim() == 1 else token.shape[-2] for token in tokens)
-        module, config = self.module, self.module.config
-        weight = next(
-            (p for p in module.parameters() if p.is_floating_point()), self.projection.weight
-        )
-        encodings = build(
-            spec,
-            dim=config.hidden_size,
-            num_heads=config.num_attention_heads,
-            head_dim=getattr(module, "head_dim", None),
-            prefix=prefix > 0,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-        locate(self.projection, self.layers, prefix)
-        hooked = any(isinstance(h, ReadKept) for h in self.embeddings._forward_hooks.values())
-        slot: Any = self.layers.slot
-        if type(self.embeddings).__name__ == "ViTMAEEmbeddings" and not hooked:
-            self.embeddings.register_forward_hook(ReadKept(slot))
-        if not isinstance(self.layer, LocatedLayer):
-            kind: Any = type(self.layer)
-            self.layer.__class__ = _located(kind)
-        put_on(module, encodings)
-        module.rpe_backend = backend
-        module.config = Config(config)
+    def sizes(self) -> dict[str, Any]:
+        tokens = [getattr(self.embeddings, n) for n in PREFIX[type(self.embeddings).__name__]]
+        return {
+            "dim": self.module.config.hidden_size,
+            "num_heads": self.module.config.num_attention_heads,
+            "head_dim": getattr(self.module, "head_dim", None),
+            "prefix": sum(1 if token.dim() == 1 else token.shape[-2] for token in tokens),
+            "axes": self.axes,
+        }
 
-    def strip(self) -> None:
-        module: Any = self.module
-        take_off(module)
-        del module.rpe_backend
-        module.config = module.config.host
-        if isinstance(self.layer, LocatedLayer) and not _holds_equipped(self.layer):
-            layer: Any = self.layer
-            _settle(layer)
-            layer.__class__ = layer.host_class()
-        if not _holds_equipped(self.layers):
-            forget(self.projection, self.layers)
-            unhook(self.embeddings, ReadKept)
+    def add(self, spec: Spec | None, *, backend: str, native: str) -> None:
+        prefix = self.sizes()["prefix"]
+        super().add(spec, backend=backend, native=native)
+        slot = carry_geometry(self.root, self.projection, self.module, prefix)
+        masked = MASKED.get(type(self.embeddings).__name__)
+        if masked is not None:
+            select_by(self.embeddings, getattr(slot, masked))
+        self.module.config = Config(self.module.config)
 
-
-def _settle(layer: nn.Module) -> None:
-    """Forget what version 4 leaves on layers whose outputs it has recorded: their own forward."""
-    bound = vars(layer).get("forward")
-    if bound is not None and getattr(bound, "__func__", None) is type(layer).forward:
-        del layer.forward
-
-
-def _holds_equipped(part: nn.Module) -> bool:
-    return any(isinstance(getattr(m, "config", None), Config) for m in part.modules())
+    def remove(self) -> None:
+        super().remove()
+        self.module.config = self.module.config.native
+        stop_carrying(self.root, self.module)
 
 
 class Config:
-    """A host's configuration, but that one module's attention is irpe's."""
+    """A module's own configuration, except that its attention function is irpe's."""
 
     _attn_implementation = "irpe"
 
-    def __init__(self, host: Any) -> None:
-        self.host = host
+    def __init__(self, native: Any) -> None:
+        self.native = native
 
     def __getattr__(self, name: str) -> Any:
-        if name == "host":  # not there yet while it is unpickled
+        if name == "native":  # not there yet while it is unpickled
             raise AttributeError(name)
-        return getattr(self.host, name)
+        return getattr(self.native, name)
 
 
-class ReadKept:
-    """Forward hook of a masked autoencoder's embeddings: which patches they keep, in what order."""
-
-    def __init__(self, slot: Slot) -> None:
-        self.slot = slot
-
-    def __call__(self, embeddings: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> None:
-        tokens, _, restore = output
-        if self.slot.geometry is not None:
-            patches = tokens.shape[1] - self.slot.geometry.prefix
-            self.slot.keep(restore.argsort(dim=1)[:, :patches])
-
-
-class LocatedLayer(nn.Module):
-    """Mixed into a layer: its grid is an argument, which gradient checkpointing keeps."""
-
-    @classmethod
-    def host_class(cls) -> type[nn.Module]:
-        return cls.__mro__[cls.__mro__.index(LocatedLayer) + 1]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return super().__call__(*args, rpe_geometry=here(), **kwargs)
-
-    def forward(self, *args: Any, rpe_geometry: Geometry | None = None, **kwargs: Any) -> Any:
-        if rpe_geometry is None:
-            return super().forward(*args, **kwargs)
-        with located(rpe_geometry):
-            return super().forward(*args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _blank, (self.host_class(),), self.__dict__
-
-
-@cache
-def _located(host: type[nn.Module]) -> type[LocatedLayer]:
-    """Named as the host's: accelerate looks for layers by that."""
-    named = {"__module__": host.__module__, "__qualname__": host.__qualname__}
-    return type(host.__name__, (LocatedLayer, host), named)
-
-
-def _blank(host: Any) -> nn.Module:
-    cls = _located(host)
-    return cls.__new__(cls)
-
-
-def attend(
-    module: nn.Module,
+def run_attention(
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -215,27 +229,27 @@ def attend(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers calls for an equipped module; arguments and results are its own."""
-    geometry = here()
-    if geometry is None:
-        raise IrpeError(
-            "no grid: this layer was called by itself. Call the whole model, or the layer inside "
-            "`with irpe.located(irpe.Grid(height, width, prefix)):`"
-        )
-    owner: Any = module
-    mask, encodings = _mask(owner, attention_mask), hooks(module)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query, key = encodings.transform(query, key, geometry)
-    terms, backend = encodings.terms(geometry), owner.rpe_backend
-    x = attention(query, key, value, terms, mask, dropout_p=dropout, scale=scale, backend=backend)
-    weights = None
-    if owner.config.host._attn_implementation == "eager":  # the only one that gives them
-        weights = probabilities(query, key, terms, mask, scale)
+    """What transformers calls for an attached module; arguments and results are its own."""
+    bias = module.__dict__.get("rpe_bias")
+    windows = bias is not None and "rpe_slot" not in module.__dict__
+    geometry = Grid(*bias.window_size) if windows else geometry_of(module)
+    x, weights = attend(
+        module,
+        query,
+        key,
+        value,
+        geometry,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        mask=_mask(module, attention_mask),
+        dropout_p=dropout,
+        need_weights=module.config.native._attn_implementation == "eager",  # only that returns them
+        native=native_terms(module, geometry),
+    )
     return x.transpose(1, 2), weights
 
 
 def _mask(module: nn.Module, mask: Any) -> Tensor | None:
-    if mask is None:
+    if mask is None or isinstance(mask, int):  # 0: a native bias that became terms
         return None
     if "head_mask" in inspect.signature(type(module).forward).parameters:  # before 5.0
         raise IrpeError("head_mask does not go together with irpe: leave it out")
@@ -247,4 +261,4 @@ def _mask(module: nn.Module, mask: Any) -> Tensor | None:
     return mask[:, None, None].bool() if mask.dim() == 2 else mask
 
 
-AttentionInterface.register("irpe", attend)
+AttentionInterface.register("irpe", run_attention)

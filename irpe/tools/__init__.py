@@ -1,1 +1,1 @@
-"""What people look at: the ``irpe`` command, pictures, costs, checkpoints."""
+"""The ``irpe`` command, pictures, costs."""

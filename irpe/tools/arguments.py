@@ -1,29 +1,79 @@
-"""What one may type after ``irpe``: the subcommands, their options and an example of each."""
+"""The parser of the ``irpe`` command: subcommands, their options and an example of each."""
 
 import argparse
+import ast
 import sys
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _RPE = "rpe-1.9-product-ctx-1-k"
 
 
 class _Parser(argparse.ArgumentParser):
-    """Wrong arguments end in one line that says where help is."""
+    """Exit with one line that points to the help if arguments are wrong."""
 
     def error(self, message: str) -> NoReturn:
         print(f"error: {' '.join(message.split())}; see: {self.prog} --help", file=sys.stderr)
         sys.exit(2)
 
 
+def assignment(text: str) -> tuple[str, Any]:
+    """Return ("depth", 4) for ``"depth=4"``; a value that is no Python literal is text."""
+    name, equals, value = text.partition("=")
+    if not (name.isidentifier() and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, as depth=4")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def count(text: str) -> int:
+    """Return a positive integer."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def numbers(
+    form: str, between: str, *lengths: int, least: int = 1
+) -> Callable[[str], tuple[int, ...]]:
+    """Return a function that reads integers of at least ``least``, separated by a character."""
+
+    def read(text: str) -> tuple[int, ...]:
+        parts = text.split(between)
+        if len(parts) not in lengths or not all(p.isdecimal() and int(p) >= least for p in parts):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {form}")
+        return tuple(map(int, parts))
+
+    return read
+
+
+place = numbers("ROW,COLUMN counted from 0, as 7,7", ",", 1, 2, least=0)
+places = numbers("[FRAME,]ROW,COLUMN counted from 0, as 7,7", ",", 1, 2, 3, least=0)
+shape = numbers("B,H,L,D, as 1,6,197,64", ",", 4)
+size = numbers("HEIGHTxWIDTH, as 14x14", "x", 2)
+sides = numbers("HEIGHTxWIDTH or FRAMESxHEIGHTxWIDTH, as 14x14", "x", 2, 3)
+
+
+def pixels(text: str) -> tuple[int, ...]:
+    """Return (224, 224) for ``"224"``, (224, 160) for ``"224x160"``."""
+    return size(text if "x" in text else f"{text}x{text}")
+
+
 def parser() -> argparse.ArgumentParser:
-    """The parser of the whole command; ``command`` in its result names a module of commands/."""
+    """Return the parser of the command; ``command`` in its result names a module of commands/."""
     top = _Parser(
         prog="irpe",
         description="Look at relative position encodings, and at models that carry them.",
         epilog="irpe COMMAND --help says more, with an example.",
         allow_abbrev=False,
     )
+    top.add_argument(
+        "--plugin", action="append", default=[], metavar="MODULE",
+        help="import a module of yours first, which registers encodings",
+    )  # fmt: skip
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add(name: str, what: str, example: str) -> argparse.ArgumentParser:
@@ -44,8 +94,14 @@ def parser() -> argparse.ArgumentParser:
         f"irpe buckets {_RPE} --grid 14x14 --at 7,7 --out buckets.png",
     )
     one.add_argument("spec", help=f"the encoding, as {_RPE} or t5,buckets=32,max=128")
-    _grid(one, "14x14")
-    one.add_argument("--at", type=place, metavar="ROW,COL", help="the query; default: the middle")
+    one.add_argument(
+        "--grid", type=sides, default="14x14", metavar="[Tx]HxW",
+        help="rows x columns of patches, for videos frames x rows x columns (default 14x14)",
+    )  # fmt: skip
+    one.add_argument(
+        "--at", type=places, metavar="[FRAME,]ROW,COL", help="the query; default: the middle"
+    )
+    one.add_argument("--frame", type=int, help="of the keys, for videos; default: the query's")
     one.add_argument(
         "--length", type=count, default=64, help="tokens, for encodings of texts (default 64)"
     )
@@ -61,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
         "--shape", type=shape, default=(1, 6, 197, 64), metavar="B,H,L,D",
         help="batch, heads, tokens, channels of a head (default 1,6,197,64)",
     )  # fmt: skip
-    _grid(one, None)
+    _grid(one, None, "a square of all tokens but --prefix")
     one.add_argument("--prefix", type=int, default=1, help="class tokens and registers (default 1)")
     one.add_argument(
         "--dtype", choices=_DTYPES, default=_DTYPES[0], metavar="DTYPE", help=", ".join(_DTYPES)
@@ -77,14 +133,17 @@ def parser() -> argparse.ArgumentParser:
     )
     one.add_argument("model", help="a name of timm's")
     one.add_argument("--rpe", metavar="SPEC", help="the encoding; a published name has one")
+    _model_kwargs(one)
     _size(one)
 
     one = add(
         "tables",
         "the learned tables of a checkpoint, by layer and head, over offsets",
-        f"irpe tables model.safetensors --rpe {_RPE} --out tables.png",
+        "irpe tables runs/mine --out tables.png",
     )
-    one.add_argument("checkpoint", metavar="CKPT", help="a .safetensors, .pth, .pt or .bin file")
+    one.add_argument(
+        "checkpoint", metavar="CKPT", help="a run directory, a .safetensors, .pth, .pt or .bin file"
+    )
     one.add_argument("--rpe", metavar="SPEC", help="the encoding, where the file does not say it")
     _grid(one, None, "that of a square pos_embed in the file, else 14x14")
     _out(one)
@@ -92,12 +151,15 @@ def parser() -> argparse.ArgumentParser:
     one = add(
         "attention",
         "where a query patch looks, by head, and what the encoding adds",
-        "irpe attention deit_small_patch16_224 cat.jpg --pretrained --out attention.png",
+        "irpe attention runs/mine cat.jpg --out attention.png",
     )
-    one.add_argument("model", help="a name of timm's, or a published one")
+    one.add_argument(
+        "model", help="a run directory, a file of irpe.save, a name of timm's or a published one"
+    )
     one.add_argument("image", help="a picture")
     one.add_argument("--rpe", metavar="SPEC", help="the encoding to attach")
     one.add_argument("--checkpoint", metavar="FILE", help="weights; else they are random")
+    _model_kwargs(one)
     one.add_argument("--pretrained", action="store_true", help="timm fetches trained weights")
     one.add_argument("--layer", type=count, help="counted from 1; default: the last")
     one.add_argument("--at", type=place, metavar="ROW,COL", help="the query; default: the middle")
@@ -115,57 +177,22 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _grid(one: argparse.ArgumentParser, default: str | None, otherwise: str = "") -> None:
-    told = default or otherwise
-    one.add_argument(
-        "--grid",
-        type=size,
-        default=None if default is None else size(default),
-        metavar="HxW",
-        help="rows x columns of patches" + (f" (default {told})" if told else ""),
-    )
+    what = f"rows x columns of patches (default {default or otherwise})"
+    one.add_argument("--grid", type=size, default=default, metavar="HxW", help=what)
 
 
 def _out(one: argparse.ArgumentParser) -> None:
     one.add_argument("--out", metavar="FILE", help="draw a picture: .png, .svg or .pdf")
 
 
+def _model_kwargs(one: argparse.ArgumentParser) -> None:
+    one.add_argument(
+        "--model-kwargs", nargs="+", type=assignment, default=[], metavar="KEY=VALUE",
+        help="arguments of the model, as depth=4 num_classes=10",
+    )  # fmt: skip
+
+
 def _size(one: argparse.ArgumentParser) -> None:
     one.add_argument(
         "--size", type=pixels, metavar="N|HxW", help="pixels of the image; default: the model's"
     )
-
-
-def pixels(text: str) -> tuple[int, int]:
-    """``"224"`` as (224, 224), ``"224x160"`` as (224, 160)."""
-    return size(text if "x" in text else f"{text}x{text}")
-
-
-def shape(text: str) -> tuple[int, ...]:
-    """``"8,6,197,64"`` as four numbers."""
-    parts = text.split(",")
-    if len(parts) != 4 or not all(part.isdecimal() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not B,H,L,D, as 1,6,197,64")
-    return tuple(map(int, parts))
-
-
-def size(text: str) -> tuple[int, int]:
-    """``"14x10"`` as (height, width)."""
-    height, cross, width = text.partition("x")
-    if not (cross and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, as 14x14")
-    return int(height), int(width)
-
-
-def place(text: str) -> tuple[int, ...]:
-    """``"7,3"`` as (7, 3), ``"7"`` as (7,)."""
-    parts = text.split(",")
-    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not ROW,COLUMN counted from 0, as 7,7")
-    return tuple(map(int, parts))
-
-
-def count(text: str) -> int:
-    """A positive integer."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)

@@ -1,8 +1,8 @@
-"""A picture of one layer's attention: maps by head for one query, and distances by layer."""
+"""Draw the attention of one layer: maps by head for one query, and distances by layer."""
 
 from typing import Any
 
-from matplotlib.colors import Normalize, PowerNorm
+from matplotlib.colors import PowerNorm
 from torch import Tensor
 
 from .attention import Layer
@@ -14,35 +14,27 @@ _SIDE = 1.35  # inches of a map
 def draw_layer(
     layers: list[Layer], number: int, image: Tensor, at: tuple[int, int], title: str
 ) -> Any:
-    """A figure: the image, distances by layer, and maps of one layer by head.
+    """Draw the image, distances by layer, and maps of one layer by head; return the figure.
 
     Args:
-        number: of the layer, counted from 1. image: ``[height, width, 3]`` from 0 to 1.
-        at: the query's (row, column).
+        layers: all layers of the model.
+        number: number of the layer to draw, counted from 1.
+        image: ``[height, width, 3]`` from 0 to 1.
+        at: (row, column) of the query.
+        title: above the figure.
     """
     layer = layers[number - 1]
     heads, height, width = layer.attention.shape
     columns = min(heads, 6)
     lines = -(-heads // columns)
-    least, most = float(layer.attention.min()), float(layer.attention.max())
-    bands: list[tuple[str, Tensor, Normalize, str]] = [
-        (
-            f"layer {number}: attention of the query to each patch, by head",
-            layer.attention,
-            PowerNorm(0.5, least, max(most, least + 1e-12)),
-            "probability (root scale)",
-        )
+    root, linear = 0.5, 1.0  # colour scales
+    bands = [
+        ("attention of the query to each patch", layer.attention, root, "probability (root scale)")
     ]
-    if layer.position is not None:
-        least, most = float(layer.position.min()), float(layer.position.max())
-        bands.append(
-            (
-                f"layer {number}: what the encoding adds to the logits, by head",
-                layer.position,
-                Normalize(least, max(most, least + 1e-12)),
-                "added to the logit",
-            )
-        )
+    if layer.position is not None and layer.position.any():
+        bands.append(("bias of the encoding", layer.position, linear, "added to the logit"))
+    elif layer.position is not None:  # a colour scale of zeros shows nothing
+        title += f"\nthe encoding of layer {number} adds 0 to each logit: its table is untrained"
     tall = lines * (_SIDE * height / width + 0.3) + 0.6
     made = figure(max(8.0, columns * (_SIDE + 0.1) + 1.2), 3.4 + tall * len(bands))
     made.suptitle(title, fontsize=10)
@@ -50,8 +42,10 @@ def draw_layer(
     left, right = top.subplots(1, 2, width_ratios=(1, 1.6))
     _draw_image(left, image, (height, width), at)
     _draw_distances(right, layers, number)
-    for part, (what, maps, norm, label) in zip(parts, bands, strict=True):
-        part.suptitle(what, fontsize=9)
+    for part, (what, maps, power, label) in zip(parts, bands, strict=True):
+        part.suptitle(f"layer {number}: {what}, by head", fontsize=9)
+        least, most = float(maps.min()), float(maps.max())
+        norm = PowerNorm(power, least, most if most > least else least + 1.0)
         grid = part.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
         for axes in grid.flat[heads:]:
             axes.set_axis_off()
@@ -87,9 +81,9 @@ def _draw_distances(axes: Any, layers: list[Layer], number: int) -> None:
     means = [float(layer.distances.mean()) for layer in layers]
     axes.plot(numbers, means, "-", color="black", label="mean over heads (dots)")
     axes.axvline(number, color="red", lw=1, ls="--", label=f"layer {number}, drawn below")
-    axes.set_title("how far away all patches look", fontsize=9)
+    axes.set_title("mean distance between query and key", fontsize=9)
     axes.set_xlabel("layer", fontsize=8)
-    axes.set_ylabel("mean distance of attention, patches", fontsize=8)
+    axes.set_ylabel("distance, patches", fontsize=8)
     axes.set_xticks(numbers[:: 1 + len(numbers) // 16])
     axes.set_ylim(0, 1.15 * max(float(layer.distances.max()) for layer in layers) or None)
     axes.tick_params(labelsize=7)

@@ -1,7 +1,7 @@
 """The ``irpe`` command: reads the arguments, calls one module of ``commands/``, reports errors.
 
-What a user can put right ends in one line on standard error and status 2. Nothing here imports
-torch, so that ``irpe --help`` and a mistyped word are answered at once.
+An error that a user can fix prints one line on standard error and exits with status 2. Nothing here
+imports torch, so ``irpe --help`` and errors of spelling are fast.
 """
 
 import os
@@ -12,8 +12,9 @@ from importlib import import_module
 
 from ..errors import IrpeError
 from .arguments import parser
+from .plugins import import_plugins
 
-# What a package is installed with, where it is not there.
+# Package -> the extra that installs it.
 _EXTRAS = {
     "matplotlib": "plot",
     "PIL": "plot",
@@ -21,12 +22,11 @@ _EXTRAS = {
     "timm": "timm",
     "torchvision": "timm",
     "fvcore": "tools",
-    "safetensors": "tools",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status. ``argv``: without the program's name."""
+    """Run the command and return its exit status. ``argv`` excludes the program's name."""
     argv = sys.argv[1:] if argv is None else argv
     top = parser()
     if not argv:
@@ -35,8 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = top.parse_args(argv)
     try:
         with warnings.catch_warnings():
-            # Other libraries', of what they will change; the user of a command cannot.
+            # Deprecation warnings of other libraries, which a user cannot fix.
             warnings.simplefilter("ignore")
+            import_plugins(given.plugin)
             import_module(f".commands.{given.command}", __package__).run(given)
         sys.stdout.flush()
     except IrpeError as error:

@@ -1,9 +1,9 @@
 """Multiply-adds, activations and parameters of a model, counted by fvcore.
 
-fvcore counts one multiply-add as one. It knows no fused attention, so one handler stands here for
+fvcore counts one multiply-add as one. It has no handler of fused attention, so this one counts
 torch's scaled_dot_product_attention. Attention with terms is traced as the plain operations of the
-reference backend, whose products fvcore counts as they are: a table that meets queries or keys
-costs B H L D N, the bucket mass times its table as much. Gathers and sums count nothing, as
+reference backend, whose products fvcore counts unmodified: the product of a table with queries or
+keys costs B H L D N, the bucket mass times its table as much. Gathers and sums count nothing, as
 additions do everywhere in fvcore.
 """
 
@@ -15,19 +15,19 @@ from torch import Tensor, nn
 
 
 def multiply_adds(model: nn.Module, *inputs: Tensor) -> int:
-    """Multiply-adds of one forward pass in evaluation mode.
+    """Return the multiply-adds of one forward pass in evaluation mode.
 
     Args:
-        model: stays as it is, its training mode too.
-        inputs: of the forward pass; a batch of one image gives the figure that papers print.
+        model: is not changed, nor is its training mode.
+        inputs: of the forward pass; a batch of one image gives the number in papers.
     """
     return _total(FlopCountAnalysis, _attention, model, inputs)
 
 
 def activations(model: nn.Module, *inputs: Tensor) -> int:
-    """Numbers that the products and convolutions of one forward pass give out.
+    """Return the number of outputs of the products and convolutions of one forward pass.
 
-    Attention counts with its logits, as where they are laid out: an upper bound for a fused kernel,
+    Attention counts with materialised logits: an upper bound for a fused kernel,
     but the same count with an encoding and without. For arguments see ``multiply_adds``.
     """
     return _total(ActivationCountAnalysis, _laid_out, model, inputs)
@@ -47,7 +47,7 @@ def _total(analysis: Any, attention: Any, model: nn.Module, inputs: tuple[Tensor
 
 
 def parameters(model: nn.Module) -> int:
-    """Number of parameters."""
+    """Return the number of parameters."""
     return sum(p.numel() for p in model.parameters())
 
 

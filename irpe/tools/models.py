@@ -1,6 +1,6 @@
-"""timm's models by name, equipped and with weights: what several subcommands begin with."""
+"""timm's models by name, with encodings and weights; several subcommands use them."""
 
-from collections import Counter
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -9,95 +9,120 @@ import timm.data
 import torch
 from torch import Tensor, nn
 
-from .. import zoo  # registers the published names
+from .. import files, zoo  # zoo registers the published names
 from ..errors import IrpeError
+from ..files.read import read_checkpoint, read_json
 from ..hosts import attach
 from ..spec import Spec
-from .weights import read_weights
 
 _SHOWN = 3
 
 
-def create(name: str, size: tuple[int, int] | None = None, pretrained: bool = False) -> Any:
-    """A model of timm's or a published one, for evaluation.
+def create(
+    name: str,
+    size: tuple[int, int] | None = None,
+    pretrained: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> Any:
+    """Create a timm model or a published one, for evaluation.
 
     Args:
-        name: as timm's registry has it. size: height and width of its images in pixels; None:
-            the model's own. pretrained: whether timm fetches trained weights.
-
-    Raises:
-        IrpeError: for an unknown name, with the nearest ones; a size that the model cannot take;
-            weights that cannot be had.
+        name: as in timm's registry.
+        size: height and width of its images in pixels; None: the model's own.
+        pretrained: whether timm downloads trained weights.
+        options: arguments of the model.
     """
     if not timm.is_model(name):
-        # By their beginnings: most names are far longer than what people remember of them.
+        # By their beginnings: names are longer than what users type.
         known = {known[: len(name)]: known for known in reversed(timm.list_models())}
         near = [known[found] for found in get_close_matches(name, known, _SHOWN)]
         near = near or timm.list_models(f"*{name}*")[:_SHOWN]
         hint = f"near it: {', '.join(near)}" if near else "timm.list_models() has all names"
         raise IrpeError(f"there is no model {name!r}; {hint}")
-    options: dict[str, Any] = {} if size is None else {"img_size": size}
+    given = dict(options or {}) | ({} if size is None else {"img_size": size})
     try:
-        model: Any = timm.create_model(name, pretrained=pretrained, **options).eval()
-        if size is not None:  # what a model cannot take, many say in their forward pass only
+        model: Any = timm.create_model(name, pretrained=pretrained, **given).eval()
+        if size is not None:  # many models raise in the forward pass only
             with torch.no_grad():
-                model(torch.zeros(1, model.pretrained_cfg["input_size"][0], *size))
+                model(torch.zeros(1, input_size(model)[0], *size))
         return model
     except IrpeError:
         raise
-    except Exception as error:  # timm and its downloads report in any way they like
+    except Exception as error:  # timm and its downloads raise many exceptions
         what = f"{name!r} at {size[0]}x{size[1]} pixels" if size else f"{name!r}"
         why = f"{type(error).__name__}: {error}"
         raise IrpeError(f"timm cannot make or run {what}: {why:.160}") from error
 
 
-def equipped_spec(name: str) -> str | None:
-    """The encoding that a published name brings along; None for timm's own."""
+def opened(path: str, size: tuple[int, int] | None = None) -> tuple[str, Any]:
+    """Build the model of a file and load its weights and encodings.
+
+    Args:
+        path: a file of ``irpe.save`` or ``train_cls.py``, the folder of a run or of timm's
+            ``save_for_hf``.
+        size: height and width of its images in pixels; None: the size in the file.
+
+    Returns:
+        The architecture's name and the model.
+    """
+    config = read_json(read_checkpoint(path).about.get("irpe_model", ""))
+    if not isinstance(config, dict) or "architecture" not in config:
+        raise IrpeError(
+            f"{path!r} does not say how its model is built: give a name of timm's, and the file "
+            "with --checkpoint"
+        )
+    given = dict(config.get("model_args") or {}, pretrained_cfg=config.get("pretrained_cfg"))
+    model = create(config["architecture"], size, options=given)
+    files.load(model, path, differ=() if size is None else "positions")
+    return config["architecture"], model
+
+
+def input_size(model: Any) -> tuple[int, int, int]:
+    """Return channels, height and width of a model's images."""
+    size = timm.data.resolve_model_data_config(model)["input_size"]
+    return (getattr(model, "in_chans", size[0]), *size[1:])
+
+
+def attached_spec(name: str) -> str | None:
+    """Return the encoding of a published name; None for other timm models."""
     return zoo.SPECS.get(name.split(".")[0].replace("_distilled_patch16", "_patch16"))
 
 
-def equip(model: nn.Module, name: str, spec: str | Spec) -> None:
-    """Attach an encoding; raises IrpeError where a published name has one already."""
-    own = equipped_spec(name)
+def attach_named(model: nn.Module, name: str, spec: str | Spec) -> None:
+    """Attach an encoding, unless a published name has one already."""
+    own = attached_spec(name)
     if own is not None:
         raise IrpeError(f"{name} carries {own} already: leave --rpe out, or name timm's plain DeiT")
     attach(model, spec)
 
 
-def load(model: nn.Module, path: str) -> None:
-    """Load a checkpoint, all of it.
-
-    Raises:
-        IrpeError: for a file that cannot be read, or does not fit the model, with the keys.
-    """
-    given = {key: tuple(value.shape) for key, value in read_weights(path).items()}
-    own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    wrong = [key for key in {**own, **given} if own.get(key) != given.get(key)]
-    if wrong:
-        kinds = Counter(
-            "missing" if key not in given else "unknown" if key not in own else "of another shape"
-            for key in wrong
-        )
-        counts = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+def load(model: nn.Module, path: str, size: tuple[int, int] | None) -> None:
+    """Load a checkpoint without its classifier, which does not affect attention."""
+    try:
+        files.load(model, path, differ="head" if size is None else "head, positions")
+    except IrpeError as error:
         raise IrpeError(
-            f"checkpoint {path!r} is of another model ({counts}: {', '.join(wrong[:_SHOWN])}, ...);"
-            " --rpe, --size and the model's name must be those it was made with"
-        )
-    model.load_state_dict(read_weights(path))
+            f"{error}; --rpe, --size, --model-kwargs and the model's name must fit the file"
+        ) from error
 
 
 def prepared(model: Any, picture: Any, size: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
-    """A picture as a model takes it ``[1, C, height, width]``, and that as one to show.
+    """Return a PIL image as a model's input, and as an image to show.
 
     Args:
-        picture: a PIL image. size: height and width in pixels; None: the model's own.
+        size: height and width in pixels; None: the model's own.
 
     Returns:
-        The input, and ``[height, width, C]`` from 0 to 1.
+        The input ``[1, C, height, width]``, and ``[height, width, C]`` from 0 to 1.
     """
     settings = timm.data.resolve_model_data_config(model)
-    if size is not None:
-        settings["input_size"] = (settings["input_size"][0], *size)
+    channels, *own = input_size(model)
+    settings["input_size"] = (channels, *(size or own))
+    for name in ("mean", "std"):  # timm's are for three channels; a grey image uses their mean
+        if len(settings[name]) != channels:
+            settings[name] = (sum(settings[name]) / len(settings[name]),) * channels
+    if channels == 1:
+        picture = picture.convert("L")
     image = timm.data.create_transform(**settings, is_training=False)(picture)
     mean, std = (torch.tensor(settings[name]).view(-1, 1, 1) for name in ("mean", "std"))
     return image.unsqueeze(0), (image * std + mean).clamp(0, 1).permute(1, 2, 0)

@@ -1,36 +1,48 @@
-"""Pictures of bucket maps: of images around one patch, of texts by offset."""
+"""Draw bucket maps: of images around one patch, of texts by offset."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..buckets import bucket_ids
+from ..encodings import bucket_ids, parse
 from ..errors import IrpeError
-from ..geometry import Geometry, Grid, Sequence
-from ..spec import Spec, parse, parse_image
+from ..geometry import Geometry, Grid, Sequence, Volume
+from ..spec import Spec
 from .pictures import COLOURS, colour_bar, mark
 
 _NUMBERED = 32  # patches on a side
 
 
-def bucket_maps(spec: str | Spec, grid: Grid, at: tuple[int, int]) -> list[Tensor]:
-    """Bucket ids of all patches as keys, for the query at a (row, column).
+def bucket_maps(
+    spec: str | Spec, grid: Grid | Volume, at: tuple[int, ...], frame: int | None = None
+) -> list[Tensor]:
+    """Return the bucket ids of all patches as keys, for the query at a (row, column).
+
+    Args:
+        grid: of a volume, the keys of one frame are shown.
+        at: for a volume (frame, row, column).
+        frame: of the keys; None: the query's.
 
     Returns:
-        Maps ``[height, width]``: one, or for method cross two, of rows and of columns.
+        Maps ``[height, width]``: one, or one for each axis for method cross.
     """
-    row, column = at
-    if not (0 <= row < grid.height and 0 <= column < grid.width):
-        raise IrpeError(f"there is no patch {at} in a grid of {grid.height}x{grid.width}")
-    keys, _ = Grid(grid.height, grid.width).positions(torch.device("cpu"))
+    if not all(0 <= place < side for place, side in zip(at, grid.sides, strict=True)):
+        what = type(grid).__name__.lower()
+        raise IrpeError(f"there is no patch {at} in a {what} of {'x'.join(map(str, grid.sides))}")
+    keys, _ = type(grid)(*grid.sides).positions(torch.device("cpu"))
+    if isinstance(grid, Volume):
+        frame = at[0] if frame is None else frame
+        if not 0 <= frame < grid.frames:
+            raise IrpeError(f"there is no frame {frame} among {grid.frames}")
+        keys = keys[keys[:, 0] == frame]
     ids, _ = bucket_ids(spec, Geometry(torch.tensor([at]), keys))
     maps = ids if isinstance(ids, tuple) else (ids,)
     return [m.view(grid.height, grid.width) for m in maps]
 
 
 def bucket_row(spec: str | Spec, length: int, at: int) -> Tensor:
-    """Bucket ids int64 ``[length]`` of all tokens of a text as keys, for the query at a place."""
+    """Return the bucket ids of all keys of a text, int64 ``[length]``, for the query at ``at``."""
     if not 0 <= at < length:
         raise IrpeError(f"there is no token {at} in a text of {length} tokens")
     keys = torch.arange(length)
@@ -39,45 +51,54 @@ def bucket_row(spec: str | Spec, length: int, at: int) -> Tensor:
     return ids[0]
 
 
-def plot_buckets(spec: str | Spec, grid: Grid, at: tuple[int, int], axes: Any) -> None:
+def plot_buckets(
+    spec: str | Spec,
+    grid: Grid | Volume,
+    at: tuple[int, ...],
+    axes: Any,
+    frame: int | None = None,
+) -> None:
     """Draw a bucket map into matplotlib axes: buckets in use as colours, ids as numbers.
 
-    For method cross, the pairs of row and column bucket are drawn. Lines stand where one bucket
-    ends and another begins, which colours alone do not show in grey. Grids too large for numbers
-    get a colour bar instead.
+    Arguments are those of ``bucket_maps``. For method cross, each combination of buckets of the
+    axes has a colour; ids are one above the other. Lines separate buckets, also in a grey print.
+    Grids too large for numbers get a colour bar instead.
     """
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
 
-    maps = bucket_maps(spec, grid, at)
-    labels = maps[0] if len(maps) == 1 else maps[0] * (int(maps[1].max()) + 1) + maps[1]
+    maps = bucket_maps(spec, grid, at, frame)
+    labels = maps[0]
+    for part in maps[1:]:
+        labels = labels * (int(part.max()) + 1) + part
     buckets = torch.unique(labels, return_inverse=True)[1].numpy()
     count = int(buckets.max()) + 1
     if max(grid.height, grid.width) > _NUMBERED:
         image = axes.imshow(buckets, cmap=COLOURS)
-        colour_bar(axes.figure, image, axes, "bucket, counted among those in use")
+        colour_bar(axes.figure, image, axes, "bucket, numbered among those in use")
     else:
-        # Neighbouring buckets get colours far apart, all of them light enough for black numbers.
+        # Neighbouring buckets get distant colours, light enough for black numbers.
         hues = (torch.arange(count) * 0.618033988749895 % 1.0).numpy()
         light = ListedColormap(colormaps["hsv"](hues) * 0.35 + 0.65)
         axes.imshow(buckets, cmap=light, vmin=-0.5, vmax=count - 0.5)
+        size = 6 if len(maps) == 1 else 5
         for y in range(grid.height):
             for x in range(grid.width):
-                text = ",".join(str(int(m[y, x])) for m in maps)
-                axes.text(x, y, text, ha="center", va="center", fontsize=6, color="black")
+                text = "\n".join(str(int(m[y, x])) for m in maps)
+                axes.text(x, y, text, ha="center", va="center", fontsize=size, color="black")
     rows, columns = (buckets[1:] != buckets[:-1]).nonzero()
     axes.hlines(rows + 0.5, columns - 0.5, columns + 0.5, color="black", lw=0.6)
     rows, columns = (buckets[:, 1:] != buckets[:, :-1]).nonzero()
     axes.vlines(columns + 0.5, rows - 0.5, rows + 0.5, color="black", lw=0.6)
-    mark(axes, at)
+    mark(axes, (at[-2], at[-1]))
     axes.locator_params(integer=True)
     axes.set_xlabel("column of the key's patch")
     axes.set_ylabel("row of the key's patch")
-    axes.set_title(f"{parse_image(spec).method}: {count} buckets", fontsize=10)
+    axes.set_title(f"{parse(spec)}: {count} buckets", fontsize=10)
 
 
 def plot_bucket_row(spec: str | Spec, length: int, at: int, axes: Any) -> None:
-    """Draw the bucket of each key of a text by its offset, a dot each, into matplotlib axes."""
+    """Draw the bucket of each key of a text by its offset into matplotlib axes."""
     row = bucket_row(spec, length, at)
     offsets = torch.arange(length) - at
     axes.plot(offsets.numpy(), row.numpy(), drawstyle="steps-mid", color="0.6", lw=1)

@@ -1,7 +1,7 @@
-"""Learned tables of image encodings over the offsets they stand for, by layer and head.
+"""Learned tables of image encodings as maps over offsets, by layer and head.
 
-Offsets here are where the key stands as seen from the query, (row, column) of the key minus those
-of the query, so that a map reads like the picture around the query.
+Offsets here are (row, column) of the key minus those of the query, so that a map looks like the
+image around the query.
 """
 
 import math
@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..buckets import bucket_functions
+from ..encodings.rpe import RPE, parse_image
 from ..errors import IrpeError
-from ..spec import RPE, Spec, parse_image
+from ..spec import Spec
 from .pictures import COLOURS, colour_bar, figure
 
 _KEY = re.compile(
     r"(?P<owner>.*?)\.?(?P<kind>rpe_[qkv])(?:\.(?P<part>rp_rows|rp_cols))?"
     r"\.lookup_table_(?P<mode>weight|bias)"
 )
-MEETS = {
-    "rpe_q": "on the queries (meets the key)",
-    "rpe_k": "on the keys (meets the query)",
-    "rpe_v": "on the values (joins the value)",
+PLACES = {
+    "rpe_q": "on the queries (dot product with the key)",
+    "rpe_k": "on the keys (dot product with the query)",
+    "rpe_v": "on the values (added to the value)",
 }
 
 
@@ -34,11 +34,12 @@ class Tables:
     """The tables of one kind, all over the same offsets.
 
     Args:
-        kind: ``rpe_q``, ``rpe_k`` or ``rpe_v``. layers: counted from 1.
-        values: for each layer ``[H | 1, 2 height - 1, 2 width - 1]``; of contextual tables the
-            Euclidean norm of the bucket's vector, of method cross that of the sum of the row's and
-            the column's; of bias tables the bias itself, or the sum.
-        what: what the values are.
+        kind: ``rpe_q``, ``rpe_k`` or ``rpe_v``.
+        layers: numbers of the layers, from 1.
+        values: for each layer ``[H | 1, 2 height - 1, 2 width - 1]``. Contextual tables: the
+            Euclidean norm of the bucket's vector, or of the sum of the row's and the column's
+            vector for method cross. Bias tables: the bias, or the sum.
+        what: description of the values.
     """
 
     kind: str
@@ -48,7 +49,7 @@ class Tables:
 
 
 def trained_grid(weights: Mapping[str, Tensor]) -> tuple[int, int] | None:
-    """(side, side) of a square absolute embedding in a state dict, up to two tokens before it."""
+    """Return (side, side) of a square absolute embedding with up to two prefix rows, or None."""
     rows = (v for k, v in weights.items() if k.endswith("pos_embed") and v.dim() == 3)
     length = next((v.shape[1] for v in rows), 0)  # [1, L, C]
     for prefix in (1, 0, 2):
@@ -61,11 +62,7 @@ def trained_grid(weights: Mapping[str, Tensor]) -> tuple[int, int] | None:
 def read_tables(
     weights: Mapping[str, Tensor], spec: str | Spec, grid: tuple[int, int]
 ) -> list[Tables]:
-    """All tables of a state dict, over the offsets that occur in a grid of (height, width).
-
-    Raises:
-        IrpeError: where there are none, or they are not those of the spec.
-    """
+    """Return all tables of a state dict, over the offsets that occur in a grid (height, width)."""
     spec = parse_image(spec)
     found: dict[str, dict[str, dict[str, Tensor]]] = {}
     modes = set()
@@ -76,7 +73,7 @@ def read_tables(
             parts = found.setdefault(match["kind"], {}).setdefault(match["owner"], {})
             parts[match["part"] or "whole"] = table.detach().float().cpu()
     if not found:
-        raise IrpeError("there are no tables: no key ends in rpe_k.lookup_table_weight or the like")
+        raise IrpeError("no tables: no key ends in lookup_table_weight or lookup_table_bias")
     wanted = "bias" if spec.mode == "bias" else "weight"
     if modes != {wanted}:
         raise IrpeError(
@@ -94,10 +91,10 @@ def read_tables(
 def over_offsets(
     spec: RPE, kind: str, parts: Mapping[str, Tensor], grid: tuple[int, int]
 ) -> Tensor:
-    """Values ``[H | 1, 2 height - 1, 2 width - 1]`` of one layer, see ``Tables``.
+    """Return the values ``[H | 1, 2 height - 1, 2 width - 1]`` of one layer, see ``Tables``.
 
     Args:
-        parts: the table as ``whole``, for method cross ``rp_rows`` and ``rp_cols``.
+        parts: the table as ``whole``; for method cross ``rp_rows`` and ``rp_cols``.
     """
     names = ("rp_rows", "rp_cols") if spec.method == "cross" else ("whole",)
     if set(parts) != set(names):
@@ -107,7 +104,7 @@ def over_offsets(
     # Buckets are those of query - key; on the queries, of key - query.
     offsets = offsets if kind == "rpe_q" else -offsets
     total: Any = 0
-    for name, function in zip(names, bucket_functions(spec), strict=True):
+    for name, function in zip(names, spec.buckets(), strict=True):
         table = parts[name]
         if kind == "rpe_v":
             table = table.transpose(-2, -1)  # [H, N, D] -> [H, D, N]
@@ -123,7 +120,7 @@ def over_offsets(
 
 
 def draw_tables(tables: list[Tables], title: str) -> Any:
-    """A figure with a map for each layer and head; a colour scale for each kind."""
+    """Return a figure with a map for each layer and head and a scale for each kind; 0 is grey."""
     shapes = [_shape(t) for t in tables]
     height, width = tables[0].values[0].shape[1:]
     side = 1.15 if max(columns for _, columns in shapes) > 4 else 1.6
@@ -138,7 +135,7 @@ def draw_tables(tables: list[Tables], title: str) -> Any:
 
 
 def _draw(band: Any, kind: Tables, shape: tuple[int, int]) -> None:
-    band.suptitle(f"{kind.kind}, {MEETS[kind.kind]}", fontsize=10)
+    band.suptitle(f"{kind.kind}, {PLACES[kind.kind]}", fontsize=10)
     grid = band.subplots(*shape, squeeze=False, sharex=True, sharey=True)
     maps = [
         (f"layer {n}" + (f", head {h + 1}" if len(value) > 1 else ""), value[h])
@@ -151,11 +148,12 @@ def _draw(band: Any, kind: Tables, shape: tuple[int, int]) -> None:
         axes.set_axis_off()
     for axes, (name, value) in zip(grid.flat, maps, strict=False):
         rows, columns = (n // 2 for n in value.shape)
+        axes.set_facecolor("0.85")
         image = axes.imshow(
-            value.numpy(),
+            value.masked_fill(value == 0, math.nan).numpy(),
             cmap=COLOURS,
             vmin=least,
-            vmax=max(most, least + 1e-12),
+            vmax=most if most > least else least + 1.0,
             extent=(-columns - 0.5, columns + 0.5, rows + 0.5, -rows - 0.5),
         )
         axes.set_title(name, fontsize=8)
@@ -168,7 +166,7 @@ def _draw(band: Any, kind: Tables, shape: tuple[int, int]) -> None:
 
 
 def _shape(kind: Tables) -> tuple[int, int]:
-    """Rows and columns of maps: a row for each layer, or shared tables in lines of up to six."""
+    """Return rows and columns of maps: a row per layer, or shared tables in lines of up to six."""
     heads = max(len(value) for value in kind.values)
     if heads > 1:
         return len(kind.layers), heads
@@ -181,7 +179,7 @@ def _numbers(owner: str) -> list[int]:
 
 
 def _layers(owners: list[str]) -> list[int]:
-    """Numbers of layers, counted from 1; blocks.7.attn is layer 8."""
+    """Return the numbers of layers, from 1; blocks.7.attn is layer 8."""
     found = [_numbers(owner)[-1:] for owner in owners]
     last = [number + 1 for numbers in found for number in numbers]
     unique = len(set(last)) == len(owners)

@@ -8,10 +8,10 @@ _LETTERS = string.digits + string.ascii_letters
 
 
 def number_map(rows: Sequence[Sequence[int]], at: tuple[int, int]) -> list[str]:
-    """Lines with a map of small integers; the one at a (row, column) stands in brackets.
+    """Return lines with a map of small integers; the one at a (row, column) is in brackets.
 
-    Numbers where they fit, else a letter or digit each; of what is still too wide, the columns
-    around ``at``, which is a star there. A last line says so.
+    Numbers are used if they fit, else one letter or digit each. A map that is still too wide shows
+    the columns around ``at``, with a star there, and a last line says so.
     """
     columns, digits = len(rows[0]), max(len(str(n)) for row in rows for n in row)
     if columns * (digits + 1) + 1 <= WIDTH:
@@ -38,16 +38,9 @@ def _spaced(cells: list[list[str]], at: tuple[int, int]) -> list[str]:
 
 
 def table(rows: Sequence[Sequence[object]], left: int = 1) -> list[str]:
-    """Lines of a table; the first row is its head. ``left``: columns that start at the left."""
+    """Return the lines of a table; the first row is its head. ``left``: left-aligned columns."""
     texts = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [
-            cell.ljust(width) if n < left else cell.rjust(width)
-            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "  ".join(cells).rstrip()
-
-    head, *body = map(line, texts)
+    forms = [f"{{:{'<' if n < left else '>'}{width}}}" for n, width in enumerate(widths)]
+    head, *body = ("  ".join(forms).format(*row).rstrip() for row in texts)
     return [head, "-" * sum(widths, 2 * len(widths) - 2), *body]

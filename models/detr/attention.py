@@ -7,10 +7,12 @@ import irpe
 
 
 class MultiheadAttention(nn.Module):
-    """Queries, keys and values of their own; position terms where a grid is given.
+    """Attention with separate queries, keys and values, and position terms if a grid is given.
 
     Args:
-        dim: C, channels. num_heads: H, divides C. dropout: on the probabilities.
+        dim: C, channels.
+        num_heads: H, divides C.
+        dropout: on the probabilities.
         rpe: spec of an encoding, None for plain attention.
         backend: see ``irpe.attention``.
     """
@@ -20,7 +22,7 @@ class MultiheadAttention(nn.Module):
         dim: int,
         num_heads: int,
         dropout: float = 0.0,
-        rpe: irpe.RPE | str | None = None,
+        rpe: irpe.Spec | str | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -32,11 +34,9 @@ class MultiheadAttention(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
-        self.rpe_q = self.rpe_k = self.rpe_v = None
-        if rpe is not None:
-            self.rpe_q, self.rpe_k, self.rpe_v = irpe.build_rpe(
-                rpe, head_dim=dim // num_heads, num_heads=num_heads, prefix=False
-            )
+        made = {} if rpe is None else irpe.build(rpe, dim=dim, num_heads=num_heads)
+        for name, encoding in made.items():
+            setattr(self, name, encoding)
 
     def forward(
         self,
@@ -48,13 +48,17 @@ class MultiheadAttention(nn.Module):
     ) -> Tensor:
         """
         Args:
-            query: ``[B, L, C]``. key, value: ``[B, S, C]``.
+            query: ``[B, L, C]``.
+            key: ``[B, S, C]``.
+            value: ``[B, S, C]``.
             seen: bool ``[B, S]``, False for keys that are padding.
-            geometry: where the tokens are, for an encoding.
+            geometry: positions of the tokens, for an encoding.
 
         Returns:
-            ``[B, L, C]``. Where a query sees no key, the output projection's bias.
+            ``[B, L, C]``. A query that sees no key gives the bias of the output projection.
         """
+        encodings = irpe.encodings_of(self)
+        query, key = encodings.inputs(query, key, geometry)
         weights = zip(
             (query, key, value),
             self.in_proj_weight.chunk(3),
@@ -65,10 +69,8 @@ class MultiheadAttention(nn.Module):
             nn.functional.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for x, w, b in weights
         )
-        terms: tuple[irpe.Term, ...] = ()
-        for encoding in (self.rpe_q, self.rpe_k, self.rpe_v):
-            if encoding is not None:
-                terms += encoding.terms(geometry)
+        q, k = encodings.transform(q, k, geometry)
+        terms = encodings.terms(geometry)
         x = irpe.attention(
             q,
             k,
@@ -76,6 +78,7 @@ class MultiheadAttention(nn.Module):
             terms,
             mask=None if seen is None else seen[:, None, None],
             dropout_p=self.dropout if self.training else 0.0,
+            scale=(self.in_proj_weight.shape[1] // self.num_heads) ** -0.5,
             backend=self.backend if terms else "auto",
         )
         return self.out_proj(x.transpose(1, 2).flatten(2))

@@ -9,21 +9,21 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import irpe
 
-FROZEN_STAGES = ("conv1", "layer1")  # as in the released models, whose batches are small
+FROZEN_STAGES = ("conv1", "layer1")  # as in the released models, which train with small batches
 
 
 class Backbone(nn.Module):
-    """An image to its last feature map.
+    """Backbone: images to their last feature map.
 
     Args:
-        name: ``"stem"``, or a model of timm's that gives feature maps, as ``"resnet50"``
-            (``"resnet50.tv_in1k"`` has the published weights that the original starts from).
-        dilation: keep twice the resolution in the last stage.
+        name: ``"stem"``, or a timm model with feature maps, as ``"resnet50"``
+            (``"resnet50.tv_in1k"`` has the weights that the original starts from).
+        dilation: dilate the last stage instead of halving the resolution.
         pretrained: load published weights (downloads them).
         width: channels of the stem's map.
 
-    Batch norms of timm's models are frozen: their numbers are buffers and do not change. The
-    stem, three convolutions of stride 2, is trained from nothing, and so are its batch norms.
+    Batch norms of timm models are frozen: their weights and statistics are buffers. The stem has
+    three convolutions of stride 2 and is trained from scratch, with its batch norms.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Backbone(nn.Module):
                 parameter.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` to ``[B, num_channels, H / stride, W / stride]``, rounded up."""
+        """Return ``[B, num_channels, H / stride, W / stride]``, rounded up, of ``[B, 3, H, W]``."""
         features = self.body(images)
         return features[-1] if isinstance(features, list) else features
 
@@ -69,7 +69,7 @@ def _stem(width: int) -> nn.Module:
     channels = (3, width // 4, width // 2, width)
     for before, after in itertools.pairwise(channels):
         layers += [
-            # Wide enough that a feature sees 29 pixels: a small object whole.
+            # Wide enough that a feature sees 29 pixels, a whole small object.
             nn.Conv2d(before, after, 5, stride=2, padding=2, bias=False),
             nn.BatchNorm2d(after),
             nn.ReLU(),
@@ -78,13 +78,13 @@ def _stem(width: int) -> nn.Module:
 
 
 def _frozen(module: nn.Module) -> nn.Module:
-    """The module with every batch norm frozen, in place."""
+    """Freeze every batch norm of a module in place, and return it."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             frozen = FrozenBatchNorm2d(child.num_features, eps=child.eps)
             state = {k: v for k, v in child.state_dict().items() if k != "num_batches_tracked"}
             frozen.load_state_dict(state)
-            # timm's fused norms end in an activation of their own.
+            # timm's fused norms include an activation.
             after = [getattr(child, part, None) for part in ("drop", "act")]
             kept = [m for m in after if m is not None and not isinstance(m, nn.Identity)]
             setattr(module, name, nn.Sequential(frozen, *kept) if kept else frozen)
@@ -94,5 +94,5 @@ def _frozen(module: nn.Module) -> nn.Module:
 
 
 def resized(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """A padding mask bool ``[B, H, W]`` at the size of a feature map, by the nearest pixel."""
+    """Return a padding mask bool ``[B, H, W]`` at a feature map's size, by the nearest pixel."""
     return nn.functional.interpolate(mask[None].float(), size=size)[0].to(torch.bool)

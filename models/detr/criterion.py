@@ -7,19 +7,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou_loss
 
+from irpe import IrpeError
+
 from .matcher import HungarianMatcher
+
+_ROUNDING = 1e-3
 
 
 class Criterion(nn.Module):
     """Cross entropy of classes, L1 and generalized IoU of boxes, for every decoder layer.
 
-    Losses of boxes are per target. In training mode the targets of all processes are averaged, so
-    each must call it equally often; in evaluation mode processes do not wait for one another.
+    Losses of boxes are per target. In training mode the number of targets is averaged over all
+    processes, so each process must call the criterion equally often. In evaluation mode processes
+    do not wait for each other.
 
     Args:
-        num_classes: object classes, "no object" left out. matcher: see ``HungarianMatcher``.
+        num_classes: object classes, "no object" left out.
+        matcher: see ``HungarianMatcher``.
         eos_coef: weight of "no object" in the cross entropy.
-        bbox_loss_coef, giou_loss_coef: weights of the L1 and of the generalized IoU loss.
+        bbox_loss_coef: weight of the L1 loss.
+        giou_loss_coef: weight of the generalized IoU loss.
     """
 
     empty_weight: Tensor
@@ -44,13 +51,19 @@ class Criterion(nn.Module):
     ) -> dict[str, Tensor]:
         """
         Args:
-            outputs: of the model. targets: for each image labels ``[T]`` and boxes ``[T, 4]``,
-                center and size in units of the image without its padding.
+            outputs: of the model.
+            targets: for each image labels ``[T]`` and boxes ``[T, 4]``, center and size in units of
+                the image without its padding, from 0 to 1.
 
         Returns:
-            loss (the weighted sum, to be differentiated), loss_ce, loss_bbox, loss_giou and, for
-            decoder layer i but the last, the same with ``_i``; the parts are not weighted.
+            loss (the weighted sum, to differentiate), loss_ce, loss_bbox, loss_giou (not weighted);
+            for each decoder layer i but the last, the same with ``_i``.
+
+        Raises:
+            IrpeError: for a label that is no object class, or a box outside its image.
         """
+        for number, target in enumerate(targets):
+            self._check(number, target["labels"], target["boxes"])
         boxes = self._boxes(targets, outputs["pred_boxes"].device)
         found: dict[str, Tensor] = {}
         total = outputs["pred_logits"].new_zeros(())
@@ -61,6 +74,21 @@ class Criterion(nn.Module):
                 found[f"loss_{name}{suffix}"] = loss
                 total = total + self.weights[name] * loss
         return {"loss": total, **found}
+
+    def _check(self, image: int, labels: Tensor, boxes: Tensor) -> None:
+        wrong = labels[(labels < 0) | (labels >= self.num_classes)]
+        if len(wrong):
+            raise IrpeError(
+                f"label {int(wrong[0])} of target {image} is not one of the {self.num_classes} "
+                f"object classes, 0 to {self.num_classes - 1}"
+            )
+        # Corners may be off by rounding; comparisons with NaN are false.
+        inside = ((boxes >= -_ROUNDING) & (boxes <= 1 + _ROUNDING)).all(-1)
+        if not bool(inside.all()):
+            raise IrpeError(
+                f"box {boxes[~inside][0].tolist()} of target {image} is not within [0, 1]: boxes "
+                "are center and size, divided by width and height of the image"
+            )
 
     def _layer(
         self, outputs: dict[str, Tensor], targets: list[dict[str, Tensor]], boxes: Tensor
@@ -90,7 +118,7 @@ class Criterion(nn.Module):
         }
 
     def _boxes(self, targets: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        """Targets of a process on average, at least 1."""
+        """Return the mean number of targets per process, at least 1."""
         count = torch.tensor(float(sum(len(t["labels"]) for t in targets)), device=device)
         if self.training and dist.is_available() and dist.is_initialized():
             dist.all_reduce(count)

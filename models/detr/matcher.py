@@ -1,4 +1,4 @@
-"""One object query for each target, at the least cost in all."""
+"""Match one object query to each target, at the lowest total cost."""
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -11,8 +11,9 @@ import irpe
 class HungarianMatcher:
     """
     Args:
-        cost_class: weight of minus the probability of the target's class. cost_bbox: of the L1
-            distance of boxes. cost_giou: of minus their generalized intersection over union.
+        cost_class: weight of minus the probability of the target's class.
+        cost_bbox: of the L1 distance of boxes.
+        cost_giou: of minus their generalized intersection over union.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class HungarianMatcher:
         return pairs
 
     def cost(self, logits: Tensor, boxes: Tensor, target: dict[str, Tensor]) -> Tensor:
-        """``[Q, T]``. What is not finite counts as very dear here, and shows in the loss."""
+        """Return costs ``[Q, T]``; values that are not finite get a very high cost."""
         truth, labels = target["boxes"].to(boxes), target["labels"].to(boxes.device)
         overlap = generalized_box_iou(
             box_convert(boxes, "cxcywh", "xyxy"), box_convert(truth, "cxcywh", "xyxy")
@@ -54,7 +55,7 @@ class HungarianMatcher:
         cost = (
             -self.cost_class * logits.softmax(-1)[:, labels]
             + self.cost_bbox * torch.cdist(boxes, truth, p=1)
-            # Two boxes without area have no overlap to speak of.
+            # Two boxes without area have no defined overlap.
             - self.cost_giou * overlap.nan_to_num(0.0)
         )
         return cost.nan_to_num(1e6, 1e6, -1e6)

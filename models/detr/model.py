@@ -1,4 +1,4 @@
-"""DETR: feature map, transformer, classes and boxes of each object query."""
+"""DETR: backbone, transformer, and a class and a box for each object query."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ from .transformer import Spec, Transformer
 
 
 class MLP(nn.Module):
-    """Three linear layers, a ReLU after the first two."""
+    """Three linear layers with a ReLU after the first two."""
 
     def __init__(self, dim: int, out: int) -> None:
         super().__init__()
@@ -31,9 +31,12 @@ class MLP(nn.Module):
 class DETR(nn.Module):
     """
     Args:
-        backbone: gives ``[B, num_channels, H, W]``. positions: absolute positions from a mask.
-        transformer: see ``Transformer``. num_classes: object classes, "no object" left out.
-        num_queries: Q, objects at most in an image. aux_loss: predict from every decoder layer.
+        backbone: gives ``[B, num_channels, H, W]``.
+        positions: absolute positions from a mask.
+        transformer: see ``Transformer``.
+        num_classes: object classes, "no object" left out.
+        num_queries: Q, the largest number of objects in an image.
+        aux_loss: return predictions of every decoder layer.
     """
 
     def __init__(
@@ -58,8 +61,8 @@ class DETR(nn.Module):
     def forward(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
         """
         Args:
-            images: ``[B, 3, H, W]``, padded right and below. mask: bool ``[B, H, W]``, True for
-                padding; None: none.
+            images: ``[B, 3, H, W]``, padded right and below.
+            mask: bool ``[B, H, W]``, True for padding; None: none.
 
         Returns:
             pred_logits ``[B, Q, classes + 1]``, "no object" last; pred_boxes ``[B, Q, 4]``,
@@ -74,7 +77,7 @@ class DETR(nn.Module):
         pos = positions(mask).to(features.dtype)
         hs, _ = self.transformer(self.input_proj(features), mask, self.query_embed.weight, pos)
         logits = self.class_embed(hs)
-        # Rounded to bfloat16, a box of a large image would be off by pixels.
+        # In bfloat16 a box of a large image would be off by pixels.
         exact = nullcontext() if hs.is_meta else torch.autocast(hs.device.type, enabled=False)
         with exact:
             boxes = self.bbox_embed(hs.to(self.class_embed.weight.dtype)).sigmoid()
@@ -104,10 +107,10 @@ def build_detr(
     enc_rpe2d: Spec | Sequence[Spec] = None,
     backend: str = "auto",
 ) -> DETR:
-    """DETR by the names of the original's options; the defaults are DETR-R50's.
+    """Return DETR for options with the original's names; defaults are those of DETR-R50.
 
     Raises:
-        irpe.IrpeError: for a spec, a backbone or positions that there are not.
+        irpe.IrpeError: for an unknown spec, backbone or kind of positions.
     """
     transformer = Transformer(
         hidden_dim,
@@ -133,10 +136,11 @@ def build_detr(
 
 @torch.no_grad()
 def detections(outputs: dict[str, Any], sizes: Tensor) -> list[dict[str, Tensor]]:
-    """Predictions as people want them.
+    """Return scores, labels and boxes in pixels of the model's outputs.
 
     Args:
-        outputs: of the model. sizes: ``[B, 2]``, height and width of each image in pixels.
+        outputs: of the model.
+        sizes: ``[B, 2]``, height and width of each image in pixels.
 
     Returns:
         For each image scores ``[Q]``, labels ``[Q]`` and boxes ``[Q, 4]`` (x0, y0, x1, y1 in

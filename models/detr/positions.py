@@ -9,11 +9,12 @@ import irpe
 
 
 class SinePositions(nn.Module):
-    """Sines and cosines of the row and of the column, counted over what is not padding.
+    """Sines and cosines of row and column, counted without padding.
 
     Args:
-        features: numbers for each axis; half of the channels. temperature: largest wavelength
-            over 2 pi. normalize: count from 0 to 2 pi whatever the image's size.
+        features: numbers for each axis; half of the channels.
+        temperature: largest wavelength over 2 pi.
+        normalize: count from 0 to 2 pi for any image size.
     """
 
     def __init__(
@@ -23,7 +24,7 @@ class SinePositions(nn.Module):
         self.features, self.temperature, self.normalize = features, temperature, normalize
 
     def forward(self, mask: Tensor) -> Tensor:
-        """bool ``[B, H, W]``, True for padding, to float32 ``[B, 2 features, H, W]``."""
+        """Return float32 ``[B, 2 features, H, W]`` of a padding mask bool ``[B, H, W]``."""
         inside = ~mask
         exponents = torch.arange(self.features, dtype=torch.float32, device=mask.device)
         exponents = 2 * torch.div(exponents, 2, rounding_mode="floor") / self.features
@@ -44,7 +45,8 @@ class LearnedPositions(nn.Module):
     """A learned vector for each row and each column.
 
     Args:
-        features: numbers for each axis. sides: rows and columns there are vectors for.
+        features: numbers for each axis.
+        sides: number of rows and columns with a vector.
     """
 
     def __init__(self, features: int = 256, sides: int = 50) -> None:
@@ -55,7 +57,7 @@ class LearnedPositions(nn.Module):
         nn.init.uniform_(self.col_embed.weight)
 
     def forward(self, mask: Tensor) -> Tensor:
-        """``[B, H, W]`` to ``[B, 2 features, H, W]``, columns first; values do not count."""
+        """Return ``[B, 2 features, H, W]``, columns first, for a mask ``[B, H, W]``."""
         B, height, width = mask.shape
         sides = self.row_embed.num_embeddings
         if height > sides or width > sides:

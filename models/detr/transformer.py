@@ -10,27 +10,31 @@ from torch import Tensor, nn
 
 import irpe
 
-from ..geometries import Recent
 from .attention import MultiheadAttention
 
-Spec = irpe.RPE | str | None
+Spec = irpe.Spec | str | None
 
 
 class Transformer(nn.Module):
     """Encoder over the feature map, decoder over object queries.
 
     Args:
-        d_model: C. nhead: heads, divide C. num_encoder_layers, num_decoder_layers: depths.
-        dim_feedforward: width of the feed-forward layers. dropout: everywhere.
+        d_model: C.
+        nhead: number of heads, divides C.
+        num_encoder_layers: depth of the encoder.
+        num_decoder_layers: depth of the decoder.
+        dim_feedforward: width of the feed-forward layers.
+        dropout: probability of all dropouts.
         normalize_before: norms before attention and feed-forward (pre-norm), not after.
         return_intermediate_dec: return the output of every decoder layer, not of the last alone.
         enc_rpe2d: spec of the encoder's encoding, as ``"rpe-2.0-product-ctx-1-k"``; a sequence
-            gives one for each layer; None or "" for none.
-        dec_rpe2d, cross_rpe2d: refused, since object queries have no place on the grid.
+            gives one per layer; None or "" for none.
+        dec_rpe2d: must be None: object queries have no position on the grid.
+        cross_rpe2d: likewise.
         backend: see ``irpe.attention``; for the layers that have an encoding.
 
     Raises:
-        irpe.IrpeError: for specs that do not parse, do not match the layers, or are refused.
+        irpe.IrpeError: for specs that do not parse, do not match the layers, or are not supported.
     """
 
     def __init__(
@@ -74,15 +78,16 @@ class Transformer(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1 and "lookup_table" not in name:
                 nn.init.xavier_uniform_(parameter)
-        self._grids = Recent(irpe.Grid)
 
     def forward(
         self, src: Tensor, mask: Tensor | None, query_embed: Tensor, pos_embed: Tensor
     ) -> tuple[Tensor, Tensor]:
         """
         Args:
-            src: features ``[B, C, H, W]``. mask: bool ``[B, H, W]``, True for padding.
-            query_embed: ``[Q, C]``. pos_embed: absolute positions ``[B, C, H, W]``.
+            src: features ``[B, C, H, W]``.
+            mask: bool ``[B, H, W]``, True for padding.
+            query_embed: ``[Q, C]``.
+            pos_embed: absolute positions ``[B, C, H, W]``.
 
         Returns:
             hs ``[layers, B, Q, C]`` (one layer without return_intermediate_dec) and memory
@@ -91,14 +96,14 @@ class Transformer(nn.Module):
         B, _, height, width = src.shape
         x, pos = src.flatten(2).transpose(1, 2), pos_embed.flatten(2).transpose(1, 2)
         seen = None if mask is None else ~mask.flatten(1)
-        memory = self.encoder(x, pos, seen, self._grids.of(height, width))
+        memory = self.encoder(x, pos, seen, irpe.Grid(height, width))
         queries = query_embed.expand(B, -1, -1)
         hs = self.decoder(torch.zeros_like(queries), memory, pos, queries, seen)
         return hs, memory.transpose(1, 2).unflatten(2, (height, width))
 
 
 class FeedForward(nn.Module):
-    """What encoder and decoder layers share: two linear layers, norms and dropouts."""
+    """Base of encoder and decoder layers: two linear layers, norms and dropouts."""
 
     def __init__(self, dim: int, hidden: int, dropout: float, norms: int) -> None:
         super().__init__()
@@ -112,7 +117,7 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(FeedForward):
-    """Self-attention over the feature map; values carry no absolute position."""
+    """Self-attention over the feature map; queries and keys have absolute positions."""
 
     def __init__(
         self,
@@ -141,7 +146,7 @@ class EncoderLayer(FeedForward):
 
 
 class Encoder(nn.Module):
-    """Layers, and a last norm if they are pre-norm."""
+    """A stack of layers, with a last norm if they are pre-norm."""
 
     def __init__(self, layers: list[EncoderLayer], norm: nn.Module | None) -> None:
         super().__init__()
@@ -184,7 +189,7 @@ class DecoderLayer(FeedForward):
 
 
 class Decoder(nn.Module):
-    """Layers; one norm for the output of each."""
+    """A stack of layers; one norm is applied to each output."""
 
     def __init__(self, layers: list[DecoderLayer], norm: nn.Module, intermediate: bool) -> None:
         super().__init__()
@@ -201,8 +206,8 @@ class Decoder(nn.Module):
         return torch.stack([self.norm(x) for x in kept])
 
 
-def _by_layer(spec: Spec | Sequence[Spec], layers: int) -> list[irpe.RPE | None]:
-    if spec is None or isinstance(spec, str | irpe.RPE):
+def _by_layer(spec: Spec | Sequence[Spec], layers: int) -> list[irpe.Spec | None]:
+    if spec is None or isinstance(spec, str | irpe.Spec):
         return [irpe.parse(spec) if spec else None] * layers
     specs = [irpe.parse(s) if s else None for s in spec]
     if len(specs) != layers:

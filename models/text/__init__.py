@@ -1,6 +1,6 @@
 """Models of text that take any encoding: a causal language model, and a bidirectional classifier.
 
-``CausalLM`` is the readable definition of how encodings, caches and memories go together.
+``CausalLM`` shows how encodings, caches and memories work together.
 """
 
 from .bert import Bert, released_options, released_weights

@@ -1,4 +1,4 @@
-"""Self-attention over text that can go on from what it has seen before.
+"""Self-attention over text with a cache of earlier tokens.
 
 Shapes: B texts, L tokens read now, S tokens seen in all, C channels, H heads of D.
 """
@@ -12,11 +12,14 @@ from .cache import Kept
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with position encodings, which are attributes of it.
+    """Multi-head self-attention with position encodings as attributes.
 
     Args:
-        dim: C. num_heads: H, divides C. causal: whether a query sees no later token.
-        drop: dropout on the attention probabilities. backend: see ``irpe.attention``.
+        dim: C.
+        num_heads: H, divides C.
+        causal: whether a query sees no later token.
+        drop: dropout on the attention probabilities.
+        backend: see ``irpe.attention``.
     """
 
     def __init__(
@@ -41,25 +44,31 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Kept]:
         """
         Args:
-            x: ``[B, L, C]``. here: where its tokens are. seen: these as queries, and as keys all
-                S tokens, those of ``past`` first. mask: see ``irpe.attention``. terms: of an
-                encoding that all layers share.
+            x: ``[B, L, C]``.
+            here: positions of its tokens.
+            seen: geometry with these as queries, and all S tokens as keys, those of ``past`` first.
+            mask: see ``irpe.attention``.
+            terms: of an encoding that all layers share.
 
         Returns:
-            ``[B, L, C]``, and what to keep of all S tokens.
+            ``[B, L, C]``, and the cache of all S tokens.
         """
-        encodings = irpe.hooks(self)
-        # Keys of all tokens are projected, or those of x alone and the others were before.
+        encodings = irpe.encodings_of(self)
+        # Keys of all tokens are projected, or those of x only if the others are cached.
         project = past is None or past.inputs is not None
         source, where = x, here
         if past is not None and project:
             source, where = torch.cat((past.inputs, x), 1), seen
         q, k, v = self._projected(x, source)
-        q, k = encodings.transform(q, k, where)
+        if not encodings.by_length:
+            q, k = encodings.transform(q, k, where)
         q, waves = self._infused(q, where)
         if not project:
             k, v = torch.cat((past.k, k), 2), torch.cat((past.v, v), 2)
             waves = None if waves is None else _joined(past.waves, waves)
+        raw = k
+        if encodings.by_length:
+            q, k = encodings.transform(q, k, seen)
         out = irpe.attention(
             q,
             k if waves is None else k + waves,
@@ -74,11 +83,11 @@ class Attention(nn.Module):
         if project and torch.is_grad_enabled():
             kept = Kept(inputs=source.detach())
         else:
-            kept = Kept(None, k.detach(), v.detach(), None if waves is None else waves.detach())
+            kept = Kept(None, raw.detach(), v.detach(), None if waves is None else waves.detach())
         return self.proj(out.transpose(1, 2).flatten(2)), kept
 
     def _projected(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of x, keys and values of a source that ends with x."""
+        """Return queries of x, and keys and values of a source that ends with x."""
         if source is x:
             q, k, v = self.qkv(x).chunk(3, -1)
         else:
@@ -89,10 +98,10 @@ class Attention(nn.Module):
         return self._heads(q), self._heads(k), self._heads(v)
 
     def _infused(self, q: Tensor, where: irpe.Geometry) -> tuple[Tensor, Tensor | None]:
-        """Queries with their sinusoids, and what joins the keys, where the encoding is ``pia``.
+        """Return queries with their sinusoids, and the part of keys from positions, for ``pia``.
 
-        A projection is linear, Wk (y + p) = Wk y + Wk p: the content's part of a key can be kept,
-        and placed anew.
+        A projection is linear, Wk (y + p) = Wk y + Wk p: the content part of a key can be cached
+        and get new positions.
         """
         pia = getattr(self, "pia", None)
         if pia is None:
@@ -107,13 +116,13 @@ class Attention(nn.Module):
         return q + self._heads(on_q), self._heads(on_k)
 
     def _heads(self, x: Tensor) -> Tensor:
-        """``[B, L, C]`` or ``[L, C]`` as ``[B | 1, H, L, D]``."""
+        """Return ``[B, L, C]`` or ``[L, C]`` as ``[B | 1, H, L, D]``."""
         x = x if x.dim() == 3 else x.unsqueeze(0)
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
 
 def _joined(first: Tensor, second: Tensor) -> Tensor:
-    """One behind the other, ``[1 | B, H, S, D]``, where one of them may be for all texts."""
+    """Concatenate along S, ``[1 | B, H, S, D]``; one of them may be shared by all texts."""
     size = max(first.shape[0], second.shape[0])
     parts = (part.expand(size, -1, -1, -1) for part in (first, second))
     return torch.cat(list(parts), 2)

@@ -1,4 +1,4 @@
-"""BERT (Devlin et al., 2019), with absolute or relative positions, and weights that were released.
+"""BERT (Devlin et al., 2019), with absolute or relative positions, for released weights.
 
 Huang et al. (2020) trained BERT with Shaw's positions and with their fourth method; transformers
 up to 4.57 calls these ``relative_key`` and ``relative_key_query``.
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import irpe
 
-from ..geometries import Recent
 from .attention import Attention
 from .body import Spec, attach, check_tokens
 
@@ -52,15 +51,21 @@ class PostNormBlock(nn.Module):
 
 
 class Bert(nn.Module):
-    """BERT's encoder, without its pooler: a body as ``Classifier`` and ``SpanFinder`` take it.
+    """BERT's encoder without its pooler: a body for ``Classifier`` and ``SpanFinder``.
 
     Args:
-        vocab_size: tokens there are. dim: C. depth: blocks. num_heads: divides C.
-        hidden: channels inside the MLP. types: kinds of tokens.
+        vocab_size: number of tokens.
+        dim: C.
+        depth: number of blocks.
+        num_heads: divides C.
+        hidden: channels inside the MLP.
+        types: number of kinds of tokens.
         encoding: ``learned,length=512`` as in BERT itself, ``shaw,clip=511`` or
             ``huang4,clip=511`` as in ``relative_key`` and ``relative_key_query``, or any other.
-        drop, attn_drop: dropout on embeddings and blocks, and on attention probabilities.
-        eps: of the norms. backend: see ``irpe.attention``.
+        drop: dropout on embeddings and blocks.
+        attn_drop: dropout on attention probabilities.
+        eps: of the norms.
+        backend: see ``irpe.attention``.
     """
 
     def __init__(
@@ -84,7 +89,6 @@ class Bert(nn.Module):
         self.norm, self.drop = nn.LayerNorm(dim, eps=eps), nn.Dropout(drop)
         given = (dim, num_heads, hidden, drop, attn_drop, eps, backend)
         self.blocks = nn.ModuleList(PostNormBlock(*given) for _ in range(depth))
-        self._whole = Recent(irpe.Sequence)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -92,7 +96,7 @@ class Bert(nn.Module):
             self.attach(encoding)
 
     def attach(self, spec: Spec) -> None:
-        """Put a further encoding on; one that is neutral changes nothing until it is trained."""
+        """Add an encoding; a neutral one changes no outputs until it is trained."""
         attach(self, spec)
 
     def forward(
@@ -100,25 +104,26 @@ class Bert(nn.Module):
     ) -> Tensor:
         """
         Args:
-            tokens: integers ``[B, L]``. types: of the tokens ``[B, L]``; None: all are 0.
+            tokens: integers ``[B, L]``.
+            types: of the tokens ``[B, L]``; None: all are 0.
             seen: bool ``[B, L]``, False for padding.
 
         Returns:
             ``[B, L, C]``.
         """
         check_tokens(tokens)
-        where = self._whole.of(tokens.shape[1])
+        where = irpe.Sequence(tokens.shape[1])
         types = torch.zeros_like(tokens) if types is None else types
         x = self.embedding(tokens) + self.types(types)
-        x = self.drop(self.norm(irpe.hooks(self.at_input).embed(x, where)))
+        x = self.drop(self.norm(irpe.encodings_of(self.at_input).embed(x, where)))
         mask = None if seen is None else seen[:, None, None]
-        terms = irpe.hooks(self.for_all).terms(where)
+        terms = irpe.encodings_of(self.for_all).terms(where)
         for block in self.blocks:
             x = block(x, where, mask, terms)
         return x
 
 
-# Of a config.json: what an option of ours is called there.
+# Our option -> its name in config.json.
 _OPTIONS = {
     "vocab_size": "vocab_size",
     "dim": "hidden_size",
@@ -138,10 +143,10 @@ _SPECS = {
 
 
 def released_options(config: Mapping[str, object]) -> dict[str, object]:
-    """``Bert``'s options from the ``config.json`` of a released checkpoint.
+    """Return the options of ``Bert`` for the ``config.json`` of a released checkpoint.
 
     Raises:
-        irpe.IrpeError: for positions or an activation that BERT does not have.
+        irpe.IrpeError: for positions or an activation that ``Bert`` does not support.
     """
     kind = config.get("position_embedding_type") or "absolute"
     if kind not in _SPECS:
@@ -153,7 +158,7 @@ def released_options(config: Mapping[str, object]) -> dict[str, object]:
     return {**options, "encoding": _SPECS[str(kind)].format(length=length, clip=length - 1)}
 
 
-# Released names, but for projections: a pattern, and our name.
+# Released names except projections: a pattern, and our name.
 _NAMES = [
     (r"embeddings\.word_embeddings\.(weight)", r"embedding.\1"),
     (r"embeddings\.token_type_embeddings\.(weight)", r"types.\1"),
@@ -166,12 +171,12 @@ _NAMES = [
 ]
 _PROJECTION = r"encoder\.layer\.(\d+)\.attention\.self\.(query|key|value)\.(weight|bias)"
 _DISTANCES = r"encoder\.layer\.(\d+)\.attention\.self\.distance_embedding\.weight"
-# Heads of pre-training, and a buffer that counts.
+# Heads of pre-training, and a buffer of positions.
 _LEFT_OUT = r"pooler\..*|cls\..*|embeddings\.position_ids|classifier\..*"
 
 
 def released_weights(weights: Mapping[str, Tensor], encoding: str) -> dict[str, Tensor]:
-    """A released BERT's weights under the names of ``SpanFinder(Bert(...))``.
+    """Return a released BERT's weights under the names of ``SpanFinder(Bert(...))``.
 
     Args:
         weights: as released, with or without ``bert.`` in front.
@@ -199,7 +204,7 @@ def released_weights(weights: Mapping[str, Tensor], encoding: str) -> dict[str, 
         elif (match := re.fullmatch(_DISTANCES, name)) and table:
             found[f"body.blocks.{match[1]}.attn.{table}"] = value.T.unsqueeze(0)
         elif name == "embeddings.position_embeddings.weight":
-            if table is None:  # beside relative positions it is there, but takes no part
+            if table is None:  # released with relative positions too, but not used there
                 found["body.at_input.learned.weight"] = value
         elif match := re.fullmatch(r"qa_outputs\.(weight|bias)", name):
             found[f"head.{match[1]}"] = value

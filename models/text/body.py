@@ -1,16 +1,13 @@
-"""The transformer below every head: tokens to hidden states, with any encoding.
+"""The transformer below all heads: tokens to hidden states, with any encoding.
 
 Shapes: B texts, L tokens read now, S tokens seen in all, C channels.
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 import irpe
 
-from ..geometries import Recent
 from .attention import Attention
 from .cache import Cache, Kept
 
@@ -55,17 +52,21 @@ class Block(nn.Module):
 class Body(nn.Module):
     """Embedding, blocks and a last norm.
 
-    Token vectors have unit variance at the input, and learned positions a C-th of it (as in
-    fairseq), so that a sinusoid, whose variance is a half, does not drown them.
+    Token vectors have unit variance at the input and learned positions 1 / C of it, as in fairseq.
+    A sinusoid has variance 1/2, so it does not dominate them.
 
     Args:
-        vocab_size: tokens there are. dim: C. depth: blocks. num_heads: divides C.
+        vocab_size: number of tokens.
+        dim: C.
+        depth: number of blocks.
+        num_heads: divides C.
         mlp_ratio: hidden channels of the MLP over C.
-        encoding: an encoding's spec, several, or None.
+        encoding: an encoding's spec, or None.
         causal: whether a token sees no later one.
-        types: kinds of tokens that have a vector each, as question and context; 0: none.
-        drop: dropout on embeddings and on what blocks add. attn_drop: on attention
-            probabilities. act_drop: on the MLP's hidden channels.
+        types: number of kinds of tokens, each with a vector, as question and context; 0: none.
+        drop: dropout on embeddings and on the outputs of blocks.
+        attn_drop: on attention probabilities.
+        act_drop: on the MLP's hidden channels.
         backend: see ``irpe.attention``.
     """
 
@@ -76,7 +77,7 @@ class Body(nn.Module):
         depth: int = 4,
         num_heads: int = 4,
         mlp_ratio: float = 4.0,
-        encoding: Spec | Sequence[Spec] | None = None,
+        encoding: Spec | None = None,
         causal: bool = False,
         types: int = 0,
         drop: float = 0.0,
@@ -96,13 +97,11 @@ class Body(nn.Module):
         given = (dim, num_heads, hidden, causal, drop, attn_drop, act_drop, backend)
         self.blocks = nn.ModuleList(Block(*given) for _ in range(depth))
         self.drop, self.norm = nn.Dropout(drop), nn.LayerNorm(dim)
-        self._whole = Recent(irpe.Sequence)
-        one = encoding is None or isinstance(encoding, Spec)
-        for spec in () if encoding is None else (encoding,) if one else encoding:
-            self.attach(spec)
+        if encoding is not None:
+            self.attach(encoding)
 
     def attach(self, spec: Spec) -> None:
-        """Put a further encoding on; one that is neutral changes nothing until it is trained."""
+        """Add an encoding; a neutral one changes no outputs until it is trained."""
         if "learned" in attach(self, spec):
             nn.init.normal_(self.at_input.learned.weight, std=self.dim**-0.5)
 
@@ -112,17 +111,21 @@ class Body(nn.Module):
         types: Tensor | None = None,
         seen: Tensor | None = None,
         positions: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """
         Args:
-            tokens: integers ``[B, L]``. types: of the tokens ``[B, L]``; None: all are 0.
+            tokens: integers ``[B, L]``.
+            types: of the tokens ``[B, L]``; None: all are 0.
             seen: bool ``[B, L]``, False for padding.
-            positions: of the tokens, ``[L]`` or ``[B, L]``; None: 0 to L - 1.
+            positions: of the tokens, ``[L]`` or ``[B, L]``; None: they count the tokens seen.
+            mask: bool ``[B | 1, L, L]``, True where a query may see a key: texts packed into one
+                row, with positions that restart.
 
         Returns:
             ``[B, L, C]``.
         """
-        return self.read(tokens, types, seen, positions, Cache())[0]
+        return self.read(tokens, types, seen, positions, Cache(), mask)[0]
 
     def read(
         self,
@@ -131,46 +134,63 @@ class Body(nn.Module):
         seen: Tensor | None,
         positions: Tensor | None,
         state: Cache,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Cache]:
-        """As ``forward``, after the tokens of a state; the state after these comes back too."""
+        """Return ``forward`` after the tokens of a state, and the state after these tokens.
+
+        The mask is ``[B | 1, L, S]``, over all S tokens.
+        """
         check_tokens(tokens)
         self._check_state(tokens, state)
-        here, among, places = self._places(tokens, positions, state)
+        every = _all_seen(tokens, seen, state)
+        here, among, places = self._places(tokens, positions, state, every, mask is None)
         x = self.embedding(tokens) * self.dim**0.5
         if self.types is not None:
             x = x + self.types(torch.zeros_like(tokens) if types is None else types)
-        x = self.drop(irpe.hooks(self.at_input).embed(x, here))
-        mask = None if seen is None else seen[:, None, None]
-        layers, terms = [], irpe.hooks(self.for_all).terms(among)
+        x = self.drop(irpe.encodings_of(self.at_input).embed(x, here))
+        if every is not None:
+            own = every.unsqueeze(1)
+            mask = own if mask is None else mask & own
+        mask = None if mask is None else mask.unsqueeze(1)
+        layers, terms = [], irpe.encodings_of(self.for_all).terms(among)
         for block, past in zip(self.blocks, state.layers or [None] * len(self.blocks), strict=True):
             x, kept = block(x, here, among, past, mask, terms)
             layers.append(kept)
-        return self.norm(x), state.grown(tuple(layers), places)
+        return self.norm(x), state.grown(tuple(layers), places, every)
 
     def _places(
-        self, tokens: Tensor, positions: Tensor | None, state: Cache
+        self,
+        tokens: Tensor,
+        positions: Tensor | None,
+        state: Cache,
+        every: Tensor | None,
+        ordered: bool,
     ) -> tuple[irpe.Sequence, irpe.Sequence, Tensor]:
-        """Where the new tokens are, these among all that were seen, and the positions of all."""
+        """Return the geometry of the new tokens, that of these among all tokens, and all positions.
+
+        Args:
+            every: mask of the tokens that are seen; None: all.
+            ordered: whether positions must increase.
+        """
         length, past = tokens.shape[1], state.positions
-        if positions is None and past is None:
-            whole = self._whole.of(length)
+        if positions is None and past is None and every is None:
+            whole = irpe.Sequence(length)
             return whole, whole, torch.arange(length, device=tokens.device)
         if positions is None:
-            positions = torch.arange(length, device=tokens.device)
-            if past.shape[-1]:
-                positions = past[..., -1:] + 1 + positions
+            positions = torch.arange(1, length + 1, device=tokens.device)
+            if every is not None:
+                positions = every[:, -length:].cumsum(1) if length else positions.expand(0, -1)
+            before = past[..., -1:] if past is not None and past.shape[-1] else -1
+            # Padding before the first token has position 0.
+            positions = (before + positions).clamp(min=0)
         places = positions
         if past is not None:
             if past.dim() != positions.dim():
                 rows = max((past, positions), key=lambda p: p.dim()).shape[0]
                 past, positions = past.expand(rows, -1), positions.expand(rows, -1)
             places = torch.cat((past, positions), -1)
-        rising = places.device.type != "cpu" or not self.causal or (places.diff() > 0).all()
-        if not rising:
-            raise irpe.IrpeError(
-                f"positions {positions.tolist()!s:.80} do not increase from token to token"
-                + (f", after {past[..., -1:].tolist()!s:.40}" if past is not None else "")
-            )
+        if ordered and self.causal and not torch.compiler.is_compiling():
+            _check_order(places, every, positions, past)
         here = irpe.Sequence(length, positions=positions)
         if past is None:
             return here, here, places
@@ -192,12 +212,50 @@ class Body(nn.Module):
             )
 
 
-def attach(model: nn.Module, spec: Spec) -> set[str]:
-    """Put an encoding on a body, and return its modules' names there.
+def _all_seen(tokens: Tensor, seen: Tensor | None, state: Cache) -> Tensor | None:
+    """Return which tokens are seen ``[B, S]``, those of the state first; None: all."""
+    if seen is not None and (seen.dtype != torch.bool or seen.shape != tokens.shape):
+        raise irpe.IrpeError(
+            f"seen is bool like tokens {list(tokens.shape)}, not {seen.dtype} {list(seen.shape)}"
+        )
+    if seen is None and state.seen is None:
+        return None
+    new = torch.ones_like(tokens, dtype=torch.bool) if seen is None else seen
+    before = state.seen
+    if before is None:
+        size = 0 if state.positions is None else state.positions.shape[-1]
+        before = new.new_ones(len(tokens), size)
+    return torch.cat((before, new), 1)
 
-    It goes on every attention, or where its authors have it: at the input, or one for all layers.
+
+def _check_order(
+    places: Tensor, every: Tensor | None, positions: Tensor, past: Tensor | None
+) -> None:
+    """Raise unless positions increase over the seen tokens."""
+    if places.device.type != "cpu":
+        return
+    rising = places.diff() > 0
+    if every is not None:
+        rising = rising | ~every[:, :-1] | ~every[:, 1:]
+    if not rising.all():
+        raise irpe.IrpeError(
+            f"positions {positions.tolist()!s:.80} do not increase from token to token"
+            + (f", after {past[..., -1:].tolist()!s:.40}" if past is not None else "")
+            + "; texts packed into one row need a mask"
+        )
+
+
+def attach(model: nn.Module, spec: Spec) -> set[str]:
+    """Add an encoding to a body, or several as a sum, and return its modules' names.
+
+    It is added to every attention, or where its paper has it: at the input, or once for all
+    layers.
     """
-    spec, attentions = irpe.parse(spec), [block.attn for block in model.blocks]
+    return {name for part in irpe.parse(spec).parts for name in _attach_one(model, part)}
+
+
+def _attach_one(model: nn.Module, spec: irpe.Spec) -> set[str]:
+    attentions = [block.attn for block in model.blocks]
     if 1 not in spec.axes:
         raise irpe.IrpeError(f"{spec} is for images: text has positions on one axis")
     first = attentions[0]
@@ -217,7 +275,7 @@ def attach(model: nn.Module, spec: Spec) -> set[str]:
 
 
 def tables(model: nn.Module) -> set[str]:
-    """Names of encodings' parameters: a factor of q . k does nothing at 1, so none may decay."""
+    """Return the names of encodings' parameters; a factor of q . k is neutral at 1: no decay."""
     return {
         f"{path}.{name}"
         for path, module in model.named_modules()
@@ -227,6 +285,6 @@ def tables(model: nn.Module) -> set[str]:
 
 
 def check_tokens(tokens: Tensor) -> None:
-    """Raises IrpeError unless tokens are integers ``[B, L]``."""
+    """Raise IrpeError unless tokens are integers ``[B, L]``."""
     if tokens.dim() != 2 or tokens.is_floating_point() or 0 in tokens.shape:
         raise irpe.IrpeError(f"tokens are integers [B, L], not {tokens.dtype} {list(tokens.shape)}")

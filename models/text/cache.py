@@ -1,6 +1,6 @@
-"""What a language model remembers of the tokens that it has read.
+"""Caches of a language model for the tokens read so far.
 
-Both kinds are values: going on from one gives a new one, and the old one stays as it is.
+Both kinds are values: more tokens give a new one, and the old one does not change.
 
 Shapes: B texts, H heads, S tokens remembered, C channels, D of a head.
 """
@@ -14,16 +14,17 @@ from torch import Tensor
 
 
 class Kept(NamedTuple):
-    """What one layer keeps of the tokens it has seen; nothing of it passes gradients on.
+    """The cache of one layer; it is detached from the graph.
 
-    While gradients are computed that is the layer's inputs, which the next step's weights project
-    and learn from; else it is what was projected.
+    If gradients are computed, it holds the layer's inputs, which the next step projects with its
+    weights. Otherwise it holds the projections.
 
     Attributes:
         inputs: of the projections, ``[B, S, C]``; the others are None then.
-        k: keys ``[B, H, S, D]``, after all that an encoding does to them; with ``pia`` those of
-            the content alone. v: values ``[B, H, S, D]``.
-        waves: with ``pia``, what joins the keys, ``[1 | B, H, S, D]``: Wk p of (Wk y + Wk p).
+        k: keys ``[B, H, S, D]`` with the encoding applied. With ``pia``: of the content only.
+            With a rotation that depends on the length of the text: before the rotation.
+        v: values ``[B, H, S, D]``.
+        waves: with ``pia``, the position part of keys, ``[1 | B, H, S, D]``: Wk p of Wk y + Wk p.
     """
 
     inputs: Tensor | None = None
@@ -37,7 +38,7 @@ class Kept(NamedTuple):
         return next(part for part in self[:2] if part is not None).shape[0]
 
     def last(self, size: int) -> "Kept":
-        """The last tokens; sinusoids those of the first places."""
+        """Return the cache of the last tokens, with the sinusoids of the first positions."""
 
         def cut(part: Tensor | None) -> Tensor | None:
             return None if part is None else part[..., max(part.shape[-2] - size, 0) :, :]
@@ -45,49 +46,74 @@ class Kept(NamedTuple):
         waves = None if self.waves is None else self.waves[..., :size, :]
         return Kept(cut(self.inputs), cut(self.k), cut(self.v), waves)
 
+    def reorder(self, index: Tensor) -> "Kept":
+        """Return the cache of the texts of an index ``[B']``; sinusoids may be shared."""
+        shared = self.waves is not None and self.waves.shape[0] == 1
+        parts = (part if part is None else part.index_select(0, index) for part in self[:3])
+        waves = self.waves if shared or self.waves is None else self.waves.index_select(0, index)
+        return Kept(*parts, waves)
+
 
 @dataclass(frozen=True, eq=False)
 class Cache:
-    """All tokens so far, each at the position that it had.
+    """A cache of all tokens so far with their positions.
 
-    ``Cache()`` remembers nothing: a text begins with it.
+    ``Cache()`` is empty: start a text with it.
 
     Args:
-        layers: what each layer keeps. positions: of the tokens, ``[S]`` or ``[B, S]``.
+        layers: the cache of each layer.
+        positions: of the tokens, ``[S]`` or ``[B, S]``.
+        seen: bool ``[B, S]``, False for padding; None: there is none.
     """
 
     layers: tuple[Kept, ...] = ()
     positions: Tensor | None = None
+    seen: Tensor | None = None
+
+    def reorder(self, index: Tensor) -> "Cache":
+        """Return the state of some of the texts, as for beam search.
+
+        Args:
+            index: integers ``[B']`` from 0 to B - 1; a text may be chosen more than once.
+        """
+        own = {
+            name: part if part is None or part.dim() == 1 else part.index_select(0, index)
+            for name, part in (("positions", self.positions), ("seen", self.seen))
+        }
+        return replace(self, layers=tuple(kept.reorder(index) for kept in self.layers), **own)
 
     def pieces(self, length: int) -> Iterator[int]:
-        """In which pieces the next ``length`` tokens are to be read."""
+        """Yield the sizes of the pieces in which to read the next ``length`` tokens."""
         yield length
 
-    def grown(self, layers: tuple[Kept, ...], positions: Tensor) -> "Cache":
-        """What is remembered after more tokens: all of them."""
-        return replace(self, layers=layers, positions=positions)
+    def grown(
+        self, layers: tuple[Kept, ...], positions: Tensor, seen: Tensor | None = None
+    ) -> "Cache":
+        """Return the cache after more tokens: all of them."""
+        return replace(self, layers=layers, positions=positions, seen=seen)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Memory(Cache):
-    """Tokens of the block that is being read, and the last few before it (Press et al., 2021).
+    """The tokens of the current block, and the last few before it (Press et al., 2021).
 
-    A text is read in blocks, whatever pieces it comes in. Where a block ends, all but the last
-    ``size`` tokens are forgotten. So a token that is read by itself sees just what it would see in
-    a block that came whole: itself, and from ``size`` to ``size`` + ``block`` - 1 tokens before.
+    A text is read in blocks, however it is passed in. At the end of a block all but the last
+    ``size`` tokens are dropped. So a token sees the same in a call of its own as in a whole block:
+    itself, and from ``size`` to ``size`` + ``block`` - 1 tokens before it.
 
-    ``CausalLM.memory`` makes one.
+    ``CausalLM.memory`` creates one.
 
     Args:
-        block: tokens of a block. size: tokens remembered when one ends.
-        anew: whether those are placed anew then, from position 0 on; else they stay where they
-            are, which is the same for encodings that see nothing but distances.
-        fresh: tokens of the block that were read already.
+        block: tokens of a block.
+        size: tokens kept at the end of a block.
+        renumber: give kept tokens new positions, from 0 on. Otherwise they keep their positions,
+            which is equivalent for encodings of distances.
+        fresh: tokens of the current block that were read already.
     """
 
     block: int
     size: int
-    anew: bool
+    renumber: bool
     fresh: int = 0
 
     def pieces(self, length: int) -> Iterator[int]:
@@ -97,13 +123,15 @@ class Memory(Cache):
             yield piece
             length, fresh = length - piece, 0
 
-    def grown(self, layers: tuple[Kept, ...], positions: Tensor) -> "Memory":
+    def grown(
+        self, layers: tuple[Kept, ...], positions: Tensor, seen: Tensor | None = None
+    ) -> "Memory":
         before = 0 if self.positions is None else self.positions.shape[-1]
         fresh = self.fresh + positions.shape[-1] - before
         if fresh < self.block:
             return replace(self, layers=layers, positions=positions, fresh=fresh)
         layers = tuple(kept.last(self.size) for kept in layers)
         positions = positions[..., max(positions.shape[-1] - self.size, 0) :]
-        if self.anew:
+        if self.renumber:
             positions = torch.arange(positions.shape[-1], device=positions.device)
         return replace(self, layers=layers, positions=positions, fresh=0)

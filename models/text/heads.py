@@ -1,7 +1,7 @@
-"""What stands on a bidirectional body: classes of texts, and spans that answer questions.
+"""Heads of a bidirectional body: classes of texts, and answers as spans.
 
-A body takes (tokens, types, seen) to hidden states ``[B, L, C]`` and says its ``dim``: ``Body`` or
-``Bert``.
+A body, ``Body`` or ``Bert``, maps (tokens, types, seen) to hidden states ``[B, L, C]`` and has
+``dim``.
 """
 
 import torch
@@ -11,7 +11,7 @@ from .body import tables
 
 
 class Classifier(nn.Module):
-    """The class of a text, from the mean over its tokens."""
+    """Classify a text from the mean over its tokens."""
 
     def __init__(self, body: nn.Module, num_classes: int) -> None:
         super().__init__()
@@ -19,7 +19,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(body.dim, num_classes)
 
     def forward(self, tokens: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Tokens ``[B, L]``, ``seen`` False for padding, to logits ``[B, classes]``."""
+        """Return logits ``[B, classes]`` of tokens ``[B, L]``; ``seen`` is False for padding."""
         hidden = self.body(tokens, None, seen)
         if seen is None:
             return self.head(hidden.mean(1))
@@ -31,7 +31,7 @@ class Classifier(nn.Module):
 
 
 class SpanFinder(nn.Module):
-    """Where the answer to a question begins and ends in its context (Devlin et al., 2019)."""
+    """Find the first and the last token of an answer in its context (Devlin et al., 2019)."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
@@ -43,12 +43,13 @@ class SpanFinder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """
         Args:
-            tokens: question and context ``[B, L]``. types: 0 for the question, 1 for the context.
+            tokens: question and context ``[B, L]``.
+            types: 0 for the question, 1 for the context.
             seen: bool ``[B, L]``, False for padding.
 
         Returns:
-            Logits of each token to be the first and the last one, ``[B, L]`` each; those of
-            padding are the least there is.
+            Logits of each token to be the first and the last one, ``[B, L]`` each; the lowest
+            number of the dtype for padding.
         """
         logits = self.head(self.body(tokens, types, seen))
         if seen is not None:

@@ -1,9 +1,9 @@
-"""A causal language model, and text from it.
+"""A causal language model, and text generation.
 
-Shapes: B texts, L tokens, V tokens there are.
+Shapes: B texts, L tokens, V the vocabulary's size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +18,19 @@ Reader = Callable[[Cache | None, Tensor, Tensor], tuple[Tensor, Cache | None]]
 
 
 class CausalLM(nn.Module):
-    """Predicts, at each token, the next one.
+    """A language model: predicts the next token at each token.
 
     Args:
-        vocab_size: V. encoding: an encoding's spec, several, or None.
-        tied: whether the output layer's weights are those of the embedding.
+        vocab_size: V.
+        encoding: an encoding's spec, or None.
+        tied: share the weights of the output layer and the embedding.
         options: of ``Body``.
     """
 
     def __init__(
         self,
         vocab_size: int,
-        encoding: Spec | Sequence[Spec] | None = "rope",
+        encoding: Spec | None = "rope",
         tied: bool = True,
         **options: object,
     ) -> None:
@@ -41,15 +42,24 @@ class CausalLM(nn.Module):
             nn.init.normal_(self.head.weight, std=self.body.dim**-0.5)
 
     def forward(
-        self, tokens: Tensor, positions: Tensor | None = None, state: Cache | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        state: Cache | None = None,
+        *,
+        seen: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Cache]:
-        """Logits of the next token, at each token.
+        """Return the logits of the next token, at each token.
 
         Args:
             tokens: integers ``[B, L]``.
-            positions: of the tokens, ``[L]`` or ``[B, L]``, increasing; None: they go on after
-                those of the state, from 0 without one.
+            positions: of the tokens, ``[L]`` or ``[B, L]``, increasing; None: they count the tokens
+                that are seen, after those of the state.
             state: what was read before, of the same B texts; ``Cache()``: nothing.
+            seen: bool ``[B, L]``, False for padding, such as that on the left of shorter prompts.
+            mask: bool ``[B | 1, L, S]`` over all S tokens, True where a query may see a key. With
+                it positions may restart: texts packed into one row.
 
         Returns:
             Logits ``[B, L, V]``; with a state, the state after these tokens too.
@@ -59,24 +69,30 @@ class CausalLM(nn.Module):
                 tokens than a table of positions has rows.
         """
         if state is None:
-            return self._logits(self.body(tokens, positions=positions))
-        if isinstance(state, Memory) and positions is not None:
-            raise irpe.IrpeError("a memory places its tokens itself: positions must be None")
+            return self._logits(self.body(tokens, None, seen, positions, mask))
+        if not isinstance(state, Memory):
+            out, state = self.body.read(tokens, None, seen, positions, state, mask)
+            return self._logits(out), state
+        if any(given is not None for given in (positions, seen, mask)):
+            raise irpe.IrpeError(
+                "a memory places its tokens itself: positions, seen and mask must be None"
+            )
         hidden = []
         for piece in tokens.split(list(state.pieces(tokens.shape[1])), 1):
-            out, state = self.body.read(piece, None, None, positions, state)
+            out, state = self.body.read(piece, None, None, None, state)
             hidden.append(out)
         return self._logits(torch.cat(hidden, 1)), state
 
     def memory(self, block: int, size: int | None = None) -> Memory:
-        """An empty memory for texts that are read in blocks; see ``Memory``.
+        """Return an empty memory for texts that are read in blocks; see ``Memory``.
 
         Args:
-            block: tokens of a block. size: tokens remembered from block to block; None: a block.
+            block: tokens of a block.
+            size: tokens remembered from block to block; None: a block.
 
         Raises:
-            irpe.IrpeError: where positions are part of what a layer remembers, so that it could
-                not be placed anew.
+            irpe.IrpeError: if cached keys contain positions, so that they cannot get new
+                positions.
         """
         size = block if size is None else size
         if block < 1 or size < 0:
@@ -86,14 +102,14 @@ class CausalLM(nn.Module):
                 "a memory needs an encoding that acts in attention, as pia or rope; here positions "
                 "are added at the model's input, and layers remember them"
             )
-        anew = any(hasattr(block.attn, "pia") for block in self.body.blocks)
-        return Memory(block=block, size=size, anew=anew)
+        renumber = any(hasattr(block.attn, "pia") for block in self.body.blocks)
+        return Memory(block=block, size=size, renumber=renumber)
 
     def reader(self, block: int | None = None, size: int | None = None) -> Reader:
-        """This model as a function of a state, tokens and positions, for scoring texts.
+        """Return the model as a function of state, tokens and positions, for scoring texts.
 
-        Without ``block`` every call stands for itself, and no state comes back. With it the rows
-        are read block by block with a memory, which places tokens itself.
+        Without ``block`` calls are independent and return no state. With ``block``, rows are read
+        block by block with a memory, which sets positions itself.
         """
 
         def alone(state: Cache | None, tokens: Tensor, positions: Tensor) -> tuple[Tensor, None]:
@@ -126,23 +142,32 @@ def generate(
     temperature: float = 1.0,
     state: Cache | None = None,
     generator: torch.Generator | None = None,
+    seen: Tensor | None = None,
 ) -> Tensor:
-    """Go on with texts, token by token.
+    """Continue texts token by token.
 
     Args:
-        tokens: ``[B, L]``, what the texts begin with. count: tokens to add.
+        tokens: ``[B, L]``, the prompts.
+        count: tokens to add.
         temperature: divides the logits; 0: always the most likely token.
         state: what was read before the tokens; None: nothing.
+        seen: bool ``[B, L]``, False for padding on the left of shorter texts; None: there is none.
         generator: of the draws, on the CPU.
 
     Returns:
         The new tokens, ``[B, count]``.
+
+    Raises:
+        irpe.IrpeError: for a negative temperature, and a text whose last token is padding.
     """
+    if seen is not None and not bool(seen[:, -1:].all()):
+        raise irpe.IrpeError("the last token of every text must be seen: pad texts on the left")
     if temperature < 0:
         raise irpe.IrpeError(f"temperature={temperature} is negative")
     state, found, given = Cache() if state is None else state, [], tokens
     for _ in range(count):
-        logits, state = model(given, state=state)
+        logits, state = model(given, state=state, seen=seen)
+        seen = None  # new tokens are no padding
         last = logits[:, -1].float().cpu()
         if temperature:
             given = torch.multinomial((last / temperature).softmax(-1), 1, generator=generator)

@@ -38,7 +38,10 @@ TRACED = (  # each way of calling layers once
     "Dinov2WithRegisters",
     "CLIPVision",
 )
-EAGER = {"rtol": 1e-5, "atol": 1e-5}  # the host's own softmax is in float32, whatever the model is
+EAGER = {
+    "rtol": 1e-5,
+    "atol": 1e-5,
+}  # transformers' softmax is in float32 for any dtype
 CHECKS = ("outputs_stay", "tables_learn", "state_round_trip", "copies_are_independent",
           "compiles", "detach_undoes")  # fmt: skip
 
@@ -189,7 +192,7 @@ def test_attentions_where_the_host_gives_them(family):
 
 
 def test_a_classifier_its_blocks_and_its_other_attention():
-    """Some blocks only; the host's own choice goes on for the others and never undoes ours."""
+    """Some blocks only; the other blocks keep the library's attention, also later."""
     torch.manual_seed(0)
     config = transformers.ViTConfig(**SMALL, num_labels=3)
     model = transformers.ViTForImageClassification(config).double().eval()
@@ -273,7 +276,7 @@ def test_wrong_use():
     with pytest.raises(irpe.IrpeError, match=r"'blocks\.\*' matches none.*attention"):
         irpe.attach(model, QK, where="blocks.*")
     irpe.attach(model, QK)
-    with pytest.raises(irpe.IrpeError, match="0.*equipped already.*detach"):
+    with pytest.raises(irpe.IrpeError, match="0.*encoding already.*detach"):
         irpe.attach(model, QK)
     tokens = torch.zeros(1, 17, 32, dtype=torch.float64)
     run(model)

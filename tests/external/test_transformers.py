@@ -33,7 +33,7 @@ def test_bert(spec, kind, length):
         attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     theirs = BertSelfAttention(config, position_embedding_type=kind).double()
-    ours = irpe.RPEAttention(C, H, spec, prefix=False, dtype=torch.float64)
+    ours = irpe.RPEAttention(C, H, spec, prefix=0, dtype=torch.float64)
     table = ours.shaw.table_k if spec[:4] == "shaw" else ours.huang.table
     with torch.no_grad():
         for part, mine in ((ours.qkv.weight, "weight"), (ours.qkv.bias, "bias")):
@@ -126,8 +126,6 @@ def test_llama(base):
 def test_scaled_frequencies(kind, factor, fraction):
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    from irpe.encodings.frequencies import rope_frequencies
-
     scaling = {"rope_type": kind, "factor": factor}
     if kind == "yarn":
         scaling["original_max_position_embeddings"] = 64
@@ -141,9 +139,54 @@ def test_scaled_frequencies(kind, factor, fraction):
         f"rope,scaling={name},factor={factor:g}{',original=64' * (kind == 'yarn')}"
         f"{',fraction=0.5' * (fraction == 0.5)}"
     )
-    found, mine = rope_frequencies(spec, D * 4)
-    torch.testing.assert_close(found.float(), wanted, rtol=2e-6, atol=0)
+    found, mine = spec.frequencies(D * 4)
+    torch.testing.assert_close(found[0].float(), wanted, rtol=2e-6, atol=0)
     assert mine == pytest.approx(scale, rel=1e-12)
+
+
+RELEASED = {
+    "llama3": {"factor": 8.0, "original_max_position_embeddings": 32, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0},
+    "llama3 other": {"factor": 32.0, "original_max_position_embeddings": 16,
+                     "low_freq_factor": 0.5, "high_freq_factor": 3.0},
+    "dynamic": {"factor": 2.0},
+    "dynamic more": {"factor": 8.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 16.0,
+             "beta_slow": 2.0},
+    "yarn factor": {"factor": 4.0, "original_max_position_embeddings": 64,
+                    "attention_factor": 1.3},
+    "longrope": {"factor": 4.0, "original_max_position_embeddings": 32,
+                 "short_factor": [1 + t / 9 for t in range(2 * D)],
+                 "long_factor": [2 + t / 3 for t in range(2 * D)]},
+    "longrope factor": {"attention_factor": 1.2, "factor": 1.0,
+                        "original_max_position_embeddings": 32,
+                        "short_factor": [1.0] * (2 * D), "long_factor": [3.0] * (2 * D)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [20, 64, 65, 300])
+@pytest.mark.parametrize("name", RELEASED)
+def test_scalings_of_released_models(name, length):
+    """Frequencies and factor of transformers' own functions, to float32 rounding."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kind, options = name.split()[0], RELEASED[name]
+    config = llama(rope_scaling={"rope_type": kind, **options})
+    if kind == "longrope":  # as in Phi-3: the factor is a ratio of two lengths
+        config.original_max_position_embeddings = 32
+        config.max_position_embeddings = 128
+    wanted, scale = ROPE_INIT_FUNCTIONS[kind](config, "cpu", length)
+    ours = {key: value for key, value in options.items() if not key.startswith("original")}
+    if kind != "linear":
+        ours["original"] = options.get("original_max_position_embeddings", 64)
+    found = irpe.parse(
+        ",".join(
+            f"{key}={':'.join(map(repr, value)) if isinstance(value, list) else value}"
+            for key, value in {"rope,scaling": kind, **ours}.items()
+        )
+    ).frequencies(D * 4, torch.tensor(float(length), dtype=torch.float64))
+    torch.testing.assert_close(found[0][0].float(), wanted, rtol=3e-6, atol=0)
+    assert found[1] == pytest.approx(scale, rel=1e-12)
 
 
 @pytest.mark.parametrize("both", [True, False])
@@ -198,7 +241,7 @@ def test_bloom_slopes(heads):
 
 def test_packed_sequences_are_not_guessed():
     """Gaps between positions hide no keys here; transformers takes them for document borders."""
-    layer = irpe.RPEAttention(C, H, "rope,layout=half", prefix=False, causal=True)
+    layer = irpe.RPEAttention(C, H, "rope,layout=half", prefix=0, causal=True)
     where = torch.tensor([[0, 1, 2, 3, 100, 101, 102, 103]])
     x = torch.randn(1, 8, C)
     changed = x.clone()

@@ -58,14 +58,14 @@ _OPTIONS = {
     "shared": st.sampled_from(["0", "1", "2"]),
     "bidirectional": st.sampled_from(["0", "1", "yes"]),
     "form": st.sampled_from(["paper", "fairseq", "tensor"]),
-    "stretch": st.sampled_from(["left", "corners", "half_pixel", "right"]),
+    "interpolate": st.sampled_from(["left", "corners", "half_pixel", "right"]),
 }
 _OWN = {
     "rope": ("layout", "base", "fraction", "scaling", "factor", "original"),
     "rope-axial": ("layout", "base", "order"),
     "rope-mixed": ("layout", "base"),
     "sinusoidal": ("form", "base"),
-    "learned": ("length", "stretch", "to"),
+    "learned": ("length", "interpolate", "to"),
     "shaw": ("clip", "on", "shared"),
     **{f"huang{n}": ("clip", "shared") for n in (1, 2, 3, 4)},
     "t5": ("buckets", "max", "bidirectional"),
@@ -130,7 +130,7 @@ anything = st.one_of(
     st.just(torch.zeros(2)),
     st.just(irpe.Grid(2, 2)),
 )
-specs = st.one_of(by_grammar(), mutated(), st.text(max_size=40), anything)
+specs = st.one_of(by_grammar(), mutated(), by_grammar(), st.text(max_size=40), anything)
 
 
 @st.composite

@@ -1,5 +1,6 @@
 """Attention calls: one that fits equals the loops, gradients too; one that does not: IrpeError."""
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -28,8 +29,8 @@ def places(draw, axes, plain):
             sides[0] += draw(st.integers(0, 5))
             made, flat = irpe.Sequence(sides[0], prefix), list(range(sides[0]))
         else:
-            made = irpe.Grid(*sides, prefix)
-            flat = [(r, c) for r in range(sides[0]) for c in range(sides[1])]
+            made = (irpe.Grid if axes == 2 else irpe.Volume)(*sides, prefix=prefix)
+            flat = list(itertools.product(*map(range, sides)))
         where = [[None] * prefix + flat] * 2
         return made, where, where
 
@@ -77,12 +78,13 @@ def calls(draw):
     causal = draw(st.booleans())
     # Causal ALiBi needs positions that increase.
     plain = str(spec).startswith("alibi") and causal
-    axes = 1 if plain else draw(st.sampled_from(spec.axes))
+    volumes = image and spec.method != "rank"
+    axes = 1 if plain else draw(st.sampled_from([n for n in spec.axes if n < 3 or volumes]))
     geometry, queries, keys = draw(places(axes, plain))
     L, S = len(queries[0]), len(keys[0])
-    prefix = geometry.prefix > 0 or geometry.key_prefix > 0
+    prefix = max(geometry.prefix, geometry.key_prefix)
     if image:
-        made, encodings = build(spec, D, H, prefix)
+        made, encodings = build(spec, D, H, prefix, axes)
     else:
         made, encodings = list(modules(spec, H, D, prefix, causal).values()), None
     G = draw(st.sampled_from([1, H])) if image else H

@@ -27,7 +27,7 @@ def test_specs():
         again = irpe.parse(str(parsed))
         assert again == parsed and str(again) == str(parsed)
         try:
-            made = irpe.build(parsed, dim=16, num_heads=2, prefix=True, device="meta")
+            made = irpe.build(parsed, dim=16, num_heads=2, prefix=1, device="meta")
             # What parses can be built: no table is too large for a machine.
             assert all(p.numel() < 2**28 for m in made.values() for p in m.parameters())
             outcomes["built"] += 1

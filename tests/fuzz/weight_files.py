@@ -23,10 +23,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
+import irpe
 from irpe import IrpeError
-from irpe.tools.weights import read_weights
+from irpe.files.read import read_weights
 from training.errors import UserError
-from training.weights import apply_weights
 
 MiB = 2**20
 
@@ -123,7 +123,7 @@ def header(content, rng):
 
 
 def archive(content, rng):
-    """A torch archive whose members were written anew: packed, doubled, renamed, left out."""
+    """Rewrite the members of a torch archive: packed, doubled, renamed, left out."""
     made = io.BytesIO()
     trick = rng.choice(["packed", "bomb", "doubled", "renamed", "short", "directory", "pickle"])
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(made, "w") as new:
@@ -221,7 +221,7 @@ def attempt(number, folder, files, weights):
     model, before = network(), network().state_dict()
     try:
         found = read_weights(path)
-        apply_weights(model, found, path)
+        irpe.load(model, path)
     except (IrpeError, UserError) as error:
         assert "\n" not in str(error), str(error)
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "torn"

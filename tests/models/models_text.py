@@ -21,6 +21,12 @@ IN_ATTENTION = [
     "pia",
 ]
 AT_INPUT = ["sinusoidal", "learned,length=64"]
+# Frequencies depend on the longest text of a batch.
+BY_LENGTH = [
+    "rope,scaling=dynamic,factor=4,original=8",
+    "rope,scaling=longrope,attention_factor=1.1,original=8,short_factor=1:1:1:1,"
+    "long_factor=1:2:3:4",
+]
 SPECS = [*IN_ATTENTION, *AT_INPUT]
 
 

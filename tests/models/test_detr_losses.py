@@ -5,6 +5,7 @@ import torch
 from oracles import detr as oracle
 
 import irpe
+from irpe import IrpeError
 from models.detr import Criterion, HungarianMatcher
 
 CLASSES, QUERIES = 3, 4
@@ -120,3 +121,22 @@ def test_processes_share_their_targets_in_training_alone(monkeypatch):
     for name in ("loss_bbox", "loss_giou"):
         torch.testing.assert_close(both[name] * (5 + 7) / 2, alone[name] * 5)
     assert both["loss_ce"] == alone["loss_ce"]
+
+
+@pytest.mark.parametrize(
+    ("label", "box", "part"),
+    [
+        (CLASSES, (0.5, 0.5, 0.2, 0.2), f"label {CLASSES} of target 1"),
+        (CLASSES + 7, (0.5, 0.5, 0.2, 0.2), f"label {CLASSES + 7} of target 1"),
+        (-1, (0.5, 0.5, 0.2, 0.2), "label -1 of target 1"),
+        (0, (50, 50, 20, 20), r"box \[50.0, 50.0, 20.0, 20.0\] of target 1"),
+        (0, (0.5, 0.5, -0.2, 0.2), "is not within"),
+        (0, (0.5, 0.5, float("nan"), 0.2), "nan"),
+    ],
+)
+def test_targets_out_of_range_raise(label: int, box: tuple, part: str):
+    outputs = {"pred_logits": torch.zeros(2, 5, CLASSES + 1), "pred_boxes": torch.rand(2, 5, 4)}
+    good = {"labels": torch.zeros(0, dtype=torch.long), "boxes": torch.zeros(0, 4)}
+    bad = {"labels": torch.tensor([label]), "boxes": torch.tensor([box], dtype=torch.float32)}
+    with pytest.raises(IrpeError, match=part):
+        Criterion(CLASSES, HungarianMatcher())(outputs, [good, bad])

@@ -53,7 +53,7 @@ def test_shortformer_against_loops(spec, block, size):
 @pytest.mark.parametrize(("block", "size"), [(4, None), (3, 7), (5, 0)])
 @pytest.mark.parametrize("spec", IN_ATTENTION)
 def test_pieces_do_not_matter(spec, block, size, grad):
-    """Block by block, token by token, or as it comes: the same."""
+    """Block by block, token by token, or in pieces of any size: the same."""
     lm, x = model(spec), tokens(batch=2, length=18)
     with torch.set_grad_enabled(grad):
         blocks, state = read(lm, x, block, block, size)
@@ -109,7 +109,7 @@ def test_length_of_a_memory(spec, grad):
 
 @pytest.mark.parametrize("spec", IN_ATTENTION)
 def test_memories_with_and_without_gradients_agree(spec):
-    """A memory of one kind goes on as the other, whichever it began as."""
+    """A memory of one kind continues as the other kind."""
     lm, x = model(spec), tokens(length=24)
     truth, _ = read(lm, x, 8, 8)
     for switches in ((True, False, False), (False, True, True), (False, True, False)):

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from models_text import AT_INPUT, F64, IN_ATTENTION, SPECS, V, model, tokens
+from models_text import AT_INPUT, BY_LENGTH, F64, IN_ATTENTION, SPECS, V, model, tokens
 from torch.testing import assert_close
 
 import irpe
@@ -20,9 +20,9 @@ def by_layers(lm, x, spec, positions=None):
     where = irpe.Sequence(length, positions=positions)
     y = body.embedding(x) * body.dim**0.5
     inner = spec if spec in IN_ATTENTION else None
-    y = irpe.hooks(body.at_input).embed(y, where)
+    y = irpe.encodings_of(body.at_input).embed(y, where)
     for block in body.blocks:
-        layer = irpe.RPEAttention(16, 2, inner, prefix=False, causal=body.causal, dtype=F64)
+        layer = irpe.RPEAttention(16, 2, inner, prefix=0, causal=body.causal, dtype=F64)
         layer.load_state_dict(block.attn.state_dict() | body.for_all.state_dict())
         y = y + layer(block.norm1(y), where)
         hidden = block.mlp["fc2"](torch.nn.functional.gelu(block.mlp["fc1"](block.norm2(y))))
@@ -73,9 +73,20 @@ def test_cached_decoding_is_the_full_forward(spec, grad):
         assert not any(part.requires_grad for part in parts)
 
 
+@pytest.mark.parametrize("spec", BY_LENGTH)
+def test_a_cache_where_the_length_decides(spec):
+    """All keys turn by the frequencies of the text so far, those in the cache too."""
+    lm, x = model(spec, depth=1), tokens(batch=2, length=20)
+    with torch.no_grad():
+        _, state = lm(x[:, :3], state=Cache())
+        for n in range(4, 21):
+            found, state = lm(x[:, n - 1 : n], state=state)
+            assert_close(found[:, 0], lm(x[:, :n])[:, -1], rtol=1e-10, atol=1e-11)
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_cached_decoding_at_explicit_positions(spec):
-    """Gaps, one set for each text, and going on by itself after the last one given."""
+    """Positions with gaps, different for each text, and continued after the last given one."""
     lm, x = model(spec), tokens(length=13)
     whole = torch.cat((GAPS, torch.tensor([41, 42])))
     own = torch.stack([whole, whole + 3, whole + 9])
@@ -125,6 +136,113 @@ def test_generation():
     assert generate(lm, x, 0).shape == (2, 0)
 
 
+# --- decoding of several texts -------------------------------------------------------------------
+
+
+def padded(texts):
+    """Texts with padding on the left, and which tokens are no padding."""
+    length = max(len(text) for text in texts)
+    rows = [torch.cat((torch.full((length - len(text),), 3), text)) for text in texts]
+    seen = torch.tensor([[i >= length - len(text) for i in range(length)] for text in texts])
+    return torch.stack(rows), seen
+
+
+TEXTS = [torch.arange(1, 8), torch.arange(9, 11), torch.arange(4, 9)]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_texts_padded_on_the_left_are_as_alone(spec):
+    lm = model(spec)
+    x, seen = padded(TEXTS)
+    with torch.no_grad():
+        together, state = lm(x, state=Cache(), seen=seen)
+        more, _ = lm(x[:, :3], state=state)
+        for row, text in enumerate(TEXTS):
+            alone, own = lm(text[None], state=Cache())
+            assert_close(together[row, -len(text) :], alone[0], rtol=1e-10, atol=1e-11)
+            assert_close(
+                more[row], lm(x[row : row + 1, :3], state=own)[0][0], rtol=1e-10, atol=1e-11
+            )
+        found = generate(lm, x, 6, temperature=0, seen=seen)
+    for row, text in enumerate(TEXTS):
+        assert torch.equal(found[row], generate(lm, text[None], 6, temperature=0)[0])
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("spec", [*SPECS, *BY_LENGTH])
+def test_a_state_in_another_order(spec, grad):
+    lm = model(spec)
+    x, seen = padded(TEXTS)
+    with torch.set_grad_enabled(grad):
+        for given, mask in ((x, None), (x, seen)):
+            _, state = lm(given, state=Cache(), seen=mask)
+            for order in ([2, 0, 1], [1, 1], [0, 2, 2, 2, 1]):
+                chosen = torch.tensor(order)
+                found, _ = lm(x[chosen, :2], state=state.reorder(chosen))
+                own = None if mask is None else mask[chosen]
+                _, again = lm(given[chosen], state=Cache(), seen=own)
+                assert_close(found, lm(x[chosen, :2], state=again)[0], rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_texts_packed_into_a_row(spec):
+    """Positions start again, and a mask keeps the texts apart."""
+    lm = model(spec)
+    row = torch.cat(TEXTS)[None]
+    number = torch.cat([torch.full_like(text, n) for n, text in enumerate(TEXTS)])
+    positions = torch.cat([torch.arange(len(text)) for text in TEXTS])
+    apart = (number[:, None] == number)[None]
+    with torch.no_grad():
+        found = lm(row, positions, mask=apart)[0]
+        by_cache, _ = lm(row, positions, Cache(), mask=apart)
+        assert torch.equal(found, by_cache[0])
+        for part, text in zip(found.split([len(t) for t in TEXTS]), TEXTS, strict=True):
+            assert_close(part, lm(text[None])[0], rtol=1e-10, atol=1e-11)
+        with pytest.raises(irpe.IrpeError, match="do not increase .* need a mask"):
+            lm(row, positions)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_texts_and_slopes(dtype):
+    """In 16 bits causal ALiBi may take extra channels, which need positions that increase."""
+    lm = model("alibi").to(dtype)
+    row = torch.cat(TEXTS)[None]
+    number = torch.cat([torch.full_like(text, n) for n, text in enumerate(TEXTS)])
+    positions = torch.cat([torch.arange(len(text)) for text in TEXTS])
+    with torch.no_grad():
+        found = lm(row, positions, mask=(number[:, None] == number)[None])[0]
+        for part, text in zip(found.split([len(t) for t in TEXTS]), TEXTS, strict=True):
+            exact = model("alibi").to(dtype).double()(text[None])[0]
+            error, plain = ((x.double() - exact).abs().max() for x in (part, lm(text[None])[0]))
+            assert error <= 3 * plain + 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("spec", [*SPECS, *BY_LENGTH])
+def test_compiled_steps_are_two_graphs(spec):
+    spec = "learned,length=100" if spec == "learned,length=64" else spec
+    lm, x, graphs = model(spec), torch.randint(0, V, (2, 100)), []
+    x[0, :2] = 3
+    seen = torch.ones(2, 5, dtype=torch.bool)
+    seen[0, :2] = False
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for own in (None, seen):
+        torch._dynamo.reset()
+        graphs.clear()
+        step = torch.compile(lambda x, state: lm(x, state=state), backend=counted, fullgraph=True)
+        with torch.no_grad():
+            _, state = lm(x[:, :5], state=Cache(), seen=own)
+            eager = state
+            for i in range(5, 100 if own is None else 20):
+                found, state = step(x[:, i : i + 1], state)
+                wanted, eager = lm(x[:, i : i + 1], state=eager)
+                assert_close(found, wanted, rtol=1e-9, atol=1e-10)
+        assert 1 <= len(graphs) <= 2
+
+
 # --- encodings ------------------------------------------------------------------------------------
 
 
@@ -161,7 +279,7 @@ def test_a_neutral_encoding_joins_a_trained_model(spec):
     before = lm(x)
     lm.body.attach(spec)
     assert_close(lm(x), before, rtol=1e-12, atol=1e-12)
-    both = CausalLM(V, ["learned,length=64", spec], dim=16, depth=2, num_heads=2).double()
+    both = CausalLM(V, f"learned,length=64 + {spec}", dim=16, depth=2, num_heads=2).double()
     both.load_state_dict(lm.state_dict())
     assert torch.equal(both(x), lm(x))
     lm(x).logsumexp(-1).mean().backward()
@@ -179,7 +297,7 @@ def test_tables_do_not_decay(spec):
 
 @pytest.mark.parametrize("spec", ["rope", "alibi", "huang4,clip=3", "shaw,clip=3", "t5", "pia"])
 def test_shifted_positions(spec):
-    """Logits stay as they are for what sees distances alone; sinusoids in attention do not."""
+    """Logits do not change for encodings of distances; sinusoids in attention change them."""
     lm, x = model(spec), tokens()
     moved = (lm(x, torch.arange(21) + 500) - lm(x)).abs().max()
     assert moved > 1e-3 if spec == "pia" else moved < 1e-9
@@ -280,7 +398,7 @@ BAD = {
         lambda: model("rope")(tokens(), state=cached(depth=1)), "1 blocks.*has 2"
     ),
     "table too short": (
-        lambda: model("learned,length=16")(tokens()), "0 to 15.*0 to 20.*stretch"
+        lambda: model("learned,length=16")(tokens()), "0 to 15.*0 to 20.*interpolate"
     ),
     "table too short for a cache": (
         lambda: model("learned,length=6")(tokens(length=2), state=cached("learned,length=6")),
@@ -308,7 +426,7 @@ BAD = {
     "no block": (lambda: model("pia").memory(0), "block=0"),
     "unknown spec": (lambda: model("ropee"), "'ropee'"),
     "for images": (lambda: model("rope-axial"), "rope-axial is for images"),
-    "twice": (lambda: model(["rope", "rope,layout=half"]), "'rope' already"),
+    "twice": (lambda: model("rope + rope,layout=half"), "'rope' already"),
     "odd channels": (lambda: model("rope", dim=6, num_heads=2), "head_dim|even"),
     "heads": (lambda: model("rope", num_heads=3), "dim=16.*num_heads=3"),
     "temperature": (lambda: generate(model("rope"), tokens(), 2, temperature=-1), "-1"),

@@ -18,10 +18,13 @@ def attention(
     """Eq. 13 to 17 of Wu et al., with the released code's scaling.
 
     Args:
-        q: ``[B, H, L, D]``; k, v: ``[B, G, S, D]``, each head of them for H / G heads of q.
+        q: ``[B, H, L, D]``.
+        k, v: ``[B, G, S, D]``, each head of them for H / G heads of q.
         encodings: tuples (on, table, function): on is "bias_q", "bias_k", "q", "k" or "v"; table
-            as the parameter; function takes (drow, dcolumn).
-        queries, keys: for each sample, the positions (row, column); None for a prefix token,
+            as the parameter; function takes (drow, dcolumn), for
+            videos (dframe, drow, dcolumn).
+        queries, keys: for each sample, the positions (row, column) or (frame, row,
+            column); None for a prefix token,
             which puts its pairs into the last bucket.
         mask: bool or additive, of the full shape ``[B, H, L, S]``.
         keep: what multiplies each probability, ``[B, H, L, S]``.
@@ -78,7 +81,7 @@ def attention(
 def _bucket(function, first, second):
     if first is None or second is None:
         return -1
-    return function(first[0] - second[0], first[1] - second[1])
+    return function(*(a - b for a, b in zip(first, second, strict=True)))
 
 
 def _dot(x, y):

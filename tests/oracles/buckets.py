@@ -27,8 +27,9 @@ def clip(x, beta):
 
 def rank(squared):
     """How many squared lengths of integer vectors are below this one."""
-    side = math.isqrt(squared)
-    lengths = {r * r + c * c for r in range(side + 1) for c in range(side + 1)}
+    lengths = {0}
+    for _ in range(2):
+        lengths = {n + x * x for n in lengths for x in range(math.isqrt(squared) + 1)}
     return sum(length < squared for length in lengths)
 
 
@@ -38,30 +39,33 @@ def step(spec, x):
     return clip(x, beta) if spec.index == "clip" else piecewise(x, alpha, beta, gamma)
 
 
-def buckets(spec):
-    """The bucket functions of a spec, (rows, columns) for cross; each takes (drow, dcolumn)."""
+def buckets(spec, axes=2):
+    """The bucket functions of a spec, one an axis for cross; each takes an offset on each axis."""
     bound = int(coefficients(spec)[1])
     side = 2 * bound + 1
 
-    def single(rows, columns):
-        squared = rows * rows + columns * columns
+    def single(*offsets):
+        squared = sum(x * x for x in offsets)
         if spec.method == "euc":
             return step(spec, round(math.sqrt(squared))) + bound
         if spec.method == "quant":
             return step(spec, squared) + bound
         if spec.method == "rank":
             return step(spec, rank(squared)) + bound
-        return (step(spec, rows) + bound) * side + step(spec, columns) + bound
+        found = 0
+        for x in offsets:
+            found = found * side + step(spec, x) + bound
+        return found
 
     if spec.method == "cross":
-        return (lambda r, c: step(spec, r) + bound, lambda r, c: step(spec, c) + bound)
+        return tuple(lambda *x, n=n: step(spec, x[n]) + bound for n in range(axes))
     return (single,)
 
 
-def num_buckets(spec, prefix):
+def num_buckets(spec, prefix, axes=2):
     """N of one table; ``prefix``: whether prefix tokens have a bucket."""
     side = 2 * int(coefficients(spec)[1]) + 1
-    return (side * side if spec.method == "product" else side) + bool(prefix)
+    return (side**axes if spec.method == "product" else side) + bool(prefix)
 
 
 def grid(height, width, prefix=0):
@@ -69,9 +73,20 @@ def grid(height, width, prefix=0):
     return [None] * prefix + [(r, c) for r in range(height) for c in range(width)]
 
 
+def volume(frames, height, width, prefix=0):
+    """Positions of all tokens, frame by frame and row by row; None for a prefix token."""
+    places = [(t, r, c) for t in range(frames) for r in range(height) for c in range(width)]
+    return [None] * prefix + places
+
+
 def ids(function, queries, keys, last):
     """``[L][S]`` ids of offsets query - key; pairs with a prefix token are in bucket ``last``."""
     return [
-        [last if q is None or k is None else function(q[0] - k[0], q[1] - k[1]) for k in keys]
+        [
+            last
+            if q is None or k is None
+            else function(*(a - b for a, b in zip(q, k, strict=True)))
+            for k in keys
+        ]
         for q in queries
     ]

@@ -1,7 +1,7 @@
 """A language model with position-infused attention and a memory, as loops over tokens.
 
 Press, Smith, Lewis, Shortformer (ACL 2021), section 5: the memory of a layer is its inputs of the
-block before, after the norm; the remembered tokens stand at 0 to m - 1, those of the block behind.
+block before, after the norm; the remembered tokens have positions 0 to m - 1, the block m and up.
 """
 
 import math

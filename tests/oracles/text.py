@@ -10,18 +10,45 @@ def frequencies(width, base):
     return [base ** (-2 * t / width) for t in range(width // 2)]
 
 
-def yarn(width, base, factor, original):
+def yarn(width, base, factor, original, fast=32.0, slow=1.0):
     """Frequencies and the factor of cosines and sines, plane by plane (Peng et al., 2023)."""
 
     def plane(turns):
         return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    low, high = max(0, math.floor(plane(32))), min(width - 1, math.ceil(plane(1)))
+    low, high = max(0, math.floor(plane(fast))), min(width - 1, math.ceil(plane(slow)))
     made = []
     for t, theta in enumerate(frequencies(width, base)):
         ramp = min(1, max(0, (t - low) / (high - low)))
         made.append((1 - ramp) * theta + ramp * theta / factor)
     return made, 0.1 * math.log(factor) + 1
+
+
+def llama3(width, base, factor, original, low=1.0, high=4.0):
+    """Frequencies, by wavelengths: kept, divided, or between (Grattafiori et al., 2024)."""
+    made = []
+    for theta in frequencies(width, base):
+        wave = 2 * math.pi / theta
+        if wave < original / high:
+            made.append(theta)
+        elif wave > original / low:
+            made.append(theta / factor)
+        else:
+            smooth = (original / wave - low) / (high - low)
+            made.append((1 - smooth) * theta / factor + smooth * theta)
+    return made
+
+
+def dynamic(width, base, factor, original, length):
+    """Frequencies of a base that grows once the text is longer than the original."""
+    grown = factor * max(length, original) / original - (factor - 1)
+    return frequencies(width, base * grown ** (width / (width - 2)))
+
+
+def longrope(width, base, original, short, long, length):
+    """Frequencies divided by factors of their own (Ding et al., 2024)."""
+    factors = long if length > original else short
+    return [theta / f for theta, f in zip(frequencies(width, base), factors, strict=True)]
 
 
 def axial(width, base, order):
@@ -91,7 +118,7 @@ def slopes(heads):
     return powers(closest) + slopes(2 * closest)[0::2][: heads - closest]
 
 
-def stretched(rows, length, anchor):
+def interpolated(rows, length, anchor):
     """A table, as a list of lists of numbers, interpolated to more rows."""
     n, made = len(rows), []
     for p in range(length):
@@ -112,7 +139,8 @@ def attention(q, k, v, logit, value=None, mask=None, is_causal=False, keep=None)
     """Softmax attention with any logit and any addition to values.
 
     Args:
-        q: ``[B, H, L, D]``; k, v: ``[B, H, S, D]``.
+        q: ``[B, H, L, D]``.
+        k, v: ``[B, H, S, D]``.
         logit: ``logit(b, h, i, j)``, whatever an encoding makes of query i and key j.
         value: ``value(b, h, i, j)``, what joins v_j for query i; None: nothing.
         mask: bool or additive, of the full shape ``[B, H, L, S]``.

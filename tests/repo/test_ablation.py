@@ -59,13 +59,13 @@ def test_two_runs_agree_and_what_is_done_is_not_done_again(tmp_path):
 
 @pytest.mark.slow
 def test_all_tables_quickly(tmp_path):
-    done = run("all", "--quick", "--out", tmp_path)
+    done = run("digits", "--quick", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "image.md").read_text()
     assert text.count("\n## ") == 9 == text.count("![") == len(list(tmp_path.glob("*.png")))
     before = figures(tmp_path)
     (tmp_path / "image.jsonl").unlink()
-    assert run("all", "--quick", "--out", tmp_path).returncode == 0
+    assert run("digits", "--quick", "--out", tmp_path).returncode == 0
     assert figures(tmp_path) == before and (tmp_path / "image.md").read_text() == text
 
 
@@ -274,3 +274,83 @@ def test_a_page_of_sizes(tmp_path):
         "| absolute + k over absolute only | +1.0 ± 0.0 * | +1.0 ± 2.5 | +0.0 ± 0.0 | +0.0 ± 0.0 |"
     )
     assert row in text
+
+
+def test_a_page_of_fashion(tmp_path):
+    from ablation_report import report
+    from fashion import FASHION, RECIPE
+
+    lines = []
+    for number, cell in enumerate(FASHION.tables["fashion"].rows.values()):
+        for seed in range(3):
+            own = line(cell, seed, 80.0 + number * seed, step_cpu_ms=10.0 + number)
+            tests = {"20x20": 40.0, "56x56": 30.0 + seed, "28x42": 20.0 + number}
+            lines.append({**own, "recipe": RECIPE, "sizes": tests})
+    text = report(lines, tmp_path, FASHION).read_text()
+    assert text.count("\n## ") == 2 == len(list(tmp_path.glob("*.png")))
+    assert "| | accuracy, % | CPU time of a step, over absolute only |" in text
+    assert "| k | 82.0 ± 5.0 | 1.09 |" in text
+    assert "| k over absolute only | +1.0 ± 2.5 | tie |  |" in text
+    assert "| accuracy, % | 20x20 | 28x28 | 56x56 | 28x42 |" in text
+
+
+def test_fashion_cells_and_augmentation():
+    from ablation_tables import Cell
+    from fashion import FASHION, QUICK, augmented, build
+
+    rows = FASHION.tables["fashion"].rows
+    weights = {name: build(cell, 3, QUICK).state_dict() for name, cell in rows.items()}
+    for name, own in weights.items():
+        for key, weight in weights["absolute only"].items():
+            if key != "pos_embed" or rows[name].absolute:
+                assert torch.equal(own[key], weight), (name, key)
+    assert abs(float(weights["absolute only"]["pos_embed"].std()) - 0.5) < 0.05
+    for name in ("lookhere", "rope-axial + k"):
+        model = build(rows[name], 3, QUICK)
+        assert model(torch.randn(1, 1, 20, 36)).isfinite().all()
+    shared = {cell.key for cell in rows.values()}
+    budget = FASHION.tables["fashion_budget"].rows
+    assert budget["k, 100%"].key in shared and budget["k, 50%"].key not in shared
+    assert budget["k, 50%"] == Cell(rows["k"].encoding, False, budget=0.5)
+
+    images = torch.arange(1, 6 * 5 * 4 + 1).reshape(6, 1, 5, 4).float()
+    draw = torch.Generator().manual_seed(0)
+    assert torch.equal(augmented(images, 0, 0.0, draw), images)
+    assert torch.equal(augmented(images, 0, 1.0, draw), images.flip(-1))
+    found = augmented(images.repeat(20, 1, 1, 1), 1, 0.5, draw)
+    places = set()
+    padded = torch.nn.functional.pad(images, (1, 1, 1, 1))
+    for n, image in enumerate(found):
+        fits = [
+            (y, x, m)
+            for y in range(3)
+            for x in range(3)
+            for m in range(2)
+            for cut in [padded[n % 6, 0, y : y + 5, x : x + 4]]
+            if torch.equal(image[0], cut.flip(-1) if m else cut)
+        ]
+        assert len(fits) == 1
+        places.add(fits[0])
+    assert len(places) == 18
+
+
+def test_fashion_run_is_the_same_twice(monkeypatch):
+    import fashion
+
+    draw = torch.Generator().manual_seed(1)
+    pixels = torch.randint(256, (200, 1, 28, 28), generator=draw).byte()
+    classes = torch.arange(200) % 10
+    splits = []
+
+    def images(split):
+        splits.append(split)
+        return pixels, classes
+
+    monkeypatch.setattr(fashion, "images", images)
+    cell = fashion.FASHION.tables["fashion"].rows["k"]
+    one, two = (fashion.execute(cell, 5, fashion.QUICK) for _ in range(2))
+    other = fashion.execute(cell, 6, fashion.QUICK)
+    for name in ("accuracy", "loss", "sizes"):
+        assert one[name] == two[name]
+    assert one["loss"] != other["loss"] and len(one["sizes"]) == 8
+    assert splits.count("test") == 3  # once a run

@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from irpe import functional
-from irpe.backends import reference
+import irpe.functional
+from irpe.backends import BACKENDS, reference
 
 ROOT = Path(__file__).parents[2]
 CPU = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -29,7 +30,7 @@ def get_rpe_config(**given):
 def build_rpe(config, head_dim, num_heads):
     c = config
     spec = irpe.RPE(ratio=c.ratio, method=c.method, mode=c.mode, shared=c.shared_head, on=c.rpe_on)
-    modules = irpe.build_rpe(spec, head_dim=head_dim, num_heads=num_heads, prefix=c.skip > 0)
+    modules = irpe.build_rpe(spec, head_dim=head_dim, num_heads=num_heads, prefix=int(c.skip))
     for module in modules:
         if module is not None:
             module.register_forward_pre_hook(sized, with_kwargs=True)
@@ -75,6 +76,16 @@ def test_text_attention(tmp_path):
     assert figures["rows"]["shaw"]["over_materialised"]["median"] > 0
 
 
+def test_grids(tmp_path):
+    done = run("grids", "--dim", 12, "--rounds", 2, "--name", tmp_path / "figures")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [(case["batch"], case["train"]) for case in figures["cases"]] == [(1, False), (4, True)]
+    for case in figures["cases"]:
+        assert case["rows"].keys() == {"plain", "plain again", "own"}
+        assert case["rows"]["own"]["ratio"]["median"] > 0
+
+
 def test_models_under_autocast(tmp_path):
     """What a GPU does, but for the GPU: several cases, and a row that cannot be."""
     (tmp_path / "irpe.py").write_text(STAND_IN.replace("with_kwargs", "mistyped"))
@@ -114,7 +125,8 @@ def test_a_wrong_encoder_is_not_timed(benchmarks, monkeypatch):
         return out * 1.01 if any(term.kind == "key" for term in call.terms) else out
 
     assert encoder.gate("3x4", "cpu", False, "eager") is None
-    monkeypatch.setitem(functional._RUN, "eager", wrong)
+    monkeypatch.setitem(BACKENDS, "eager", replace(BACKENDS["eager"], attention=wrong))
+    monkeypatch.setattr(irpe.functional, "KNOWN", {})  # calls that the right one was chosen for
     assert "qk: " in encoder.gate("3x4", "cpu", False, "eager")
 
 
@@ -172,7 +184,7 @@ def test_a_wrong_kernel_is_not_timed(benchmarks, monkeypatch):
         out = reference.attention(call)
         return out * 1.01 if any(term.kind == "key" for term in call.terms) else out
 
-    monkeypatch.setitem(functional._RUN, "triton", wrong)
+    monkeypatch.setitem(BACKENDS, "triton", replace(BACKENDS["triton"], attention=wrong))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     session = Session(
         cases(device, tiny=True)[0], Settings(device, 1, 1, None), {}, lambda step: None

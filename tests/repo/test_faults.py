@@ -1,4 +1,4 @@
-"""benchmarks/faults.py: runs are really killed, and all go on as if nothing had been."""
+"""benchmarks/faults.py: runs are really killed, and all resume exactly."""
 
 import os
 import re

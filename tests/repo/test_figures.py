@@ -1,7 +1,7 @@
-"""Figures in docs/results, docs/costs.md and the README stand in the files of benchmarks/results.
+"""Numbers in docs/results, docs/costs.md and the README are in the files of benchmarks/results.
 
-Pages that scripts write are written again from the lines that were measured and compared. On pages
-that people write, each figure is looked up among those of the files that its section names.
+Pages that scripts write are written again from the measured lines, and compared. On pages that
+people write, each number is looked up in the files that its section names.
 """
 
 import json
@@ -12,9 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RESULTS, PAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "results"
-# Page, heading -> the files of results, or pages that scripts wrote, that its figures come from.
+# Page, heading -> the result files, or pages written by scripts, that its numbers come from.
 WRITTEN_BY_PEOPLE = {
-    ("README.md", "What it gives, and what it costs"): ["models_cpu.json", "image.md"],
+    ("README.md", "What you gain, what it costs"): ["models_cpu.json", "image.md"],
     ("docs/costs.md", "Time and memory"): [
         "models_cpu.json", "models_encoder_cpu.json", "text_attention_cpu.json",
         "attention_cpu.json",
@@ -40,7 +40,7 @@ def read(name):
 
 def shown(page):
     """The numbers with a point on a page that a script wrote."""
-    return [float(figure) for figure in re.findall(r"\d+\.\d+", page)]
+    return [float(number) for number in re.findall(r"\d+\.\d+", page)]
 
 
 def lines(name):
@@ -56,7 +56,7 @@ def image(folder):
 def text(folder):
     from text_report import report
 
-    command = re.search(r"Written by `(.*?)`", (PAGES / "text.md").read_text())[1]
+    command = re.search(r"`(python .*?)` writes", (PAGES / "text.md").read_text())[1]
     return report(lines("text.jsonl"), folder, command).read_text()
 
 
@@ -75,6 +75,12 @@ def finetune(folder):
     return page(found["runs"], found["given"], found["machine"])
 
 
+def finetune_commands(folder):
+    from finetune_commands import page
+
+    return page(read("finetune_commands.json"))
+
+
 def faults(folder):
     from faults import page
 
@@ -82,7 +88,7 @@ def faults(folder):
     return page(found["faults"], found["command"], found["machine"])
 
 
-WRITTEN = {f.__name__: f for f in (image, text, detection, finetune, faults)}
+WRITTEN = {f.__name__: f for f in (image, text, detection, finetune, finetune_commands, faults)}
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -124,17 +130,17 @@ def section(page, heading):
 
 
 def unknown(told, known):
-    """Figures with a point, or in a column of whole MiB, that no known number rounds to."""
+    """Return numbers with a point, or in a column of whole MiB, that no known number rounds to."""
     told = re.sub(NOT_MEASURED, "", told)
-    figures = re.findall(
+    numbers = re.findall(
         r"(?<![\w.])\d+\.\d+(?![\w.]*\d)|(?<=\| )\d{2,}(?= [|(])|(?<=\()\d{2,}(?=\))", told
     )
-    places = {figure: len(figure.partition(".")[2]) for figure in figures}
+    places = {number: len(number.partition(".")[2]) for number in numbers}
     return [f for f, n in places.items() if not any(f"{value:.{n}f}" == f for value in known)]
 
 
 @pytest.mark.parametrize(("page", "heading"), WRITTEN_BY_PEOPLE)
-def test_figures_stand_in_result_files(page, heading):
+def test_numbers_are_in_result_files(page, heading):
     known = list(values([read(name) for name in WRITTEN_BY_PEOPLE[page, heading]]))
     assert len(known) > 10
     assert not unknown(section(page, heading), known)
@@ -146,7 +152,7 @@ def test_the_page_about_results_repeats_what_the_others_say():
     assert not unknown(own.read_text(), shown(others))
 
 
-def test_a_wrong_figure_is_found():
+def test_a_wrong_number_is_found():
     known = list(values({"plain": {"peak_mib": 100.0}, "k": {"peak_mib": 116.4, "ratio": 1.0718}}))
     told = "| `k` | 1.072 | 116 (100) |, 1.16 times plain; 95 % interval, L = 1024, torch 2.14.1"
     assert unknown(told, known) == []

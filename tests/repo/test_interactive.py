@@ -129,7 +129,7 @@ def test_page_shows_the_trained_numbers(tmp_path):
 def test_trained_numbers_fit_the_library():
     """Their shape is the module's, and what the trained grid never shows is still zero."""
     found = trained()
-    _, rpe_k, _ = irpe.build_rpe(found["spec"], head_dim=16, num_heads=4, prefix=False)
+    _, rpe_k, _ = irpe.build_rpe(found["spec"], head_dim=16, num_heads=4, prefix=0)
     tables = torch.tensor(found["layers"])
     assert tables.shape[1:] == rpe_k.table.shape
     ids, _ = irpe.bucket_ids(found["spec"], irpe.Grid(*found["grid"]))

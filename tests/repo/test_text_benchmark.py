@@ -1,4 +1,4 @@
-"""benchmarks/text.py: a few runs at toy sizes, going on, and the page of made-up lines."""
+"""benchmarks/text.py: a few runs at toy sizes, resuming, and a page from invented lines."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def test_runs_leave_lines_and_are_not_run_twice(tmp_path):
     text = (tmp_path / "text.md").read_text()
     assert "Toy sizes" in text and "| staged |" in text and "seed 0:" in text
     assert (tmp_path / "text_staged.png").stat().st_size > 10_000
-    # A line that is lost is made again from its run's folder, the others are left alone.
+    # A lost line is written again from its run's folder; the other runs do not run.
     kept = [line for line in lines if line["name"] != "short"]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
     done = run(*given)
@@ -62,7 +62,7 @@ def test_all_experiments(tmp_path):
     for part in ("Longer than in training", "Staged", "Position-infused", "over PIA", "Segments"):
         assert part in text
     for part in (
-        "| learned stretched |",
+        "| learned interpolated |",
         "| rope chunk |",
         "| sliding 512 | 1 |",
         "| rope twice |",
@@ -70,7 +70,7 @@ def test_all_experiments(tmp_path):
         assert part in text
 
 
-def test_toy_figures_do_not_reach_the_repository():
+def test_toy_results_do_not_reach_the_repository():
     done = run("--quick")
     assert done.returncode == 2
     assert "--quick needs --out" in done.stderr
@@ -112,7 +112,7 @@ def test_a_page_of_lines(page, tmp_path):
     lines += [line("segments", f"rope {kind}", 0, {own[1]: value}) for kind, value in bits.items()]
     lines += [
         line("segments", "learned base", 0, {own[0]: 2.0}),
-        line("segments", "learned stretched", 0, {own[1]: 2.2}),
+        line("segments", "learned interpolated", 0, {own[1]: 2.2}),
     ]
     for window, value in ((128, 2.3), (256, 2.2)):
         curve = [{"train_cpu_seconds": 60.0}]
@@ -121,11 +121,11 @@ def test_a_page_of_lines(page, tmp_path):
     for name, mib in (("rope plain", 100.0), ("rope chunk", 104.0)):
         lines.append(line("memory", name, 0, {}, mib=mib))
     text = page.report(lines, tmp_path, "a command").read_text()
-    assert "at its own length (bar: 15 % worse): +10.0%." in text
+    assert "at its own length (goal: 15 % worse at most), for each seed: +10.0%." in text
     assert "Best of the sliding windows, token by token: sliding 256." in text
     assert "| sliding 128 | token by token, window 128 | 2.300 | 60 |" in text
     assert "| rope chunk | 104 | 1.040 |" in text
-    assert "Written by `a command`" in text and "Toy" not in text
+    assert "`a command` writes this page" in text and "Toy" not in text
     assert "| rope | 2.005 (2.000 to 2.010) | 3.000 (3.000 to 3.000) |" in text
     assert f"- {own[0]}: {{rope}} < {{shaw}}" in text
     assert f"- {own[1]}: {{shaw}} < {{rope}}" in text

@@ -157,7 +157,7 @@ WRONG = {
     "windows": (["attention", "swin_tiny_patch4_window7_224", "a.png"], "not that of one row"),
     "another model's weights": (
         ["attention", "test_vit", "a.png", "--checkpoint", "other.pth"],
-        "'other.pth' is of another model.*missing.*cls_token",
+        "'other.pth' does not fit this model.*missing.*cls_token.*--rpe",
     ),
     "one number": (["attention", "test_vit", "a.png", "--at", "3"], "--at 3.*3,0"),
 }

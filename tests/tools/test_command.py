@@ -11,11 +11,11 @@ import timm
 import torch
 
 import irpe
-from irpe.spec import KINDS, NAMES, parse
-from irpe.spec.image import METHODS, MODES
+from irpe.encodings import SPECS as NAMES
+from irpe.encodings import parse
+from irpe.encodings.rpe import METHODS, MODES
 from irpe.tools.arguments import parser
 from irpe.tools.command import main
-from irpe.tools.commands.specs import SPECS
 from irpe.tools.complexity import activations, multiply_adds, parameters
 
 (CHOICES,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
@@ -62,12 +62,21 @@ WRONG = {
     "unknown option": (["buckets", "rope", "--hights", 3], "--hights"),
     "a spec that does not parse": (["buckets", "rpe-1.9-prodct-ctx-1-k"], "method='prodct'.*prod"),
     "an unknown encoding": (["buckets", "rop"], "unknown encoding 'rop'.*rope"),
-    "no buckets": (["buckets", "rope"], "rope has no buckets: rpe-"),
+    "no buckets": (["buckets", "rope"], "rope has no buckets over"),
     "not a grid": (["buckets", "rpe-1.9-product-ctx-1-k", "--grid", "14"], "'14'.*HEIGHTxWIDTH"),
     "no patches": (["buckets", "rpe-1.9-product-ctx-1-k", "--grid", "0x3"], "'0x3'"),
     "off the grid": (["buckets", "rpe-1.9-product-ctx-1-k", "--at", "3,14"], "3, 14.*14x14"),
     "not a place": (["buckets", "rpe-1.9-product-ctx-1-k", "--at", "a,b"], "'a,b'.*ROW,COL"),
     "one number": (["buckets", "rpe-1.9-product-ctx-1-k", "--at", "7"], "--at 7.*7,0"),
+    "two axes of a video": (
+        ["buckets", "rpe-1.9-euc-ctx-1-k", "--grid", "2x3x4", "--at", "1,1"],
+        "--at 1,1.*FRAME,ROW,COLUMN",
+    ),
+    "no such frame": (
+        ["buckets", "rpe-1.9-euc-ctx-1-k", "--grid", "2x3x4", "--frame", 2],
+        "no frame 2 among 2",
+    ),
+    "a frame of an image": (["buckets", "rpe-1.9-euc-ctx-1-k", "--frame", 1], "three axes"),
     "two numbers": (["buckets", "t5", "--at", "7,7"], "--at 7,7.*one number"),
     "off the text": (["buckets", "t5", "--at", 70], "no token 70.*64 tokens"),
     "no length": (["buckets", "t5", "--length", 0], "'0'"),
@@ -85,7 +94,7 @@ WRONG = {
     "nothing like it": (["cost", "qqqqqqqqqqqq", "--rpe", "rope"], "timm.list_models"),
     "no encoding": (["cost", "test_vit"], "test_vit brings no encoding along.*--rpe"),
     "for texts": (["cost", "test_vit", "--rpe", "rope"], "rope is for positions on one axis"),
-    "not equipped": (["cost", "resnet18", "--rpe", "rope-axial"], "ResNet has no attention"),
+    "no attention": (["cost", "resnet18", "--rpe", "rope-axial"], "ResNet has no attention"),
     "a size that does not fit": (["cost", "test_vit", "--size", 161, "--rpe", "alibi"], "161"),
     "not a size": (["cost", "test_vit", "--size", "big"], "'big"),
     "tables of nothing": (["tables", "none.pth"], "'none.pth' is not a file"),
@@ -127,10 +136,10 @@ def test_a_mistake_is_one_line(argv, part, folder, capsys):
 
 
 MISSING = {
-    "matplotlib": (["buckets", "t5", "--out", "a.png"], "plot"),
-    "safetensors": (["convert", "a.pth", "b.safetensors"], "tools"),
-    "timm": (["cost", "deit_tiny_patch16_224", "--rpe", "alibi"], "timm"),
-    "fvcore": (["cost", "deit_tiny_patch16_224", "--rpe", "alibi"], "tools"),
+    "matplotlib": (["buckets", "t5", "--out", "a.png"], '"irpe[plot]"'),
+    "safetensors": (["convert", "plain.pth", "b.safetensors"], "safetensors"),
+    "timm": (["cost", "deit_tiny_patch16_224", "--rpe", "alibi"], '"irpe[timm]"'),
+    "fvcore": (["cost", "deit_tiny_patch16_224", "--rpe", "alibi"], '"irpe[tools]"'),
 }
 
 
@@ -143,7 +152,7 @@ def test_a_missing_extra_is_named(package, folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     status, _, err = run(capsys, *argv)
     assert status == 2 and len(err) == 1
-    assert package in err[0] and f'pip install "irpe[{extra}]"' in err[0]
+    assert package in err[0] and f"pip install {extra}" in err[0]
 
 
 def test_other_import_errors_are_bugs(monkeypatch):
@@ -155,8 +164,8 @@ def test_other_import_errors_are_bugs(monkeypatch):
 def test_specs_lists_every_encoding(capsys):
     status, out, _ = run(capsys, "specs")
     assert status == 0 and max(map(len, out)) <= 80
-    specs = [parse(text) for text, *_ in SPECS]
-    assert {type(spec) for spec in specs} >= set(KINDS)
+    specs = [parse(text) for kind in {*NAMES.values()} for text, *_ in kind.examples]
+    assert {type(spec) for spec in specs} == {*NAMES.values()}
     assert {spec.method for spec in specs if str(spec).startswith("rpe-")} == set(METHODS)
     assert {spec.mode for spec in specs if str(spec).startswith("rpe-")} == set(MODES)
     for name in NAMES:
@@ -178,11 +187,11 @@ def test_convert(folder, capsys):
 
 
 def test_cost(capsys):
-    """The figures are those of the functions that count; what is added is their difference."""
+    """The numbers are those of the counting functions; the increment is their difference."""
     given = {"img_size": (64, 96)}
     spec, image = "rpe-1.9-product-ctx-1-qk", torch.zeros(1, 3, 64, 96)
-    plain, equipped = (timm.create_model("test_vit", **given) for _ in range(2))
-    irpe.attach(equipped, spec)
+    plain, attached = (timm.create_model("test_vit", **given) for _ in range(2))
+    irpe.attach(attached, spec)
     status, out, err = run(capsys, "cost", "test_vit", "--rpe", spec, "--size", "64x96")
     assert status == 0 and not err and max(map(len, out)) < 80
     rows = {line[:28].strip(): line[28:].replace(",", "").split() for line in out}
@@ -192,7 +201,7 @@ def test_cost(capsys):
         ("weights, MiB of float32", lambda model: parameters(model), 2**18, 2),
         ("activations, MiB of float32", lambda model: activations(model, image), 2**18, 2),
     ):
-        a, b = (count(model) / unit for model in (plain, equipped))
+        a, b = (count(model) / unit for model in (plain, attached))
         assert [f"{n:.{places}f}" for n in (a, b, b - a)] == rows[name][:3]
         assert rows[name][3] == f"{100 * (b - a) / a:.2f}"
 
@@ -211,7 +220,7 @@ def test_explain_says_what_explain_says(capsys):
     spec = "rpe-1.9-product-ctx-1-qkv"
     status, out, _ = run(capsys, "explain", spec, "--shape", "2,4,50,8", "--grid", "7x7")
     assert status == 0
-    modules = irpe.build_rpe(spec, head_dim=8, num_heads=4, prefix=True)
+    modules = irpe.build_rpe(spec, head_dim=8, num_heads=4, prefix=1)
     q = torch.zeros(2, 4, 50, 8)
     terms = sum((m.terms(irpe.Grid(7, 7, prefix=1)) for m in modules), ())
     wanted = irpe.explain(q, q, q, terms)
@@ -227,7 +236,7 @@ def test_explain_says_what_explain_says(capsys):
         (["rpe-1.9-product-ctx-1-v", "--device", "cuda", "--dtype", "float64"], "eager"),
         (["rpe-1.9-product-ctx-1-k"], "eager"),
         (["rpe-1.9-product-ctx-1-k", "--compile"], "reference"),
-        (["alibi", "--causal", "--prefix", "0"], "sdpa"),
+        (["alibi", "--causal", "--prefix", "0", "--dtype", "bfloat16"], "sdpa"),
         (["alibi"], "eager"),
         (["huang3", "--shape", "1,2,31,4"], "eager"),
     ],

@@ -40,7 +40,7 @@ def test_a_drawn_map(spec, size, at):
     drawn = {t.get_position(): t.get_text() for t in axes.texts}
     assert len(drawn) == size[0] * size[1]
     for (x, y), text in drawn.items():
-        assert tuple(map(int, text.split(","))) == wanted[y][x]
+        assert tuple(map(int, text.splitlines())) == wanted[y][x]
     # One colour for each bucket, and none for two.
     (image,) = axes.images
     colours = [[tuple(c) for c in row] for row in image.to_rgba(image.get_array())]

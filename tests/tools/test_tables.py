@@ -14,10 +14,10 @@ from irpe.tools.tables import draw_tables, read_tables, trained_grid
 HEADS, DIM = 3, 4
 
 
-def state(spec, layers=(0, 2, 10), prefix=True):
+def state(spec, layers=(0, 2, 10), prefix=1):
     """Random tables under the names of models, as files hold them: in no order."""
     torch.manual_seed(1)
-    made = irpe.build_rpe(spec, head_dim=DIM, num_heads=HEADS, prefix=prefix)
+    made = irpe.build_rpe(spec, head_dim=DIM, num_heads=HEADS, prefix=int(prefix))
     return {
         f"blocks.{layer}.attn.rpe_{on}.{name}": torch.randn_like(parameter)
         for layer in sorted(layers, key=str)
@@ -102,7 +102,8 @@ def test_the_command(tmp_path, capsys):
     assert picture.stat().st_size > 10_000
     lines = [line.split() for line in out.splitlines() if re.match(r" +\d", line)]
     assert [line[0] for line in lines] == ["1", "3", "11"]
-    for layer, head, centre, mean, least, most, place in lines:
+    for layer, head, centre, mean, least, most, place, *unused in lines:
+        assert unused == ["0", "of", "77"]
         offsets = [(y, x) for y in range(-3, 4) for x in range(-5, 6)]
         values = {o: by_loops(spec, weights, "rpe_k", int(layer) - 1, 0, *o) for o in offsets}
         wanted = (values[0, 0], sum(values.values()) / len(values), min(values.values()))
@@ -110,6 +111,23 @@ def test_the_command(tmp_path, capsys):
         assert head == "all" and most == f"{max(values.values()):.4f}"
         top = tuple(map(int, place.split(",")))
         assert values[top] == pytest.approx(max(values.values()))
+
+
+def test_buckets_that_were_never_used(tmp_path, capsys):
+    """Tables begin at zero: a layer that nothing reads, and one bucket of another."""
+    spec = "rpe-1.9-product-ctx-1-k"
+    weights = state(spec)
+    names = sorted(weights)
+    weights[names[0]] = torch.zeros_like(weights[names[0]])
+    weights[names[1]][..., 24] = 0  # of the same place
+    torch.save({"model": weights, "args": {"enc_rpe2d": spec}}, tmp_path / "a.pth")
+    argv = ["tables", str(tmp_path / "a.pth"), "--grid", "3x3", "--out", str(tmp_path / "a.png")]
+    assert main(argv) == 0
+    lines = [
+        line.split() for line in capsys.readouterr().out.splitlines() if re.match(r" +\d", line)
+    ]
+    found = sorted(line[-3:] for line in lines)
+    assert found == [["0", "of", "25"], ["1", "of", "25"], ["25", "of", "25"]]
 
 
 def test_names_of_detr_and_of_equal_numbers():

@@ -82,7 +82,7 @@ def main(seed: str, path: str) -> None:
     accelerator = Accelerator(cpu=True)
     rank, world = accelerator.process_index, accelerator.num_processes
     dataset, found = made(int(seed))
-    evaluation = BoxEvaluation(coco(dataset), accelerator)
+    evaluation = BoxEvaluation(dataset, accelerator)
     ids = sorted(found)
     evaluation.update(ids[rank::world], [tensors(found[i]) for i in ids[rank::world]])
     if len(ids[rank::world]) < len(ids[::world]):
@@ -91,8 +91,9 @@ def main(seed: str, path: str) -> None:
     if rank == world - 1:
         evaluation.skip(ids[-1:])  # another process has it: an image that was given counts
     curves = evaluation.curves()
-    evaluation.write(Path(path) / f"of{world}.json")
-    shown = {"numbers": evaluation.summarize(), "precision": curves.precision}
+    if rank == 0:
+        (Path(path) / f"of{world}.json").write_text(json.dumps(evaluation.results()))
+    shown = {"numbers": evaluation.summarize(), "precision": curves}
     (Path(path) / f"{rank}of{world}.json").write_text(json.dumps(shown))
     accelerator.end_training()
 

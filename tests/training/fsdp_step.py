@@ -37,7 +37,9 @@ def build(name: str) -> nn.Module:
 
 
 def step(model: nn.Module, images, targets) -> torch.optim.Optimizer:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    # Some gradients are 0 in theory (a bias of keys that the class token alone reads), and 1e-18 by
+    # rounding: a small eps would make steps of them.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, eps=1e-6)
     F.cross_entropy(model(images), targets).backward()
     optimizer.step()
     return optimizer

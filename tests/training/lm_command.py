@@ -5,24 +5,27 @@ from pathlib import Path
 
 import torch
 
-from irpe.tools.weights import read_weights
+from irpe.files.read import read_weights
 
-TINY = [
+TINY_TASK = [
     "--data.name=files",
     "--model.dim=16",
     "--model.depth=2",
     "--model.num_heads=2",
     "--epochs=4",
-    "--steps_per_epoch=3",
-    "--budget=128",
-    "--stages=[{length: 16}]",
-    "--eval_tokens=300",
     "--eval_batch_size=4",
-    "--sample=20",
     "--sched.warmup_epochs=0",
     "--optim.lr=0.01",
     "--run.progress=none",
     "--run.threads=1",
+]
+TINY = [
+    *TINY_TASK,
+    "--steps_per_epoch=3",
+    "--budget=128",
+    "--stages=[{length: 16}]",
+    "--eval_tokens=300",
+    "--sample=20",
 ]
 STAGED = "--stages=[{length: 8, until: 5}, {length: 16}]"
 TIMES = ("seconds", "tokens_per_second", "texts_per_second", "train_cpu_seconds")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from training.checkpoints import States
+from training.checkpoint import States
 
 
 def files(folder: Path) -> set[str]:

@@ -18,8 +18,8 @@ from pathlib import Path
 from accelerate.state import AcceleratorState
 
 from training import run
+from training.distributed import Sharded
 from training.loop import Loop
-from training.sharding import Sharded
 
 
 class Told(Sharded):

@@ -8,13 +8,12 @@ import timm
 import torch
 
 import irpe
-from irpe.tools.weights import read_weights
+from irpe.files.read import read_weights
 from training import config
-from training.cls.model import input_settings
+from training.cls.model import input_settings, make_transform
 from training.cls.options import ClsConfig
 from training.cls.sizes import parse_sizes
 from training.data.sources import open_source
-from training.data.transforms import make_transform
 from training.errors import UserError
 
 RPE = "rpe-2.0-product-ctx-1-k"
@@ -52,7 +51,7 @@ def test_table_curve_and_figures(cls, tmp_path: Path):
     status, out, err = cls(*evaluation, "--sizes", "8,12,8x16,16x8")
     assert status == 0, err
     folder = tmp_path / "runs" / f"vit_tiny_patch16_224-{RPE}-sizes"
-    assert f"run folder: {folder}" in out
+    assert f"run directory: {folder}" in out
     assert {p.name for p in folder.iterdir()} == {"config.yaml", "sizes.json", "sizes.png"}
     content = json.loads((folder / "sizes.json").read_text())
     assert content["trained"] == [8, 8]
@@ -94,4 +93,8 @@ def test_sizes_are_read():
 
 def test_sizes_are_for_evaluation(cls):
     status, _, err = cls("--sizes=8")
-    assert status == 2 and err.count("\n") == 1 and "sizes: '8' needs eval_only" in err
+    assert (
+        status == 2
+        and err.count("\n") == 1
+        and "sizes: '8' has no effect with eval_only: false" in err
+    )

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from box_cases import coco as indexed
 from coco_files import CATEGORIES, box, entry, instances, write_set, zip_folder
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from training.data.coco import open_coco
 from training.data.instances import read_instances
-from training.errors import UserError
 
 # --- what is read --------------------------------------------------------------------------------
 
@@ -30,7 +30,6 @@ def test_reads_images_in_ascending_order_with_their_annotations(tmp_path: Path):
     assert source.image_id(1) == 20
     assert source.name(1) == str(tmp_path / "images" / "20.png")
     assert source.categories == {1: "ant", 3: "bee", 90: "cow"}
-    assert source.num_classes == 91
     image, found = source.read(0)
     assert (image.mode, image.size, found.image_id) == ("RGB", (20, 16), 10)
     assert found.boxes.tolist() == [[2, 3, 5, 7], [1.25, 2.5, 3.75, 4.5]]
@@ -43,39 +42,19 @@ def test_reads_images_in_ascending_order_with_their_annotations(tmp_path: Path):
         torch.float32, torch.int64, torch.bool,
     ]  # fmt: skip
     assert source.read(2)[1].iscrowd.tolist() == [False, True]
-    assert (source.report.skipped, source.report.clipped, source.report.without_boxes) == ([], 0, 1)
+    assert source.left_out == []
 
 
-def test_boxes_partly_outside_are_clipped_for_training_and_counted(tmp_path: Path):
+def test_boxes_partly_outside_are_clipped_for_training(tmp_path: Path):
     data = instances()
     data["annotations"] += [box(5, 20, (-2, 20, 6, 9)), box(6, 20, (11.5, -1, 4, 30))]
     source = open_coco(*write_set(tmp_path, data))
     assert source.read(1)[1].boxes.tolist() == [[0, 20, 4, 4], [11.5, 0, 0.5, 24]]
-    assert source.report.clipped == 2
-    truth = source.coco_ground_truth()
+    truth = indexed(source.ground_truth())
     assert [ann["bbox"] for ann in truth.loadAnns(truth.getAnnIds(imgIds=[20]))] == [
         [-2, 20, 6, 9],
         [11.5, -1, 4, 30],
     ]
-
-
-def test_images_without_boxes_are_left_out_only_if_wanted(tmp_path: Path):
-    data = instances()
-    data["images"].append(entry(40))
-    data["annotations"].append(box(5, 40, iscrowd=1))
-    folder, file = write_set(tmp_path, data)
-    source = open_coco(folder, file)
-    assert source.image_ids == [10, 20, 30, 40]
-    assert source.report.without_boxes == 2
-    fewer = open_coco(folder, file, keep_without_boxes=False)
-    assert fewer.image_ids == [10, 30]
-    for index in (0, 1):
-        ours, other = fewer.read(index), source.read(2 * index)
-        assert torch.equal(ours[1].boxes, other[1].boxes)
-        assert ours[0].tobytes() == other[0].tobytes()
-    data["annotations"] = [box(5, 40, iscrowd=1)]
-    with pytest.raises(UserError, match="has a box to learn"):
-        open_coco(*write_set(tmp_path, data), keep_without_boxes=False)
 
 
 def test_entries_are_kept_in_order_for_many_images(tmp_path: Path):
@@ -138,7 +117,7 @@ def test_ground_truth_gives_the_numbers_of_the_file(tmp_path: Path, capsys):
     folder, file = write_set(tmp_path, data)
     source = open_coco(folder, file)
     capsys.readouterr()
-    truth = source.coco_ground_truth()
+    truth = indexed(source.ground_truth())
     assert capsys.readouterr() == ("", "")
     ours, plain = twelve(truth, copy.deepcopy(results)), twelve(COCO(file), results)
     assert 0.05 < plain[0] < 0.95
@@ -157,7 +136,7 @@ def test_missing_area_and_annotation_number_0_do_not_change_matches(tmp_path: Pa
         {"image_id": ann["image_id"], "category_id": ann["category_id"], "bbox": ann["bbox"]}
         for ann in data["annotations"]
     ]
-    stats = twelve(source.coco_ground_truth(), [{**one, "score": 0.9} for one in results])
+    stats = twelve(indexed(source.ground_truth()), [{**one, "score": 0.9} for one in results])
     assert stats[0] == pytest.approx(1.0)
     assert source.read(0)[1].area.tolist() == [35, 3.75 * 4.5]
 

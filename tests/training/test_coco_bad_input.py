@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from box_cases import coco as indexed
 from coco_files import box, entry, instances, write_set, zip_folder
 from PIL import Image
 
@@ -28,7 +29,8 @@ NO_INSTANCES = [
     ({"categories": [{"name": "ant"}]}, ["{'name': 'ant'}", "whole number"]),
     ({"categories": [{"id": -1}]}, ["{'id': -1}", "0 or more"]),
     ({"categories": ["ant"]}, ["'ant'", "whole number"]),
-    ({"categories": [{"id": 3}, {"id": 3}]}, ["two categories with id 3"]),
+    ({"categories": [{"id": 2_900_000}]}, ["2900000", "2900001", "renumber"]),
+    ({"categories": [{"id": 3}, {"id": 3}]}, ["'id': 3", "has the same id"]),
     ({"images": [{"id": "a", "file_name": "a.png"}]}, ["no image", "can be used", "whole number"]),
 ]
 
@@ -59,7 +61,7 @@ def test_paths_that_lead_nowhere(tmp_path: Path):
         (folder, str(tmp_path / "none.json"), ["annotations", "none.json' does not exist"]),
         (folder, folder, ["annotations", "cannot be read"]),
         (folder, str(tmp_path / "bad.zip/instances.json"), ["annotations", "cannot be read"]),
-        (folder, archive, ["is an archive; go on to a file in it"]),
+        (folder, archive, ["is an archive; name a file in it"]),
         (folder, archive + "/no.json", ["annotations", "no.json", "not in the archive"]),
         (str(tmp_path / "empty"), file, ["has none of the 3 images", "empty/10.png"]),
         (archive + "/elsewhere", file, ["none of the 3 images", "images.zip/elsewhere/10.png"]),
@@ -90,6 +92,8 @@ BAD_ANNOTATIONS = [
     (box(9, 11), "there is no image 11"),
     (box(9, [10]), "there is no image [10]"),
     (box(9, 10, area="big"), "area 'big'"),
+    (box(9, 10, iscrowd="no"), "its iscrowd 'no' is not 0 or 1"),
+    (box(9, 10, iscrowd=2), "its iscrowd 2 is not 0 or 1"),
     ("ant", "'ant' is no annotation"),
 ]
 
@@ -100,17 +104,42 @@ def test_bad_annotation_is_skipped_and_named_or_fails(tmp_path: Path, bad, reaso
     data["annotations"].insert(1, bad)
     folder, file = write_set(tmp_path, data)
     source = open_coco(folder, file)
-    assert len(source.report.skipped) == 1
-    assert reason in source.report.skipped[0]
+    assert len(source.left_out) == 1
+    assert reason in source.left_out[0]
     label = "9" if isinstance(bad, dict) else "None"
-    assert source.report.skipped[0].startswith(f"annotation {label} (number 1 of the list): ")
+    assert source.left_out[0].startswith(f"annotation {label} (number 1 of the list): ")
     # Everything else is there, in training and in the ground truth.
     assert [len(source.read(index)[1].boxes) for index in range(3)] == [2, 0, 2]
-    assert len(source.coco_ground_truth().anns) == 4
+    assert len(indexed(source.ground_truth()).anns) == 4
     with pytest.raises(UserError) as caught:
         open_coco(folder, file, on_bad_annotation="fail")
     assert reason in str(caught.value)
     assert "on_bad_annotation: skip would leave it out" in str(caught.value)
+
+
+SCALARS = [
+    # how an annotation has area and iscrowd, and what is read
+    ({"area": None, "iscrowd": 0}, 35, False),
+    ({"area": "25", "iscrowd": "0"}, 25, False),
+    ({"area": 25, "iscrowd": "1"}, 25, True),
+    ({"area": 0, "iscrowd": None}, 0, False),
+    ({"area": 2.5, "iscrowd": True}, 2.5, True),
+    ({"area": 2.5, "iscrowd": 0.0}, 2.5, False),
+]
+
+
+@pytest.mark.parametrize(("given", "area", "crowd"), SCALARS)
+def test_scalars_are_read_alike(tmp_path: Path, given: dict, area: float, crowd: bool):
+    data = instances()
+    data["annotations"] = [{**box(9, 10), **given}]
+    data["images"] = data["images"][1:2]
+    folder, file = write_set(tmp_path, data)
+    data["images"][0]["height"] = float(data["images"][0]["height"])
+    Path(file).write_text(json.dumps(data))
+    source = open_coco(folder, file)
+    found = source.read(0)[1]
+    assert source.left_out == []
+    assert (found.area.tolist(), found.iscrowd.tolist()) == ([area], [crowd])
 
 
 BAD_IMAGES = [
@@ -132,8 +161,8 @@ def test_bad_image_entry_is_skipped_and_named_or_fails(tmp_path: Path, bad, reas
     Path(file).write_text(json.dumps(data))
     source = open_coco(folder, file)
     assert source.image_ids == [10, 20, 30]
-    assert len(source.report.skipped) == 1
-    assert reason in source.report.skipped[0]
+    assert len(source.left_out) == 1
+    assert reason in source.left_out[0]
     with pytest.raises(UserError, match="on_bad_annotation"):
         open_coco(folder, file, on_bad_annotation="fail")
 
@@ -156,10 +185,10 @@ def test_absent_image_is_skipped_and_named_or_fails(tmp_path: Path, zipped: bool
     assert source.image_ids == [20, 30]
     assert [source.read(index)[1].image_id for index in (0, 1)] == [20, 30]
     assert len(source.read(1)[1].boxes) == 2
-    (reason,) = source.report.skipped
+    (reason,) = source.left_out
     assert f"image 10: no file '{folder}" in reason
     assert "10.png'; 2 annotations go with it" in reason
-    truth = source.coco_ground_truth()
+    truth = indexed(source.ground_truth())
     assert (sorted(truth.imgs), len(truth.anns)) == ([20, 30], 2)
     with pytest.raises(UserError, match="10.png.*on_bad_image: skip"):
         open_coco(folder, file, on_bad_image="fail")

@@ -49,9 +49,30 @@ def test_every_option_is_explained(capsys):
             assert len(words) >= 4, f"{key} has no explanation: {words}"
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--model.kwargs", "depth=6", "num_heads=3"],
+        ["--model.kwargs=depth=6,num_heads=3"],
+        ["--model.kwargs", "depth=6,num_heads=3"],
+        ["--model.kwargs", "{depth: 6, num_heads: 3}"],
+        ["--model.kwargs.depth=6", "--model.kwargs.num_heads", "3"],
+    ],
+)
+def test_mappings_as_pairs(given: list[str]):
+    got = parse(*given, "--epochs=3")
+    assert (got.model.kwargs, got.epochs) == ({"depth": 6, "num_heads": 3}, 3)
+
+
 BAD = [
+    (["--model.kwargs={patch_size:4}"], ["'{patch_size:4}'", "{patch_size: 4}", "patch_size=4"]),
+    (["--model.kwargs", "{a: 1, b:2}"], ["'b:2'", "lacks a space"]),
+    (["--optim.kwargs={eps:1}"], ["optim.kwargs", "eps=1"]),
+    (["--learning_rate=3"], ["did you mean 'optim.lr'"]),
+    (["--num-workers=3"], ["did you mean 'data.workers'"]),
+    (["--model.drop_rate=3"], ["did you mean 'model.drop'"]),
     # arguments, and what the one line must contain
-    (["--epoch", "3"], ["'epoch'", "did you mean 'epochs'", "valid keys: rpe,", "batch_size"]),
+    (["--epoch", "3"], ["'epoch'", "did you mean 'epochs'", "valid keys: ", "rpe", "batch_size"]),
     (["--model.nmae=x"], ["'model.nmae'", "'model.name'", "valid keys of 'model'", "img_size"]),
     (["--mixup=1"], ["'mixup'", "did you mean 'aug.mixup'"]),
     (["--epochs", "many"], ["epochs", "'many'", "a whole number"]),
@@ -77,7 +98,7 @@ def test_bad_arguments(arguments: list[str], parts: list[str]):
 
 
 BAD_YAML = [
-    ("modle: {name: x}", ["'modle'", "did you mean 'model'", "valid keys: rpe"]),
+    ("modle: {name: x}", ["'modle'", "did you mean 'model'", "valid keys: ", "rpe"]),
     ("model: {nmae: x}", ["'model.nmae'", "did you mean 'model.name'"]),
     ("smoothing: 0.1", ["'smoothing'", "did you mean 'aug.smoothing'"]),
     ("epochs: [1", ["not valid YAML"]),

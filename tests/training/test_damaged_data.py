@@ -11,10 +11,9 @@ from coco_files import box, entry, write_set
 from damaged import DAMAGED, KINDS, ODD, damage
 from PIL import Image
 
-from training.badimages import BadImages
 from training.data.coco import open_coco
 from training.data.loaders import make_loader
-from training.data.seeded import SeededDataset
+from training.data.seeded import BadImages, SeededDataset
 from training.data.sources import open_source
 from training.errors import UserError
 
@@ -95,7 +94,8 @@ def test_each_kind_in_a_folder_and_in_coco(tmp_path: Path, name: str):
             assert image.mode == "RGB" and close(image, name)
             continue
         seen: list[str] = []
-        bad = BadImages("skip", seen.append)
+        bad = BadImages("skip")
+        bad.say = seen.append
         dataset = SeededDataset(source, lambda image: torch.zeros(1), 0, replace=False)
         loader = make_loader(dataset, batch_size=2, training=False, seed=0, collate=list)
         for sample in (sample for _ in range(2) for batch in loader for sample in batch):

@@ -8,7 +8,6 @@ from cls_command import ROOT
 
 import irpe
 from training import config
-from training.data.det_transforms import SCALES
 from training.det.model import build_model, make_optimizer
 from training.det.options import DetConfig
 
@@ -52,12 +51,16 @@ def test_published_recipe(name: str, figure: float):
     assert (got.lr, got.lr_backbone, got.weight_decay, got.clip_max_norm) == (1e-4, 1e-5, 1e-4, 0.1)
     assert (got.sched.sched, got.sched.warmup_epochs, got.sched.decay_rate) == ("step", 0, 0.1)
     aug = got.aug
-    assert (tuple(aug.scales), aug.max_size, aug.eval_size) == (SCALES, 1333, 800)
+    assert (tuple(aug.scales), aug.max_size, aug.eval_size) == (
+        tuple(range(480, 801, 32)),
+        1333,
+        800,
+    )
     assert (aug.crop_prob, aug.crop_scales, aug.crop_size) == (0.5, [400, 500, 600], (384, 600))
     # The parameters of the released model, and the learning rates that they get.
     got.pretrained_backbone = False
     with torch.device("meta"):
-        model = build_model(got, 91)
+        model = build_model(got, {90: "toothbrush"})
     tables = 6 * 32 * 81 if "_k_" in name else 0
     assert sum(p.numel() for p in model.parameters()) == 41_524_768 + tables
     rest, body = make_optimizer(got, model).param_groups

@@ -9,13 +9,19 @@ import torch
 from coco_files import box, entry, instances, write_set, zip_folder
 
 from training.data.coco import open_coco
-from training.data.det_transforms import evaluation_transform, training_transform
-from training.data.detection import DetectionBatch, DetectionDataset, collate_detection
+from training.data.detection import (
+    DetectionBatch,
+    DetectionDataset,
+    collate_detection,
+    make_transform,
+)
 from training.data.loaders import make_loader, set_epoch
 from training.data.seeded import BadImage, Sample
+from training.det.options import DetAugConfig
 
-TRAINING = training_transform(
-    scales=(12, 16, 20), max_size=32, crop_scales=(16, 20), crop_size=(9, 14)
+TRAINING = make_transform(
+    DetAugConfig(scales=[12, 16, 20], max_size=32, crop_scales=[16, 20], crop_size=(9, 14)),
+    training=True,
 )
 
 
@@ -119,7 +125,7 @@ def test_batch_moves_whole(monkeypatch):
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_evaluation_gives_every_image_to_exactly_one_process(paths, world: int):
     source = open_coco(*paths)
-    transform = evaluation_transform(size=16, max_size=24)
+    transform = make_transform(DetAugConfig(eval_size=16, max_size=24), training=False)
     found: list[int] = []
     for rank in range(world):
         found += collect(loader_of(source, transform, rank=rank, world=world))
@@ -167,7 +173,9 @@ def broken_source(tmp_path: Path):
 
 def test_bad_images_are_dropped_in_evaluation_and_named(tmp_path: Path):
     source = broken_source(tmp_path)
-    batches = list(loader_of(source, evaluation_transform(size=16), batch_size=3))
+    batches = list(
+        loader_of(source, make_transform(DetAugConfig(eval_size=16), training=False), batch_size=3)
+    )
     assert [target["image_id"] for batch in batches for target in batch.targets] == [10, 30]
     (bad,) = batches[0].bad
     assert bad.name == source.name(1)

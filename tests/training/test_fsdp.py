@@ -7,7 +7,7 @@ import torch
 from cls_command import ROOT
 from processes import launch
 
-from training.engine import make_accelerator
+from training.distributed import make_accelerator
 from training.errors import UserError
 from training.options import RunConfig
 

@@ -12,7 +12,8 @@ from training.lm import run as lm_run
 from training.lm.language import tokens_of
 from training.lm.model import build_classifier, build_language_model, build_span_finder, specs
 from training.lm.options import LmConfig
-from training.text.answers import MarkedBytes, make_readings
+from training.text.answers import Marked, make_readings
+from training.text.staged import TextPlan
 
 CONFIGS = sorted((ROOT / "configs" / "lm").glob("*.yaml"))
 WIKITEXT = {  # published perplexity on WikiText-103's test set; windows, and steps of the stages
@@ -52,14 +53,14 @@ def test_config_builds(path: Path):
             lm_run._check(settings)
             model = build_language_model(settings, 256)
         elif settings.task == "excerpts":
-            model = build_classifier(settings, 30)
+            model = build_classifier(settings, [str(n) for n in range(30)])
         else:
-            make_readings([], MarkedBytes(), settings.questions)
+            make_readings([], Marked(), settings.questions)
             model = build_span_finder(settings, 259)
     assert sum(p.numel() for p in model.parameters()) > 50_000
     if settings.task != "language":
         return
-    plan = lm_run.make_plan(settings, 10**6 if settings.data.name == "stdlib" else 10**8)
+    plan = TextPlan(10**6 if settings.data.name == "stdlib" else 10**8, settings)
     plan.check_shards(1 if settings.data.name == "stdlib" else 8)
     for protocol in settings.protocols:
         assert protocol.kind != "sliding" or protocol.stride is not None
@@ -67,10 +68,10 @@ def test_config_builds(path: Path):
 
 def test_the_embedded_runs_are_of_stages_and_segments_as_they_say():
     got = load(ROOT / "configs/lm/staged.yaml")
-    plan = lm_run.make_plan(got, 10**6)
+    plan = TextPlan(10**6, got)
     assert plan.lengths == (128, 2048) and plan.ends == (180, 300)
     got = load(ROOT / "configs/lm/segments.yaml")
-    plan = lm_run.make_plan(got, 10**6)
+    plan = TextPlan(10**6, got)
     assert plan.lengths == (128,) and plan.spans == (512,) and got.segments.alpha == 0.25
     got = load(ROOT / "configs/lm/shortformer.yaml")
     assert got.order == "stripes" and tokens_of(got.memory, 128) == 128
@@ -85,7 +86,7 @@ def test_published_recipe(name: str):
     text = " ".join(path.read_text().replace("#", " ").split())
     assert f"test perplexity {perplexity}" in text and "not measured by us" in text
     got = load(path)
-    plan = lm_run.make_plan(got, 10**8)
+    plan = TextPlan(10**8, got)
     assert (list(plan.lengths), list(plan.ends)) == (lengths, ends)
     # Windows of a GPU, from the paper's table of batch sizes.
     sizes = {128: 72, 512: 18, 3072: 3}

@@ -11,11 +11,11 @@ from lm_command import records, same, weights
 from run_files import files, newest_state
 from safetensors.torch import load_file
 
-from training.checkpoints import States
-from training.engine import make_accelerator
+from training.checkpoint import States
+from training.distributed import make_accelerator
 from training.lm.language import Held, Language
 from training.loop import Loop
-from training.runfolder import RunFolder
+from training.run_directory import RunDirectory
 
 # Two passes a step, dropout, averaged weights, a memory: all that a state holds.
 OPTIONS = [
@@ -126,8 +126,8 @@ def test_killed_at_any_step_with_a_damaged_newest_state(lm, at_step, whole, tmp_
     status, _, err = lm(*OPTIONS, "--run.experiment=x", "--resume=auto", "--run.progress=lines")
     assert status == 0
     warnings = [line for line in err.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == 2 and all("going on from the state before it" in w for w in warnings)
-    assert "going on after epoch 2\n" in err
+    assert len(warnings) == 2 and all("using the state before it" in w for w in warnings)
+    assert "resuming after epoch 2\n" in err
     assert records(folder) == records(whole)
     assert same(folder, whole, "last", "last-ema", "best")
     assert not list(states.folder.glob(".*"))
@@ -139,7 +139,7 @@ def test_states_within_epochs(lm, at_step, whole, tmp_path: Path):
         lm(*OPTIONS, "--run.experiment=x", "--run.save_steps=1", "--run.save_every=9")
     folder = tmp_path / "runs" / "x"
     status, _, err = lm(*OPTIONS, "--run.experiment=x", "--resume=auto", "--run.progress=lines")
-    assert status == 0 and "going on after epoch 1 and step 5\n" in err
+    assert status == 0 and "resuming after epoch 1 and step 5\n" in err
     assert records(folder) == records(whole)
     assert same(folder, whole, "last", "last-ema", "best")
 
@@ -147,8 +147,8 @@ def test_states_within_epochs(lm, at_step, whole, tmp_path: Path):
 def test_a_run_that_ended_before_its_last_files(lm, whole, tmp_path: Path, monkeypatch):
     """Trained to the end, but the scores were not written: --resume auto makes up for it."""
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "write_json", lambda *given: 1 / 0)
-        patch.setattr(RunFolder, "beat", lambda *given, **more: None)
+        patch.setattr(RunDirectory, "write_json", lambda *given: 1 / 0)
+        patch.setattr(RunDirectory, "update", lambda *given, **more: None)
         with pytest.raises(ZeroDivisionError):
             lm(*OPTIONS, "--run.experiment=x")
     folder = tmp_path / "runs" / "x"
@@ -202,7 +202,7 @@ def test_figures_that_stay_on_a_gpu(how, lm, spoilt, tmp_path: Path, monkeypatch
 
     def init(self, *given):
         real(self, *given)
-        self.guard.prompt, self._look_every = False, 10
+        self.finite.every_step = False
 
     monkeypatch.setattr(Loop, "__init__", init)
     options = ["--run.experiment=x", "--epochs=2", "--steps_per_epoch=9", "--run.save_steps=4"]
@@ -220,13 +220,13 @@ def test_steps_are_left_out(how, clip, lm, spoilt, tmp_path: Path):
     spoilt([2, 8], how)
     status, _, err = lm(*options, "--run.experiment=x", "--run.progress=lines")
     assert status == 0
-    assert "warning: step 2 is left out" in err and "(2 of at most 2 by run.max_skipped)" in err
+    assert "warning: step 2 is skipped" in err and "(2 of at most 2 by run.max_skipped)" in err
     assert [r.get("skipped_steps") for r in records(tmp_path / "runs" / "x")] == [1, 1, 2, 2]
     assert all(torch.isfinite(x).all() for x in weights(tmp_path / "runs" / "x").values())
     spoilt([2, 3, 8], how)
     status, _, err = lm(*options, "--run.experiment=y")
     assert status == 2
-    assert "by step 8" in err and "after 2 steps left out" in err
+    assert "by step 8" in err and "after 2 skipped steps" in err
     assert newest_state(tmp_path / "runs" / "y")["skipped"] == 2
 
 
@@ -240,7 +240,7 @@ def test_a_loss_that_is_not_finite_beside_a_scaler(clip, lm, spoilt, tmp_path, m
         accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
         return accelerator
 
-    monkeypatch.setattr("training.lm.run.make_accelerator", make)
+    monkeypatch.setattr("training.run.make_accelerator", make)
     spoilt([5])
     options = ["--run.experiment=x", f"--optim.clip_grad={clip}", "--run.max_skipped=1"]
     status, _, err = lm(*options)
@@ -255,8 +255,9 @@ def test_a_step_left_out_changes_nothing(lm, spoilt, tmp_path: Path, monkeypatch
 
     def step(self, *given):
         def parts():
-            ema, own = self.ema.module.state_dict(), self.raw.state_dict()
-            moments = [v for s in self.optimizer.state.values() for v in s.values()]
+            run = self.context
+            ema, own = run.ema.module.state_dict(), run.model.state_dict()
+            moments = [v for s in run.optimizer.state.values() for v in s.values()]
             return [x.clone() for x in (*own.values(), *ema.values(), *moments)]
 
         before = parts()
@@ -298,7 +299,7 @@ def test_a_state_that_cannot_be_written(policy, lm, whole, tmp_path: Path, monke
         assert steps == ["state-epoch1-step3"]
     else:
         assert status == 0
-        assert err.count("the run goes on, with the checkpoint before") == 2
+        assert err.count("training continues with the checkpoint before") == 2
         assert steps == ["state-epoch4-step12", "state-epoch1-step3"]
     monkeypatch.setattr(torch, "save", real)
     if policy == "stop":

@@ -1,4 +1,4 @@
-"""Processes that load data are killed: the run ends with one clear line, and goes on."""
+"""Processes that load data are killed: the run ends with one clear line, and resumes."""
 
 import multiprocessing
 import os
@@ -7,9 +7,11 @@ import time
 
 import pytest
 from run_files import newest_state
+from torch.utils.data import DataLoader, Dataset
 
+from training.data.loaders import batches_of
 from training.data.seeded import SeededDataset
-from training.guards import watched_loader
+from training.errors import Interrupted, UserError
 from training.loop import Loop
 
 
@@ -52,12 +54,47 @@ def test_a_signal_to_all_processes_of_a_job(number, cls, tmp_path, monkeypatch):
     assert newest_state(tmp_path / "runs" / "x")["step"] == 3
 
 
-def test_other_errors_are_not_touched():
-    def batches():
-        yield 1
-        raise RuntimeError("a bug")
+class Failing(Dataset):
+    """Reads numbers; the fourth one raises, or ends the process."""
 
-    watched = watched_loader(batches())
-    assert next(watched) == 1
-    with pytest.raises(RuntimeError, match="a bug"):
-        next(watched)
+    def __init__(self, error: Exception | int) -> None:
+        self.error = error
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> int:
+        if index == 3:
+            if isinstance(self.error, int):
+                os.kill(os.getpid(), self.error)
+            raise self.error
+        return index
+
+    def set_epoch(self, epoch: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (RuntimeError("a bug"), RuntimeError, "a bug"),
+        (ValueError("another bug"), ValueError, "another bug"),
+        (RuntimeError("DataLoader worker of a friend"), RuntimeError, "friend"),
+        (MemoryError("57 GB"), MemoryError, "57 GB"),
+        (UserError("data.mean: has 3 values"), UserError, "^data.mean: has 3 values$"),
+        (signal.SIGKILL, Interrupted, "died .DataLoader worker"),
+    ],
+)
+def test_an_error_in_a_process_is_raised_as_itself(error, kind, text):
+    loader = DataLoader(Failing(error), batch_size=2, num_workers=1)
+    with pytest.raises(kind, match=text) as caught:
+        list(batches_of(loader, 0))
+    assert type(caught.value) is kind and ("died" in str(caught.value)) == (kind is Interrupted)
+
+
+def test_grey_images_for_a_model_of_three_channels(cls):
+    more = ["--model.in_chans=3", "--data.mean=[0.3,0.3,0.3]", "--data.std=[0.3,0.3,0.3]"]
+    status, _, err = cls(*more, "--epochs=1", "--data.workers=1")
+    assert status == 0, err
+    status, _, err = cls("--model.in_chans=2")
+    assert status == 2 and "model.in_chans: 2" in err

@@ -10,17 +10,16 @@ import torch
 from torch import nn
 
 from irpe import IrpeError
-from irpe.tools.weights import read_weights
-from training.checkpoints import States, read_state
+from training.checkpoint import States, read_state
 from training.errors import UserError
-from training.weights import apply_weights
+from training.weights import start_from
 
 SAMPLE = 100  # of each form
 FORMS = ["pth", "safetensors", "state", "state with its checksum made right"]
 
 
 def mutated(content: bytes, draw: random.Random) -> bytes:
-    """Cut short, overwritten in a few places, with a stretch doubled, taken out or zeroed."""
+    """Truncate a file, overwrite a few bytes, or double, remove or zero a range."""
     data, kind = bytearray(content), draw.randrange(5)
     # Half of them near the ends, where formats keep what they are.
     near = draw.random() < 0.5
@@ -70,7 +69,7 @@ def check(form: str, number: int, folder: Path) -> int:
             if "state" in form:
                 assert isinstance(read_state(path), dict)
             else:
-                apply_weights(model, read_weights(path), path)
+                start_from(model, str(path), {}, training=False)
                 model = network()  # some were loaded whose numbers are not numbers any more
         except (UserError, IrpeError) as error:
             refused += 1

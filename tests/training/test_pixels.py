@@ -1,12 +1,17 @@
 """Image files of every mode as 8-bit RGB."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from training.data.pixels import decode_rgb
+from training.data.pixels import decode, to_rgb
+
+
+def decode_rgb(content: bytes) -> Image.Image:
+    return to_rgb(decode(io.BytesIO(content)))
 
 
 def encoded(image: Image.Image, path: Path, **options) -> bytes:

@@ -96,7 +96,7 @@ def test_detr():
         f"--enc_rpe2d={K}",
     ]
     made = [
-        build_detector(config.parse(DetConfig, [*arguments, *more], "train_det.py"), 5)
+        build_detector(config.parse(DetConfig, [*arguments, *more], "train_det.py"), {4: "four"})
         for more in ([], [f"--{ON}"])
     ]
     padding = torch.zeros(2, 48, 40, dtype=torch.bool)

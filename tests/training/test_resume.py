@@ -1,4 +1,4 @@
-"""A run that was interrupted goes on as if it had not been."""
+"""An interrupted run resumes exactly."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from irpe.tools.weights import read_weights
-from training.checkpoints import States
+from irpe.files.read import read_weights
+from training.checkpoint import States
 from training.loop import Loop
 
 TIMES = ("seconds", "images_per_second", "train_cpu_seconds")
@@ -52,7 +52,7 @@ def test_the_same_weights_bit_for_bit(cls, interrupted, tmp_path: Path):
         "--data.workers=1",
     )
     assert status == 0, err
-    assert "going on after epoch 2 and step 12\n" in err
+    assert "resuming after epoch 2 and step 12\n" in err
     assert records(parts) == records(tmp_path / "runs" / "whole")
     for name in ("last", "last-ema", "best"):
         one, other = (

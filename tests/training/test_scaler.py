@@ -1,4 +1,4 @@
-"""fp16 with a gradient scaler: a step whose gradient overflows is left out, and the run goes on."""
+"""fp16 with a gradient scaler: a step whose gradient overflows is skipped."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
 from training.cls.classify import Classify
-from training.engine import make_accelerator
+from training.distributed import make_accelerator
 from training.options import RunConfig
 
 FIRST_SCALE = 1024.0
@@ -23,7 +23,7 @@ def scaled(monkeypatch):
     accelerator.native_amp = True
     accelerator.state._mixed_precision = "fp16"
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=FIRST_SCALE)
-    monkeypatch.setattr("training.cls.run.make_accelerator", lambda config: accelerator)
+    monkeypatch.setattr("training.run.make_accelerator", lambda config: accelerator)
     loss, step = Classify.loss, AcceleratedOptimizer.step
 
     def overflowing(self, model, batch, number):

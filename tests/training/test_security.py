@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.checkpoints import States
+from training.checkpoint import States
 
 
 class Malicious:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from accelerate import Accelerator
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training import config as configuration
 from training.errors import UserError
+from training.lm.run import open_text
 from training.text import corpus
 from training.text.corpus import SPLITS, Document, open_corpus, split_of, standard_library
 from training.text.options import TextConfig
@@ -154,8 +156,6 @@ def test_bad_files(tmp_path, monkeypatch):
         with pytest.raises(UserError) as caught:
             list(open_corpus(config, "test"))
         assert [part for part in parts if part not in str(caught.value)] == [], str(caught.value)
-    with pytest.raises(UserError, match="'dev'.*valid: train"):
-        open_corpus(TextConfig(), "dev")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "none"))
     with pytest.raises(UserError, match="finds no Python files"):
         open_corpus(TextConfig(), "train")
@@ -270,16 +270,69 @@ def test_pairs_are_reversible_and_count_bytes(pairs, monkeypatch):
     assert pairs.decode(pairs.encode(text)) == text
 
 
-def test_pairs_are_found_once_and_kept(pairs, tmp_path):
-    config = TextConfig(tokens="bpe", vocab_size=290)
-    first = make_tokens(config, DOCUMENTS, tmp_path)
-    assert first.tokenizer.get_vocab() == pairs.tokenizer.get_vocab()  # the same again
-    assert [path.name for path in tmp_path.iterdir()] == ["bpe-290.json"]
-    kept = make_tokens(config, [], tmp_path)
-    given = make_tokens(TextConfig(tokens="bpe", tokenizer=str(tmp_path / "bpe-290.json")), [])
-    for tokens in (kept, given):
-        assert tokens.tokenizer.to_str() == first.tokenizer.to_str()
-        assert (tokens.byte_counts == first.byte_counts).all()
+def kept(folder, source, **options):
+    """Open a text with a folder; its training tokens, and the text that they stand for."""
+    config = TextConfig(name="files", root=str(source), folder=str(folder), **options)
+    tokens, (stream,) = open_text(config, Accelerator(cpu=True), "train")
+    return tokens, tokens.decode(stream)
+
+
+def training_part(text):
+    return corpus._cut(Document("t.txt", text), "train")[0].text
+
+
+def resize(path, change):
+    path.write_bytes(change(path.read_bytes()))
+
+
+LINES = "a line of text, naïve café\n" * 300
+OTHER = "another text altogether\n" * 300
+
+
+@pytest.mark.parametrize("code", ["bytes", "bpe"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder, source: source.write_text(OTHER, encoding="utf-8"),
+        lambda folder, source: source.write_text(LINES[:-1] + "!", encoding="utf-8"),
+        lambda folder, source: resize(next(folder.glob("*.bin")), lambda x: x[:-2]),
+        lambda folder, source: resize(next(folder.glob("*.bin")), lambda x: x + x[:2]),
+        lambda folder, source: resize(next(folder.glob("*.bin")), lambda x: b"??" + x[2:]),
+        lambda folder, source: next(folder.glob("*.bin")).unlink(),
+        lambda folder, source: [p.write_text("{}") for p in folder.glob("bpe-*.json")],
+    ],
+    ids=["text", "last character", "shorter", "longer", "changed", "gone", "pairs"],
+)
+def test_a_kept_stream_is_that_of_the_text(damage, code, tmp_path, capsys):
+    folder, source = tmp_path / "kept", tmp_path / "t.txt"
+    source.write_text(LINES, encoding="utf-8")
+    options = {"tokens": code, "vocab_size": 270} if code == "bpe" else {}
+    _, text = kept(folder, source, **options)
+    assert text == training_part(LINES)
+    assert kept(folder, source, **options)[1] == text
+    assert "made again" not in capsys.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    damage(folder, source)
+    tokens, text = kept(folder, source, **options)
+    assert text == training_part(source.read_text(encoding="utf-8"))
+    if {path: path.stat().st_mtime_ns for path in folder.iterdir()} != before:
+        assert "made again" in capsys.readouterr().out or damage.__code__.co_names[-1] == "unlink"
+    capsys.readouterr()
+    assert kept(folder, source, **options)[1] == text
+    assert "made again" not in capsys.readouterr().out
+
+
+def test_a_kept_stream_is_that_of_the_tokenizer(tmp_path, capsys):
+    source, own = tmp_path / "t.txt", tmp_path / "tokenizer.json"
+    source.write_text("".join(TEXTS) * 9, encoding="utf-8")
+    options = {"tokens": "bpe", "tokenizer": str(own)}
+    find_pairs(DOCUMENTS, 270).save(own)
+    first, text = kept(tmp_path / "kept", source, **options)
+    find_pairs([Document("other", LINES)], 270).save(own)
+    second, again = kept(tmp_path / "kept", source, **options)
+    assert first.vocab_size == second.vocab_size and first.digest != second.digest
+    assert text == again
+    assert "tokenizer changed" in capsys.readouterr().out
 
 
 def test_bad_tokenizers(pairs, tmp_path):
@@ -298,6 +351,145 @@ def test_bad_tokenizers(pairs, tmp_path):
         assert f"{name}.json" in str(caught.value)
     with pytest.raises(UserError, match="vocab_size: 255"):
         find_pairs(DOCUMENTS, 255)
+
+
+def byte_level(alphabet=True):
+    """A tokenizer of the tokenizers package."""
+    import tokenizers
+
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet() if alphabet else []
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, show_progress=False, initial_alphabet=letters
+    )
+    made.train_from_iterator(TEXTS, trainer)
+    return made
+
+
+def changed(change):
+    """A tokenizer's JSON with a change, through a file."""
+    import json
+
+    layout = json.loads(byte_level().to_str())
+    change(layout)
+    return json.dumps(layout)
+
+
+def added(content, **options):
+    from tokenizers import AddedToken
+
+    made = byte_level()
+    made.add_tokens([AddedToken(content, **options)])
+    return made.to_str()
+
+
+def steps(*kinds):
+    own = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return lambda layout: layout.update(
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [*kinds, own]}
+    )
+
+
+def cutting(behavior):
+    return {"type": "Split", "pattern": {"String": "e"}, "behavior": behavior, "invert": False}
+
+
+TURNED_OFF = {
+    "truncation": lambda made: made.enable_truncation(8),
+    "truncation from the left": lambda made: made.enable_truncation(8, stride=2, direction="left"),
+    "padding": lambda made: made.enable_padding(length=4096),
+    "padding to multiples": lambda made: made.enable_padding(pad_to_multiple_of=64),
+    "dropout": lambda made: setattr(made.model, "dropout", 0.5),
+}
+
+
+@pytest.mark.parametrize("name", TURNED_OFF)
+def test_what_a_tokenizer_cuts_or_adds_is_turned_off(name, tmp_path):
+    made, text = byte_level(), "".join(TEXTS)
+    wanted = made.encode(text).ids
+    TURNED_OFF[name](made)
+    made.save(str(tmp_path / "tokenizer.json"))
+    pairs = read_pairs(tmp_path / "tokenizer.json")
+    assert pairs.encode(text).tolist() == wanted and pairs.decode(wanted) == text
+
+
+REFUSED = {
+    "no bytes": (lambda: byte_level(alphabet=False).to_str(), "lacks .* of the 256 bytes"),
+    "one byte gone": (lambda: changed(lambda x: x["model"]["vocab"].pop("~")), "lacks 1 of"),
+    "lstrip": (lambda: added("<m>", lstrip=True), "added tokens"),
+    "rstrip": (lambda: added("<m>", rstrip=True), "added tokens"),
+    "added byte": (lambda: added("\u00e9"), "added tokens"),
+    "prefix": (
+        lambda: changed(lambda x: x["pre_tokenizer"].update(add_prefix_space=True)),
+        "other characters",
+    ),
+    "lower": (lambda: changed(lambda x: x.update(normalizer={"type": "Lowercase"})), "Lowercase"),
+    "nfc": (lambda: changed(lambda x: x.update(normalizer={"type": "NFC"})), "NFC"),
+    "removed": (lambda: changed(steps(cutting("Removed"))), "Split can drop"),
+    "blanks": (lambda: changed(steps({"type": "WhitespaceSplit"})), "WhitespaceSplit can drop"),
+    "decoder": (lambda: changed(lambda x: x.update(decoder=None)), "other characters"),
+    "suffix": (
+        lambda: changed(lambda x: x["model"].update(end_of_word_suffix="</w>")),
+        "other characters",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_tokenizer_that_loses_text_is_refused(name, tmp_path):
+    make, reason = REFUSED[name]
+    (tmp_path / "tokenizer.json").write_text(make(), encoding="utf-8")
+    with pytest.raises(UserError, match=f"tokenizer.json.*{reason}"):
+        read_pairs(tmp_path / "tokenizer.json")
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_an_accepted_tokenizer_returns_the_text(data, tmp_path_factory):
+    """Of any settings: refused, or lossless over all of unicode."""
+    draw, made = data.draw, byte_level(alphabet=data.draw(st.sampled_from([True, True, False])))
+    from tokenizers import AddedToken
+
+    for content in draw(st.lists(st.text(min_size=1, max_size=4), max_size=3)):
+        stripped = draw(st.sampled_from([{}, {}, {"lstrip": True}, {"single_word": True}]))
+        special = draw(st.booleans())
+        made.add_tokens([AddedToken(content, special=special, normalized=not special, **stripped)])
+    for name in draw(st.sets(st.sampled_from(sorted(TURNED_OFF)), max_size=3)):
+        TURNED_OFF[name](made)
+    path = tmp_path_factory.mktemp("drawn") / "tokenizer.json"
+    made.save(str(path))
+    try:
+        pairs = read_pairs(path)
+    except UserError:
+        return
+    for text in draw(st.lists(st.text(), min_size=4, max_size=12)):
+        ids = pairs.encode(text)
+        assert pairs.decode(ids) == text and pairs.byte_counts[ids].sum() == len(text.encode())
+
+
+def test_long_words_take_bounded_work():
+    """Words of a text without blanks are cut: pairs are found in time linear in its length."""
+    from training.text import tokens as module
+
+    text = "ab" * 9000
+    pieces = list(module._pieces(text + " c\n"))
+    assert "".join(pieces) == text + " c\n" and max(map(len, pieces)) <= 4096
+    pairs = find_pairs([Document("long", text)], 300)
+    assert pairs.decode(pairs.encode(text)) == text
+
+
+def test_released_vocabularies_are_not_cut(tmp_path):
+    from training.text.answers import read_released
+
+    made = byte_level()
+    made.enable_truncation(8)
+    made.enable_padding(length=512)
+    made.save(str(tmp_path / "tokenizer.json"))
+    text = "".join(TEXTS)
+    ids, spans = read_released(tmp_path).encode(text)
+    assert ids.tolist() == byte_level().encode(text).ids and spans[-1, 1] == len(text)
 
 
 def test_pairs_without_tokenizers(monkeypatch):

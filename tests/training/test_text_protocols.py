@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from training.errors import UserError
 from training.text.options import ProtocolConfig
 from training.text.protocols import Score, ScoringPlan, score
-from training.text.windows import IGNORE
+from training.text.segments import IGNORE
 
 
 def plan_of(tokens, kind="nonoverlapping", length=8, stride=None, memory=False, **options):

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from training.errors import UserError
 from training.text.options import SegmentConfig
-from training.text.segments import long_length, pick, segment_batch, window_length
-from training.text.windows import IGNORE, windows
+from training.text.segments import IGNORE, long_length, pick, segment_batch, window_length, windows
 
 STREAM = np.arange(1000, dtype=np.uint16) + 1
 VARIANTS = [

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.errors import UserError
+from training.lm.options import LmConfig
 from training.text.options import SegmentConfig, StageConfig
+from training.text.segments import windows
 from training.text.staged import TextPlan
-from training.text.windows import windows
 
 NAMES = ("input_ids", "position_ids", "labels", "segment_ids")
 
@@ -21,7 +22,8 @@ def stages(*pairs) -> list[StageConfig]:
 
 
 def plan_of(tokens=1000, budget=48, steps=100, lengths=((4, 0.3), (8, 60), (24, None)), **options):
-    return TextPlan(tokens, budget=budget, steps=steps, stages=stages(*lengths), **options)
+    given = {"budget": budget, "steps_per_epoch": steps, "stages": stages(*lengths), **options}
+    return TextPlan(tokens, LmConfig(epochs=1, **{k: x for k, x in given.items() if x is not None}))
 
 
 def stream_of(tokens: int) -> np.ndarray:
@@ -32,6 +34,10 @@ def same(first, second) -> bool:
     return first.reset == second.reset and all(
         torch.equal(getattr(first, name), getattr(second, name)) for name in NAMES
     )
+
+
+def batches(plan: TextPlan, stream: np.ndarray, first: int = 0):
+    return (plan.batch(stream, step) for step in range(first, plan.steps))
 
 
 # --- windows --------------------------------------------------------------------------------------
@@ -87,7 +93,6 @@ def test_every_turn_of_every_stage_reads_the_same_tokens(order, base, factors, t
             labels += batch.labels.flatten().tolist()
         assert sorted(read) == expected  # each once
         assert labels == [token + 1 for token in read]
-        assert plan.left_out(before) == tokens - 1 - len(expected) < budget
     assert before == len(factors) - 1
 
 
@@ -98,8 +103,6 @@ def test_switch_at_shares_and_steps():
     assert found == [0] * 30 + [1] * 30 + [2] * 40
     assert [plan.at(step).length for step in (29, 30, 59, 60)] == [4, 8, 8, 24]
     assert [plan.batch_size(stage) for stage in range(3)] == [12, 6, 2]
-    with pytest.raises(ValueError, match="100"):
-        plan.at(100)
 
 
 def test_a_new_stage_starts_a_new_turn():
@@ -126,9 +129,9 @@ def test_order_depends_on_seed_stage_and_turn():
 @pytest.mark.parametrize("order", ["shuffled", "stripes"])
 def test_resume_in_mid_stage(order):
     stream = stream_of(1000)
-    whole = list(plan_of(order=order, seed=4).batches(stream, 0, 100))
+    whole = list(batches(plan_of(order=order, seed=4), stream))
     for first in (17, 30, 77):
-        resumed = plan_of(order=order, seed=4).batches(stream, first, 100)
+        resumed = batches(plan_of(order=order, seed=4), stream, first)
         assert all(same(a, b) for a, b in zip(whole[first:], resumed, strict=True))
 
 
@@ -138,7 +141,7 @@ def test_resume_in_mid_stage(order):
 def test_stripes_continue_row_by_row():
     plan, stream = plan_of(order="stripes"), stream_of(1000)
     before, continued = None, 0
-    for batch in plan.batches(stream, 0, 100):
+    for batch in batches(plan, stream):
         if not batch.reset:
             assert torch.equal(batch.input_ids[:, 0], before.labels[:, -1])
             assert torch.equal(batch.input_ids[:, 0], before.input_ids[:, -1] + 1)
@@ -148,7 +151,7 @@ def test_stripes_continue_row_by_row():
 
 
 def test_shuffled_batches_forget():
-    assert all(batch.reset for batch in plan_of().batches(stream_of(1000), 0, 40))
+    assert all(batch.reset for batch in batches(plan_of(), stream_of(1000)))
 
 
 # --- processes ------------------------------------------------------------------------------------
@@ -175,7 +178,7 @@ def test_processes_read_disjoint_parts_of_one_batch(order, segments):
 def test_each_process_keeps_its_stripes():
     plan, stream = plan_of(lengths=((8, None),), order="stripes"), stream_of(1000)
     for shard in range(3):
-        batches = list(plan.batches(stream, 0, 20, shard, 3))
+        batches = [plan.batch(stream, step, shard, 3) for step in range(20)]
         for row in range(2):
             text = torch.cat([batch.input_ids[row] for batch in batches])
             assert torch.equal(text, torch.arange(int(text[0]), int(text[0]) + 160))
@@ -189,7 +192,6 @@ def test_segments_come_from_disjoint_long_texts():
     config = SegmentConfig(method="chunk", long_length=32)
     plan = plan_of(tokens=1000, budget=48, steps=12, lengths=((16, None),), segments=config)
     assert plan.steps_per_turn(0) == 999 // 96 == 10
-    assert plan.left_out(0) == 999 - 960
     counts = Counter()
     for step in range(10):
         rows, batch = plan.at(step), plan.batch(stream_of(1000), step)
@@ -225,8 +227,6 @@ def test_bad_plans():
         ({"lengths": ((7, None),)}, ["length of 7", "budget of 48"]),
         ({"lengths": ((0, None),)}, ["length of 0"]),
         ({"lengths": ((96, None),)}, ["length of 96", "budget of 48"]),
-        ({"lengths": ()}, ["stages: at least one"]),
-        ({"steps": 0}, ["steps: 0"]),
         ({"lengths": ((4, 0.5), (8, 0.5), (8, None))}, ["50, 50, 100"]),
         ({"lengths": ((4, 50), (8, 80))}, ["50, 80 of 100", "until: null"]),
         ({"lengths": ((4, None), (8, None))}, ["100, 100"]),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cls_command import ROOT
-from lm_command import TINY, records, same
+from lm_command import TINY_TASK, records, same
 from processes import launch
 from released import released_names
 from run_files import newest_state
@@ -19,7 +19,7 @@ from training.errors import UserError
 from training.loop import Loop
 from training.text.answers import (
     Found,
-    MarkedBytes,
+    Marked,
     Reading,
     best_spans,
     exact_match,
@@ -36,7 +36,7 @@ def lm(tmp_path: Path, capsys: pytest.CaptureFixture):
 
     def run(*arguments: str) -> tuple[int, str, str]:
         capsys.readouterr()
-        status = train_lm.main([*TINY, f"--run.output={tmp_path / 'runs'}", *arguments])
+        status = train_lm.main([*TINY_TASK, f"--run.output={tmp_path / 'runs'}", *arguments])
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
@@ -92,6 +92,11 @@ def test_excerpts_resume_and_processes(lm, library, tmp_path: Path, monkeypatch)
     runs = tmp_path / "runs"
     assert records(runs / "whole") == records(runs / "parts")
     assert same(runs / "whole", runs / "parts")
+    for path in (tmp_path / "library" / "ant").iterdir():
+        path.write_text(path.read_text().replace("a", "b"))
+    more = [*library, f"--resume={runs / 'parts'}", "--epochs=99"]
+    status, _, err = lm(*more)
+    assert status == 2 and "changed" in err and "--allow-changed-data" in err
 
 
 # --- readings -------------------------------------------------------------------------------------
@@ -107,7 +112,7 @@ def test_readings_by_bytes():
     config = QuestionConfig(length=26, stride=6, longest_question=8, longest_answer=9)
     context = "für héro: naïve café, ok?"  # 29 bytes
     found = question(context, "héro")
-    readings = make_readings([found], MarkedBytes(), config)
+    readings = make_readings([found], Marked(), config)
     raw = context.encode()
     covered, answered = set(), 0
     for reading in readings:
@@ -135,7 +140,7 @@ def test_readings_by_bytes():
 def test_a_context_that_fits_is_read_once():
     config = QuestionConfig(length=40, stride=8, longest_question=8)
     found = [question("a short one", "short"), question("another", None), question("", None)]
-    readings = make_readings(found, MarkedBytes(), config)
+    readings = make_readings(found, Marked(), config)
     assert [reading.question for reading in readings] == [0, 1, 2]
     assert [(reading.start, reading.end) for reading in readings[1:]] == [(0, 0)] * 2
 
@@ -144,7 +149,7 @@ def test_best_spans_against_loops():
     torch.manual_seed(0)
     config = QuestionConfig(length=30, stride=9, longest_question=6)
     asked = [question("one two three four five six", "three"), question("seven eight", "eight")]
-    readings = make_readings(asked, MarkedBytes(), config)
+    readings = make_readings(asked, Marked(), config)
     batch = pad(readings, 258)
     start, end = torch.randn(2, *batch.tokens.shape)
     for longest in (1, 4, 80):
@@ -192,9 +197,7 @@ def test_scores_of_squad(answer, truths, exact, overlap):
 def test_readings_that_cannot_be():
     for options in ({"length": 20, "longest_question": 18}, {"stride": 0}, {"stride": 600}):
         with pytest.raises(UserError, match="questions.stride"):
-            make_readings([], MarkedBytes(), QuestionConfig(**options))
-    with pytest.raises(UserError, match="longest_answer"):
-        make_readings([], MarkedBytes(), QuestionConfig(longest_answer=0))
+            make_readings([], Marked(), QuestionConfig(**options))
 
 
 # --- questions ------------------------------------------------------------------------------------
@@ -235,7 +238,7 @@ def test_questions_run_and_resume(lm, asked, tmp_path: Path, monkeypatch):
     last = records(folder)[-1]
     assert last["count"] == 21
     assert f"exact match {100 * last['exact']:.2f}, F1 {100 * last['f1']:.2f}" in out
-    # The answers that were written give the figures that were printed.
+    # The written answers give the printed results.
     predictions = json.loads((folder / "predictions.json").read_text())
     truth = json.loads((tmp_path / "held.json").read_text())["data"][0]["paragraphs"]
     scores = []
@@ -291,7 +294,7 @@ def test_questions_without_an_answer(lm, asked, tmp_path: Path):
 def test_two_processes_answer_each_question_once(asked, tmp_path: Path):
     results = []
     for processes in (1, 2):
-        arguments = [*TINY, *asked, "--run.device=cpu", "--epochs=1", "--optim.opt=sgd"]
+        arguments = [*TINY_TASK, *asked, "--run.device=cpu", "--epochs=1", "--optim.opt=sgd"]
         arguments += [f"--run.output={tmp_path}", f"--run.experiment=of{processes}"]
         launch(processes, ROOT / "train_lm.py", *arguments)
         answers = json.loads((tmp_path / f"of{processes}" / "predictions.json").read_text())
@@ -340,7 +343,7 @@ def test_a_released_bert_is_trained_on(lm, asked, tmp_path: Path):
     assert lm(*options, "--attach=huang4,clip=8", "--run.experiment=y")[0] == 0
     (folder / "pytorch_model.bin").unlink()
     status, _, err = lm(*asked, f"--model.pretrained={folder}", "--encoding=huang4,clip=31")
-    assert status == 2 and "holds none of model.safetensors, pytorch_model.bin" in err
+    assert status == 2 and "has none of model.safetensors" in err
 
 
 BAD = [
@@ -348,12 +351,13 @@ BAD = [
     (["--questions.name=squad"], ["'squad'", "stdlib, files, hfds/"]),
     (["--questions.root=/nowhere.json"], ["/nowhere.json"]),
     (["--questions.stride=99"], ["questions.stride: 99"]),
+    (["--questions.longest_answer=0"], ["questions.longest_answer: 0 is not at least 1"]),
     (["--batch_size=500"], ["batch_size: 500", "96 training texts"]),
     (["--model.pretrained=/nowhere"], ["/nowhere"]),
     (["--encoding=ropee"], ["'ropee'"]),
     (["--eval_batch_size=0"], ["eval_batch_size: 0"]),
     (["--eval-only"], ["eval_only needs checkpoint"]),
-    (["--task=excerpts", "--model.pretrained=/x"], ["model.pretrained", "not excerpts"]),
+    (["--task=excerpts", "--model.pretrained=/x"], ["model.pretrained", "task: excerpts"]),
     (["--task=excerpts", "--data.root=/nowhere"], ["/nowhere"]),
     (["--task=excerpts", "--eval-only"], ["eval_only needs checkpoint"]),
 ]
@@ -361,7 +365,7 @@ BAD = [
 
 @pytest.mark.parametrize(("arguments", "wanted"), BAD, ids=[" ".join(bad[0]) for bad in BAD])
 def test_bad_input_is_one_line(arguments: list[str], wanted: list[str], lm, asked):
-    status, out, err = lm(*asked, *arguments)
+    status, out, err = lm(*(asked if "--task=excerpts" not in arguments else ()), *arguments)
     assert status == 2
     assert err.startswith("error: ") and err.count("\n") == 1, err
     assert [part for part in wanted if part not in err] == [], err

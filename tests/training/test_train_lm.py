@@ -20,9 +20,8 @@ from training.config import parse
 from training.lm.language import Held, Language
 from training.lm.options import LmConfig
 from training.loop import Loop
-from training.text.options import ProtocolConfig
+from training.text.segments import IGNORE
 from training.text.tokens import ByteTokens
-from training.text.windows import IGNORE
 
 SHORTFORMER = ["--encoding=pia", "--order=stripes", "--memory=1", STAGED]
 SHORTFORMER += ["--protocols=[{memory: true}, {kind: token, memory: true}]"]
@@ -37,7 +36,7 @@ def test_a_run_leaves_everything(lm, tmp_path: Path, book: Path):
     status, out, err = lm(*options, "--ema.enabled", "--ema.decay=0.5", "--run.progress=lines")
     assert status == 0, err
     folder = tmp_path / "runs" / "lm-shaw,clip=4-seed0"
-    assert f"run folder: {folder}" in out
+    assert f"run directory: {folder}" in out
     assert "epoch 4/4, step 12" in err and "tokens/s" in err
     assert "tokens to train on" in err
     found = files(folder)
@@ -145,6 +144,44 @@ def test_an_interrupted_run_resumes_bit_for_bit(options, lm, tmp_path: Path, mon
     assert same(runs / "whole", runs / "parts")
 
 
+@pytest.mark.parametrize("change", ["text", "longer", "tokenizer"])
+def test_a_resumed_run_reads_the_text_it_began_with(change, lm, book, tmp_path, monkeypatch):
+    from training.text.corpus import Document
+    from training.text.tokens import find_pairs
+
+    own, text = tmp_path / "tokenizer.json", tmp_path / "book.txt"
+    text.write_text(book.read_text())
+    options = ["--run.experiment=parts", f"--data.root={text}"]
+    if change == "tokenizer":
+        find_pairs([Document("a", "abcdefgh" * 99)], 260).save(own)
+        options += ["--data.tokens=bpe", f"--data.tokenizer={own}"]
+    real = Loop._one_step
+
+    def step(self, *given):
+        if self.step == 10:
+            raise KeyboardInterrupt
+        return real(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_one_step", step)
+        assert lm(*options)[0] == 130
+    if change == "tokenizer":
+        find_pairs([Document("a", "hgfedcba" * 99)], 260).save(own)
+    else:
+        words = text.read_text()
+        text.write_text(words.swapcase() if change == "text" else words + words[:2000])
+    status, _, err = lm(*options, "--resume=auto")
+    assert status == 2 and "tokens' changed" in err and "--allow-changed-data" in err
+    if change == "tokenizer":  # of another size
+        saved = own.read_text()
+        find_pairs([Document("a", "ab" * 99)], 258).save(own)
+        status, _, err = lm(*options, "--resume=auto", "--allow-changed-data")
+        assert status == 2 and "state does not fit the model" in err
+        own.write_text(saved)
+    status, _, err = lm(*options, "--resume=auto", "--allow-changed-data")
+    assert status == 0 and "tokens' changed" in err
+
+
 def test_what_is_remembered_counts(lm, tmp_path: Path, monkeypatch):
     """A run that forgot at its resumption would come out otherwise."""
     options = ["--encoding=pia", "--order=stripes", "--memory=1"]
@@ -193,8 +230,8 @@ def test_the_optimiser_and_the_schedule_go_on_across_the_switch(lm, tmp_path: Pa
     optimisers, rates, real = [], [], Loop._one_step
 
     def step(self, *given):
-        optimisers.append(id(self.optimizer))
-        rates.append(self.optimizer.param_groups[0]["lr"])
+        optimisers.append(id(self.context.optimizer))
+        rates.append(self.context.optimizer.param_groups[0]["lr"])
         return real(self, *given)
 
     monkeypatch.setattr(Loop, "_one_step", step)
@@ -230,10 +267,10 @@ def test_no_step_is_as_long_as_the_long_text(lm, monkeypatch):
     """Nothing but positions knows of it: the model reads windows."""
     lengths, real = set(), CausalLM.forward
 
-    def forward(self, tokens, positions=None, state=None):
+    def forward(self, tokens, *given, **options):
         if self.training:
             lengths.add(tokens.shape[1])
-        return real(self, tokens, positions, state)
+        return real(self, tokens, *given, **options)
 
     monkeypatch.setattr(CausalLM, "forward", forward)
     assert lm("--segments={method: chunk, long_length: 128}")[0] == 0
@@ -245,7 +282,7 @@ def test_stripes_go_on_and_memories_with_them(lm, parts):
     before = None
     for step, part, _ in parts:
         batch = part.batch
-        assert batch.reset == (step in (0, 5)), step  # a new stage begins anew
+        assert batch.reset == (step in (0, 5)), step  # a new stage starts from the beginning
         if not batch.reset:
             assert torch.equal(batch.input_ids[:, 0], before.labels[:, -1])
         before = batch
@@ -259,16 +296,16 @@ def task_of(accumulate: int = 1, memory: float = 1.0) -> tuple[Language, CausalL
 
     torch.manual_seed(0)
     stream = np.random.default_rng(0).integers(0, 256, 5000).astype(np.uint8)
-    plan = TextPlan(5000, budget=64, steps=9, stages=[StageConfig(length=16)], order="stripes")
     accelerator = Accelerator(cpu=True)
-    held = Held(
-        accelerator, stream[:100], ByteTokens.byte_counts, [ProtocolConfig()], length=16,
-        batch_size=2,
+    config = LmConfig(
+        steps_per_epoch=9, grad_accum_steps=accumulate, memory=memory, eval_batch_size=2,
+        epochs=1, budget=64, stages=(StageConfig(length=16),), order="stripes",
     )  # fmt: skip
-    options = {"steps_per_epoch": 9, "accumulate": accumulate, "memory": memory}
-    return Language(accelerator, plan, stream, held, **options), CausalLM(
-        256, "pia", dim=16, depth=2, num_heads=2
-    )
+    plan = TextPlan(5000, config)
+    held = Held(config, accelerator, stream[:100], ByteTokens.byte_counts, 16)
+    model = CausalLM(256, "pia", dim=16, depth=2, num_heads=2)
+    streams = [stream, stream[:100]]
+    return Language(config, accelerator, model, held, ByteTokens(), plan, streams), model
 
 
 def test_accumulated_parts_have_memories_of_their_own():
@@ -290,14 +327,14 @@ def test_accumulated_parts_have_memories_of_their_own():
 
 
 def test_two_processes_are_one_run(tmp_path: Path, book: Path):
-    """Stripes, memories and evaluation parted over two: the figures of one, to rounding."""
+    """Stripes, memories and evaluation split over two: the results of one, to rounding."""
     results = []
     for processes in (1, 2):
         name = f"of{processes}"
         arguments = [*TINY, *SHORTFORMER, f"--data.root={book}", "--run.device=cpu"]
         arguments += ["--epochs=3", "--optim.opt=sgd", f"--run.output={tmp_path}"]
         output = launch(processes, ROOT / "train_lm.py", *arguments, f"--run.experiment={name}")
-        assert "".join(output).count("run folder:") == 1
+        assert "".join(output).count("run directory:") == 1
         scores = json.loads((tmp_path / name / "scores.json").read_text())
         state = newest_state(tmp_path / name)
         results.append((records(tmp_path / name), scores, state["carried"]["task"]))
@@ -334,11 +371,12 @@ def test_an_encoding_joins_a_trained_model(lm, tmp_path: Path):
     assert f"{score['bits_per_byte']:.4f} bits per byte" in out
 
 
-def test_a_stretched_table_is_read_from_a_shorter_one(lm, tmp_path: Path):
+def test_an_interpolated_table_is_read_from_a_shorter_one(lm, tmp_path: Path):
     assert lm("--encoding=learned,length=16", "--epochs=1", "--run.experiment=base")[0] == 0
     file = tmp_path / "runs" / "base" / "checkpoints" / "last.safetensors"
     status, out, err = lm(
-        "--encoding=learned,length=16,stretch=left,to=64", "--eval-only", f"--checkpoint={file}",
+        "--encoding=learned,length=16,interpolate=left,to=64", "--eval-only",
+        f"--checkpoint={file}",
         "--protocols=[{length: 64}]",
     )  # fmt: skip
     assert status == 0, err
@@ -351,17 +389,17 @@ def test_byte_pairs_and_a_folder_that_keeps_them(lm, tmp_path: Path):
     options = ["--data.tokens=bpe", "--data.vocab_size=300", f"--data.folder={kept}"]
     status, _, err = lm(*options, "--epochs=1", "--run.experiment=a")
     assert status == 0, err
-    files = {path.name for path in kept.iterdir()}
-    assert files == {"text.json", "bpe-300.json", "train-300.bin", "validation-300.bin"}
+    names = {path.name.rsplit("-", 2)[0] + path.suffix for path in kept.iterdir()}
+    assert names == {"bpe-300.json", "train-300.bin", "validation-300.bin"}
     times = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
     assert lm(*options, "--epochs=1", "--run.experiment=b")[0] == 0
     assert {path.name: path.stat().st_mtime_ns for path in kept.iterdir()} == times
     assert same(tmp_path / "runs" / "a", tmp_path / "runs" / "b")
     figures = records(tmp_path / "runs" / "a")[0]
     assert figures["bits_per_byte"] < figures["loss"] / np.log(2)  # a token is more than a byte
-    status, _, err = lm(*options, "--data.separator=~~")
-    assert status == 2
-    assert "data.separator was '\\n\\n', is '~~'" in err
+    status, out, _ = lm(*options, "--data.separator=~~")
+    assert status == 0 and "made again" in out
+    assert len(list(kept.glob("train-300-*.bin"))) == 1  # the outdated one is removed
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -373,7 +411,7 @@ BAD = [
     (["--model.num_heads=3"], ["dim=16", "num_heads=3"]),
     (["--model.dim=0"], ["model.dim: 0"]),
     (["--model.drop=1"], ["model.drop: 1"]),
-    (["--encoding=learned,length=15"], ["15 rows", "16 positions", "stretch=left,to=16"]),
+    (["--encoding=learned,length=15"], ["15 rows", "16 positions", "interpolate=left,to=16"]),
     (
         ["--encoding=learned,length=16", "--protocols=[{length: 32}]"],
         ["16 rows", "32 positions"],
@@ -392,7 +430,7 @@ BAD = [
     (["--eval_tokens=10"], ["eval_tokens: 10", "16"]),
     (["--budget=32768", "--stages=[{length: 32768}]"], ["32768"]),
     (["--steps_per_epoch=0"], ["steps_per_epoch: 0"]),
-    (["--memory=1"], ["memory: 1 needs order: stripes"]),
+    (["--memory=1"], ["memory: 1.0 has no effect with order: shuffled", "order: stripes"]),
     (["--memory=1", "--order=stripes", "--encoding=sinusoidal"], ["sinusoidal", "pia or rope"]),
     (["--protocols=[{memory: true}]", "--encoding=learned,length=99"], ["learned", "pia or rope"]),
     (["--order=stripes", "--segments={method: full, long_length: 32}"], ["stripes"]),
@@ -401,11 +439,11 @@ BAD = [
     (["--optim.lr=null"], ["optim.lr is not set"]),
     (["--data.root=/nowhere"], ["/nowhere"]),
     (["--data.name=book"], ["'book'", "stdlib, files"]),
-    (["--data.name=hfds/x"], ["hfds/x"]),
+    (["--data.name=hfds/x"], ["data.root", "hfds/x"]),
     (["--split=dev"], ["split", "validation"]),
     (["--eval-only"], ["eval_only needs checkpoint"]),
     (["--eval-only", "--checkpoint=/nowhere.pth"], ["'/nowhere.pth' is not a file"]),
-    (["--model.pretrained=/nowhere"], ["model.pretrained goes with task: questions"]),
+    (["--model.pretrained=/nowhere"], ["model.pretrained", "it needs task: questions"]),
     (["--temperature=-1"], ["temperature: -1"]),
     (["--run.device=gpu"], ["run.device", "cpu"]),
 ]

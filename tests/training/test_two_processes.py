@@ -18,13 +18,13 @@ from lm_command import records
 from processes import launch, start
 from run_files import newest_state
 
-from irpe.tools.weights import read_weights
+from irpe.files.read import read_weights
 from training.errors import script
 
 
 @pytest.mark.slow
 def test_two_processes_are_one_run(tmp_path: Path):
-    """An even batch without mixing: the same steps, so the same figures up to rounding."""
+    """An even batch without mixing: the same steps, so the same results up to rounding."""
     # The held-out 360 do not divide into batches of 7, nor these into two equal halves.
     arguments = ["--eval_batch_size=7", "--optim.opt=sgd", "--optim.lr=0.1"]
     records = []
@@ -33,7 +33,7 @@ def test_two_processes_are_one_run(tmp_path: Path):
         folder = [f"--run.output={tmp_path}", f"--run.experiment={name}"]
         command = [*TINY, "--run.device=cpu", *arguments, *folder]
         output = "".join(launch(processes, ROOT / "train_cls.py", *command))
-        assert output.count("run folder:") == 1
+        assert output.count("run directory:") == 1
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         records.append([json.loads(line) for line in lines])
     one, two = records
@@ -65,7 +65,7 @@ def test_accelerate_launch_and_torchrun_are_one(tmp_path: Path):
         command += [str(ROOT / "train_cls.py"), *TINY, *output, "--epochs=1"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("run folder:") == 1
+        assert done.stdout.count("run directory:") == 1
         made.append(read_weights(tmp_path / name / "checkpoints" / "last.safetensors"))
     assert all(torch.equal(made[0][key], made[1][key]) for key in made[0])
 
@@ -80,7 +80,7 @@ def test_a_script_leaves_its_group(tmp_path: Path):
 
 
 def test_a_signal_to_one_stops_both_and_one_goes_on_alone(lm, book, tmp_path: Path):
-    """In mid-epoch; the sums so far of both processes are in the figures of the one."""
+    """In mid-epoch; the sums so far of both processes are in the results of the one process."""
     options = ["--epochs=2", "--steps_per_epoch=400", "--encoding=alibi", "--optim.opt=sgd"]
     options += ["--sample=0", "--run.device=cpu", "--run.eval_every=2"]
     given = [*TEXT, *options, f"--data.root={book}", f"--run.output={tmp_path / 'runs'}"]

@@ -11,11 +11,12 @@ import torch
 from cls_command import ROOT
 from torch import nn
 
-from irpe.tools.weights import read_weights
+from irpe import IrpeError
+from irpe.files.read import read_weights
 from models.detr import build_detr
-from training.checkpoints import States, read_state, save_weights
+from training.checkpoint import States, read_state, save_weights
 from training.errors import UserError
-from training.weights import apply_weights
+from training.weights import difference, identity, start_from
 
 
 def network(width: int = 3) -> nn.Module:
@@ -41,7 +42,7 @@ def test_a_released_detr(spec, tmp_path: Path):
     args = argparse.Namespace(enc_rpe2d=spec, lr=1e-4, masks=False)
     torch.save({"model": state, "args": args, "epoch": 150}, tmp_path / "detr.pth")
     model = build_detr(enc_rpe2d=spec)
-    apply_weights(model, read_weights(tmp_path / "detr.pth"), "detr.pth")
+    start_from(model, str(tmp_path / "detr.pth"), {}, training=False)
     (tmp_path / "detr.pth").unlink()  # 166 MB that nobody needs
     loaded = model.state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in state.items())
@@ -54,7 +55,7 @@ def test_own_files_come_back(tmp_path: Path):
     again = read_weights(tmp_path / "a.safetensors")
     assert all(torch.equal(again[key], value) for key, value in model.state_dict().items())
     with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as file:
-        assert file.metadata() == {"model": "net", "epoch": "3"}
+        assert file.metadata() == {"format": "pt", "irpe": "{}", "model": "net", "epoch": "3"}
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
@@ -70,10 +71,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path):
 def test_weights_of_another_kind(state, tmp_path: Path):
     torch.save({key: value.int() for key, value in state.items()}, tmp_path / "a.pth")
     model = network()
-    with pytest.raises(UserError, match="4 of another kind: 0.weight torch.int32 in the file"):
-        apply_weights(model, read_weights(tmp_path / "a.pth"), "a.pth")
-    halves = {key: value.half() for key, value in state.items()}
-    apply_weights(model, halves, "a.pth")  # another precision is fine
+    with pytest.raises(IrpeError, match="4 of another kind: 0.weight torch.int32 in the file"):
+        start_from(model, str(tmp_path / "a.pth"), {}, training=False)
+    torch.save({key: value.half() for key, value in state.items()}, tmp_path / "a.pth")
+    start_from(model, str(tmp_path / "a.pth"), {}, training=False)  # another precision is fine
     assert torch.equal(model.state_dict()["0.bias"], state["0.bias"].half().float())
 
 
@@ -82,8 +83,9 @@ def test_another_architecture_is_listed_and_nothing_is_loaded(state, tmp_path: P
     before = {key: value.clone() for key, value in model.state_dict().items()}
     state["2.weight"] = torch.zeros(1)
     del state["0.bias"]
-    with pytest.raises(UserError) as caught:
-        apply_weights(model, state, "a.pth")
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(IrpeError) as caught:
+        start_from(model, str(tmp_path / "a.pth"), {}, training=False)
     for part in (
         "1 missing in the file: 0.bias",
         "1 unknown to the model: 2.weight",
@@ -93,7 +95,40 @@ def test_another_architecture_is_listed_and_nothing_is_loaded(state, tmp_path: P
     assert all(torch.equal(model.state_dict()[key], before[key]) for key in before)
 
 
-def test_long_lists_are_cut():
-    given = {f"layer.{number}": torch.zeros(1) for number in range(50)}
-    with pytest.raises(UserError, match=r"50 unknown to the model: .*layer\.5 and 44 more"):
-        apply_weights(network(), given, "a.pth")
+CLASSES = [
+    # before, now, what the message must contain; None: no difference
+    (["ant", "bee"], ["ant", "bee"], None),
+    (["ant", "bee"], None, None),
+    (["ant", "bee"], ["bee", "ant"], ["0: 'ant' before, 'bee' now"]),
+    (["ant", "bee"], ["ant", "bee", "cow"], ["2: 'absent' before, 'cow' now", "only now: cow"]),
+    (["apple", "bee"], ["zebra", "bee"], ["only before: apple", "only now: zebra"]),
+    (
+        {1: "ant", 3: "bee"},
+        {1: "ant", 4: "bee"},
+        ["3: 'bee' before, 'absent' now", "4: 'absent' before"],
+    ),
+    ({1: "ant", 3: "bee"}, {1: "ant", 3: "bee"}, None),
+    (["ant"] * 50, ["bee"] * 50, ["46 more"]),
+]
+
+
+@pytest.mark.parametrize(("before", "now", "parts"), CLASSES)
+def test_classes_are_compared(before, now, parts, tmp_path: Path):
+    """Evaluation raises; training keeps a fresh classifier and loads the rest."""
+    saved = network()
+    save_weights(tmp_path / "a.safetensors", saved, identity(before))
+    file, own = str(tmp_path / "a.safetensors"), identity(now)
+    model = network()
+    nn.init.ones_(model[0].weight)
+    nn.init.ones_(model[1].weight)
+    loaded = start_from(model, file, own, [model[1]], training=True)
+    assert torch.equal(model[0].weight, saved[0].weight)
+    assert torch.equal(model[1].weight, saved[1].weight) == (parts is None)
+    if parts is None:
+        assert difference(identity(before), own) is None and "fresh" not in loaded
+        start_from(model, file, own, training=False)
+        return
+    with pytest.raises(UserError, match="was trained on other classes") as caught:
+        start_from(model, file, own, training=False)
+    for part in parts:
+        assert part in str(caught.value) and part in loaded

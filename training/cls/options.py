@@ -5,12 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from training.options import EmaConfig, OptimConfig, RunConfig, SchedConfig
+from training.options import (
+    OPTIM_RULES,
+    SCHEDULE_RULES,
+    ImagesConfig,
+    OptimConfig,
+    Rule,
+    ScriptConfig,
+)
 
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """The network: any name that timm knows, the published iRPE names included."""
+    """The network: any name in timm's registry, the published iRPE names included."""
 
     name: str = "deit_small_patch16_224"
     """model name in timm's registry"""
@@ -33,25 +40,23 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
-class DataConfig:
-    """The images: whatever timm.data.create_dataset reads, or the embedded digits."""
+class DataConfig(ImagesConfig):
+    """The images: digits, Fashion-MNIST or whatever timm.data.create_dataset reads."""
 
     name: str = "digits"
-    """digits (embedded), folder (also a .tar file), torch/NAME, hfds/NAME, hfids/NAME, wds/NAME"""
+    """digits (embedded), fashion (Fashion-MNIST; splits train, validation, train+validation, test),
+    folder (also a .tar file), torch/NAME, hfds/NAME, hfids/NAME, wds/NAME"""
     root: str | None = None
-    """folder or archive"""
+    """folder of the splits (train, validation or val), each with a folder a class, or a .tar; for
+    fashion, of its IDX files, null: that of Debian's package dataset-fashion-mnist"""
     train_split: str = "train"
     """split to train on"""
     val_split: str = "validation"
     """split to evaluate on"""
     class_map: str | None = None
-    """text file with one class name per line; null: the folders' names in order"""
+    """text file with a class name a line, in order; null: the folders' names in natural order"""
     download: bool = False
-    """let data sets that can do so download themselves"""
-    on_bad_image: Literal["skip", "fail"] = "skip"
-    """an image that does not decode: skip it, counted and named, or stop"""
-    workers: int = 4
-    """processes that load images; 0: load in the main process"""
+    """download the data set into root: fashion, and where timm supports it"""
     interpolation: str | None = None
     """bilinear or bicubic; null: the model's own"""
     crop_pct: float | None = None
@@ -77,7 +82,7 @@ class AugConfig:
     hflip: float = 0.5
     """probability of a horizontal flip"""
     color_jitter: float = 0.3
-    """strength of colour jitter; ignored when aa is given"""
+    """strength of colour jitter; needs aa: null"""
     aa: str | None = None
     """timm policy, such as rand-m9-mstd0.5-inc1"""
     affine_degrees: float = 0.0
@@ -93,8 +98,8 @@ class AugConfig:
     recount: int = 1
     """regions to erase"""
     repeats: int = 1
-    """times that each image stands in a batch, or in those of several processes, augmented anew
-    each time (repeated augmentation; DeiT: 3); an epoch then sees that many times fewer images"""
+    """copies of each image in a batch, or in those of several processes, each augmented differently
+    (repeated augmentation; DeiT: 3); an epoch then sees that many times fewer images"""
     mixup: float = 0.0
     """alpha of mixup; 0: none"""
     cutmix: float = 0.0
@@ -110,37 +115,46 @@ class AugConfig:
 
 
 @dataclass(kw_only=True)
-class ClsConfig:
+class ClsConfig(ScriptConfig):
     """Train or evaluate an image classifier, with or without relative position encoding."""
 
     rpe: str | None = None
     """relative position encoding to attach, such as rpe-2.0-product-ctx-1-k; null: none"""
     rpe_where: str = "*"
-    """glob over the names of the attention modules to equip"""
+    """glob over the names of the attention modules that get the encoding"""
     rpe_backend: str = "auto"
-    """backend of the equipped attention: auto, reference, sdpa or triton"""
+    """backend of attention with an encoding: auto, reference, sdpa or triton"""
     epochs: int = 300
     """passes over the training images"""
     batch_size: int = 1024
     """images per optimiser step, over all processes and accumulated batches together"""
-    grad_accum_steps: int = 1
-    """forward passes that one step is split into"""
     eval_batch_size: int | None = None
     """images per forward pass of each process in evaluation; null: as in training"""
-    seed: int = 0
-    """seed of everything random"""
-    eval_only: bool = False
-    """evaluate the checkpoint (or the pretrained model) and stop"""
     sizes: str | None = None
     """with eval_only: sizes to evaluate at, as 112,160,224,112x224 (height x width)"""
-    checkpoint: str | None = None
-    """weights to start from, or to evaluate: .pth or .safetensors"""
-    resume: str | None = None
-    """go on with an interrupted run: its folder, or auto for the newest of this name"""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     aug: AugConfig = field(default_factory=AugConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    sched: SchedConfig = field(default_factory=SchedConfig)
-    ema: EmaConfig = field(default_factory=EmaConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+
+    rules = (
+        Rule("data.root data.download data.train_split data.val_split", "data.name not digits",
+             ", but folder, or another data set"),
+        Rule("data.exif data.class_map data.kwargs", "data.name not digits or fashion",
+             ", but folder, or another data set"),
+        Rule("data.download data.kwargs", "data.name not folder or tar",
+             ", but fashion, torch/NAME, hfds/NAME, tfds/NAME or wds/NAME"),
+        Rule("data.download", "data.root not null", "",
+             lambda c: c.data.root is not None or c.data.name != "fashion"),
+        Rule("sizes", "eval_only: true", "; it does not train"),
+        Rule("rpe_where rpe_backend", "rpe not null"),
+        Rule("aug.color_jitter", "aug.aa: null"),
+        Rule("aug.mixup_prob aug.mixup_mode", "aug.mixup or aug.cutmix above 0", "",
+             lambda c: c.aug.mixup > 0 or c.aug.cutmix > 0),
+        Rule("aug.mixup_switch_prob", "aug.mixup and aug.cutmix above 0", "",
+             lambda c: c.aug.mixup > 0 and c.aug.cutmix > 0),
+        Rule("aug.remode aug.recount", "aug.reprob above 0"),
+        Rule("model.pretrained", "checkpoint: null", "; one replaces the published weights"),
+        *SCHEDULE_RULES,
+        *OPTIM_RULES,
+    )  # fmt: skip

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from training.curves import GRID, HELD, INK, TRAIN
+from irpe.tools.pictures import figure
 from training.errors import UserError
-from training.runfolder import RunFolder
+from training.report import EMA, HELD, INK, TRAIN, style
+from training.run_directory import RunDirectory
 
 Size = tuple[int, int]
 
@@ -51,91 +52,80 @@ def measure_sizes(
     sizes: list[Size],
     trained: Size,
     measure: Callable[[Size], dict[str, float]],
-    folder: RunFolder | None,
+    directory: RunDirectory | None,
 ) -> list[dict[str, Any]]:
-    """Measure every size, print the table line by line, and leave it and the curve in ``folder``.
+    """Evaluate at every size, print a table, and write it and a curve into the run directory.
 
     Args:
-        trained: the size that the model was trained at. measure: evaluates at a size.
-        folder: None on all processes but the main one.
+        trained: the size that the model was trained at.
+        measure: evaluates at a size.
+        directory: None on all processes but the main one.
 
     Returns:
         A record of each size, in the order of ``sizes``.
     """
     records = []
-    if folder is not None:
+    if directory is not None:
         print(f"{'size':>9}  {'accuracy':>9}  {'top-5':>8}  {'loss':>7}  {'wrong':>12}")
     for size in sizes:
         try:
-            figures = measure(size)
+            metrics = measure(size)
         except (AssertionError, ValueError) as error:
             raise UserError(f"sizes: the model does not take {_name(size)}: {error}") from error
-        records.append({"height": size[0], "width": size[1], **figures})
-        if folder is not None:
-            wrong = figures["count"] - round(figures["top1"] * figures["count"])
-            share = f"{wrong} of {figures['count']}"
+        records.append({"height": size[0], "width": size[1], **metrics})
+        if directory is not None:
+            wrong = metrics["count"] - round(metrics["top1"] * metrics["count"])
+            share = f"{wrong} of {metrics['count']}"
             note = "  (trained)" if size == trained else ""
             print(
-                f"{_name(size):>9}  {100 * figures['top1']:7.2f} %  {100 * figures['top5']:6.2f} %"
-                f"  {figures['loss']:7.4f}  {share:>12}{note}"
+                f"{_name(size):>9}  {100 * metrics['top1']:7.2f} %  {100 * metrics['top5']:6.2f} %"
+                f"  {metrics['loss']:7.4f}  {share:>12}{note}"
             )
-    if folder is not None:
-        folder.write_json("sizes.json", {"trained": list(trained), "sizes": records})
-        draw_sizes(records, trained, folder / "sizes.png", folder.path.name)
-        print(f"run folder: {folder.path}")
+    if directory is not None:
+        directory.write_json("sizes.json", {"trained": list(trained), "sizes": records})
+        draw_sizes(records, trained, directory / "sizes.png", directory.path.name)
+        print(f"run directory: {directory.path}")
     return records
 
 
 def draw_sizes(records: list[dict[str, Any]], trained: Size, path: Path, title: str) -> None:
-    """Draw accuracy against the side of the square of as many pixels; rectangles by themselves."""
-    from matplotlib.figure import Figure
+    """Draw accuracy against the square root of the image's area, rectangles as single points."""
+    from matplotlib.patheffects import withStroke
 
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained", dpi=150)
-    axes = figure.subplots()
-    squares = [r for r in records if r["height"] == r["width"]]
-    others = [r for r in records if r["height"] != r["width"]]
-    for some, style in ((sorted(squares, key=_side), "o-"), (others, "s")):
-        if some:
-            label = "squares" if style == "o-" else "rectangles, height x width"
-            colour = HELD if style == "o-" else "#d1761b"
-            top1 = [100 * r["top1"] for r in some]
-            axes.plot([*map(_side, some)], top1, style, color=colour, label=label, linewidth=1.8)
-    notes = [(_side(r), 100 * r["top1"], f"{100 * r['top1']:.1f}", 7, "bottom") for r in squares]
-    for side in {_side(r) for r in others}:  # those of one area share a note
-        some = [r for r in others if _side(r) == side]
-        low = min(100 * r["top1"] for r in some)
-        notes.append((side, low, "\n".join(_name(_size(r)) for r in some), -7, "top"))
-    for side, top1, note, away, vertical in notes:
-        axes.annotate(
-            note,
-            (side, top1),
-            xytext=(0, away),
-            textcoords="offset points",
-            ha="center",
-            va=vertical,
-            fontsize=8,
-            color=INK,
-        )
+    made = figure(6.4, 4.7)
+    axes, ticks = made.subplots(), set()
+    for square, form, colour, label in (
+        (True, "o-", HELD, "squares"),
+        (False, "s", EMA, "rectangles, height x width"),
+    ):
+        by_side: dict[float, list[tuple[float, str]]] = {}
+        for record in records:
+            height, width, top1 = record["height"], record["width"], 100 * record["top1"]
+            if (height == width) == square:
+                note = f"{top1:.1f}" if square else f"{height}x{width}"
+                by_side.setdefault(math.sqrt(height * width), []).append((top1, note))
+        points = [(side, top1) for side in sorted(by_side) for top1, _ in by_side[side]]
+        if points:
+            axes.plot(*zip(*points, strict=True), form, color=colour, label=label, linewidth=1.8)
+            ticks = ticks or set(by_side)
+        for side, own in by_side.items():  # points of one area share a note
+            text = axes.annotate(
+                "\n".join(note for _, note in own), (side, min(own)[0]), (0, 7 if square else -7),
+                va="bottom" if square else "top", ha="center", textcoords="offset points",
+                fontsize=8, color=INK, zorder=4,
+            )  # fmt: skip
+            text.set_path_effects([withStroke(linewidth=3, foreground="white")])  # over lines
     at = math.sqrt(trained[0] * trained[1])
-    axes.axvline(at, color=TRAIN, linestyle="--", linewidth=1.2, label=f"trained: {_name(trained)}")
-    axes.set_xticks(sorted({_side(r) for r in squares} or {_side(r) for r in others}))
+    name = f"trained: {trained[0]}x{trained[1]}"
+    axes.axvline(at, color=TRAIN, linestyle="--", linewidth=1.2, label=name)
+    axes.set_xticks(sorted(ticks))
     axes.set_xlabel("side of the image, pixels (rectangles: of the square of their area)")
     axes.set_ylabel("held-out accuracy, %")
     axes.margins(x=0.08, y=0.14)
-    axes.grid(color=GRID, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=INK)
-    axes.legend(frameon=False)
+    style(axes)
+    made.legend(frameon=False, fontsize=9, ncols=3, loc="outside lower center")
     axes.set_title(title, fontsize=11, color=INK)
-    figure.savefig(path)
-
-
-def _size(record: dict[str, Any]) -> Size:
-    return record["height"], record["width"]
-
-
-def _side(record: dict[str, Any]) -> float:
-    return math.sqrt(record["height"] * record["width"])
+    made.savefig(path)
 
 
 def _name(size: Any) -> str:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import io
-from dataclasses import dataclass, field
-from typing import Literal
+import itertools
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from pycocotools.coco import COCO
 from torch import Tensor
 
-from training.data.files import Archive, Folder, open_files
+from training.data.digest import Digest, stat_digest
+from training.data.files import Archive, Folder, open_files, read_file
 from training.data.instances import Instances, read_instances
-from training.data.pixels import decode_rgb
+from training.data.pixels import decode, swaps_sides, to_rgb
 from training.errors import UserError
 
 Policy = Literal["skip", "fail"]
@@ -27,7 +28,9 @@ class Annotations:
 
     Attributes:
         boxes: float32 [T, 4], x, y, width, height in pixels, clipped to the image.
-        category_ids: int64 [T]. iscrowd: bool [T]. area: float32 [T].
+        category_ids: int64 [T].
+        iscrowd: bool [T].
+        area: float32 [T].
     """
 
     boxes: Tensor
@@ -37,27 +40,18 @@ class Annotations:
     image_id: int
 
 
-@dataclass
-class CocoReport:
-    """What was found while opening a data set.
+class CocoSource:
+    """Images and their annotations by number, in ascending order of image ids.
 
     Attributes:
-        skipped: images and annotations that were left out, one line each.
-        clipped: boxes that are partly outside of their image, and are clipped in training.
-        without_boxes: images that have no box to learn, because they have none or only crowds.
+        left_out: images and annotations that were left out, one line each.
     """
 
-    skipped: list[str] = field(default_factory=list)
-    clipped: int = 0
-    without_boxes: int = 0
-
-
-class CocoSource:
-    """Images and their annotations by number, in ascending order of image ids."""
-
-    def __init__(self, files: Folder | Archive, instances: Instances, report: CocoReport) -> None:
-        self.files, self.report = files, report
-        self.categories = instances.categories
+    def __init__(
+        self, files: Folder | Archive, instances: Instances, annotations: str, exif: bool = False
+    ) -> None:
+        self.files, self.file, self.exif = files, annotations, exif
+        self.left_out, self.categories = instances.problems, instances.categories
         self._instances = instances
         count = len(instances.image_ids)
         self._starts = np.searchsorted(instances.image, np.arange(count + 1))
@@ -65,11 +59,6 @@ class CocoSource:
     @property
     def image_ids(self) -> list[int]:
         return self._instances.image_ids.tolist()
-
-    @property
-    def num_classes(self) -> int:
-        """Category ids are class numbers, so that COCO's 80 categories make 91 classes."""
-        return max(self.categories) + 1
 
     def __len__(self) -> int:
         return len(self._instances.image_ids)
@@ -83,15 +72,20 @@ class CocoSource:
     def read(self, index: int) -> tuple[Image.Image, Annotations]:
         """Return an RGB image and its annotations.
 
-        Raises OSError and its kin (``DECODE_ERRORS``) if the image cannot be read, or has another
-        size than the annotations say: nobody knows what their boxes mean then.
+        Raises one of ``DECODE_ERRORS`` if the image cannot be read, or has another size than the
+        annotations say, as the boxes then have no meaning.
         """
-        image = decode_rgb(self.files.read(str(self._instances.names[index])))
+        content = self.files.read(str(self._instances.names[index]))
+        image = to_rgb(decode(io.BytesIO(content), exif=self.exif))
         height, width = self._instances.sizes[index].tolist()
         if image.size != (width, height):
+            hint = ""
+            if image.size == (height, width) and swaps_sides(content):
+                other = str(not self.exif).lower()
+                hint = f": its EXIF orientation swaps them, and data.exif: {other} would fit"
             raise ValueError(
                 f"it has {image.width} x {image.height} pixels, but is annotated as "
-                f"{width} x {height}"
+                f"{width} x {height}{hint}"
             )
         return image, self.annotations(index)
 
@@ -107,44 +101,41 @@ class CocoSource:
             self.image_id(index),
         )
 
-    def coco_ground_truth(self) -> COCO:
-        """Return what detections are compared with: boxes as in the file, unclipped, and crowds.
+    def digest(self) -> Digest:
+        """Return the digest of the instances file's content and of the images' files."""
+        content = hashlib.sha256(read_file(self.file, "annotations")).hexdigest()[:16]
+        if isinstance(self.files, Archive):
+            parts = {self.files.archive: [self.files.archive]}
+        else:
+            name = f"{self.files.root} of {self.file}"  # both splits may be in one folder
+            parts = {name: [self.name(index) for index in range(len(self))]}
+        return {self.file: (1, content), **stat_digest(parts)}
 
-        Annotations are numbered anew from 1: pycocotools takes a match with number 0 for none.
+    def ground_truth(self) -> dict[str, Any]:
+        """Return the content of the instances file, without what was left out.
+
+        Boxes are not clipped. Annotations are numbered from 1: pycocotools takes a match with
+        number 0 for none.
         """
         held = self._instances
-        images = zip(self.image_ids, held.names.tolist(), held.sizes.tolist(), strict=True)
-        rows = zip(
-            held.image_ids[held.image].tolist(),
-            held.category_ids.tolist(),
-            held.boxes.tolist(),
-            held.area.tolist(),
-            held.iscrowd.tolist(),
-            strict=True,
+        images = zip(self.image_ids, held.names.tolist(), *held.sizes.T.tolist(), strict=True)
+        columns = (
+            held.image_ids[held.image],
+            held.category_ids,
+            held.boxes,
+            held.area,
+            held.iscrowd.astype(int),
         )
-        truth = COCO()
-        truth.dataset = {
-            "info": {},
-            "images": [
-                {"id": number, "file_name": name, "height": size[0], "width": size[1]}
-                for number, name, size in images
-            ],
-            "annotations": [
-                {
-                    "id": count,
-                    "image_id": image,
-                    "category_id": category,
-                    "bbox": box,
-                    "area": area,
-                    "iscrowd": int(crowd),
-                }
-                for count, (image, category, box, area, crowd) in enumerate(rows, start=1)
-            ],
-            "categories": [{"id": key, "name": name} for key, name in self.categories.items()],
+        rows = zip(itertools.count(1), *(column.tolist() for column in columns), strict=False)
+        entries = {
+            "images": ("id file_name height width", images),
+            "annotations": ("id image_id category_id bbox area iscrowd", rows),
+            "categories": ("id name", self.categories.items()),
         }
-        with contextlib.redirect_stdout(io.StringIO()):
-            truth.createIndex()
-        return truth
+        return {
+            kind: [dict(zip(names.split(), row, strict=True)) for row in found]
+            for kind, (names, found) in entries.items()
+        }
 
 
 def open_coco(
@@ -153,7 +144,7 @@ def open_coco(
     *,
     on_bad_annotation: Policy = "skip",
     on_bad_image: Policy = "skip",
-    keep_without_boxes: bool = True,
+    exif: bool = False,
 ) -> CocoSource:
     """Open images and their instances file; each may be inside a zip archive.
 
@@ -161,9 +152,9 @@ def open_coco(
         images: a folder, ``train2017.zip``, or a folder in one, ``coco.zip/train2017``.
         annotations: a file, or a file in an archive.
         on_bad_annotation: entries of the file that cannot be used are left out, and named in
-            ``report.skipped``, or end in an error.
+            ``left_out``, or end in an error.
         on_bad_image: the same for images that the file lists and that are not there.
-        keep_without_boxes: False leaves out images without a box to learn.
+        exif: apply the EXIF orientation of images; annotations are of the turned images.
 
     Raises:
         UserError: if a path cannot be read, the file is not an instances file, a policy is "fail"
@@ -190,19 +181,8 @@ def open_coco(
         for index in np.flatnonzero(~there)
     ]
     _apply(on_bad_image, absent, annotations, "data.on_bad_image")
-    instances = instances.only(there)
-    to_learn = np.bincount(instances.image[~instances.iscrowd], minlength=there.sum()) > 0
-    clipped = _clipped(instances.boxes, instances.sizes[instances.image]) != instances.boxes
-    report = CocoReport(
-        skipped=instances.problems + absent,
-        clipped=int(clipped.any(axis=1).sum()),
-        without_boxes=int((~to_learn).sum()),
-    )
-    if not keep_without_boxes:
-        if not to_learn.any():
-            raise UserError(f"annotations: no image in {annotations!r} has a box to learn")
-        instances = instances.only(to_learn)
-    return CocoSource(files, instances, report)
+    kept = replace(instances.only(there), problems=instances.problems + absent)
+    return CocoSource(files, kept, annotations, exif)
 
 
 def _apply(policy: Policy, problems: list[str], path: str, option: str) -> None:

@@ -1,16 +1,140 @@
-"""Detection batches: images of different sizes, padded, with their boxes."""
+"""Detection batches, and DETR's transforms of an image with its boxes.
+
+The transforms have the original's order and rules (Carion et al., ECCV 2020, appendix A.4), on
+torchvision's v2 transforms: sizes are rounded as there, and boxes that a crop leaves without area
+are dropped with their labels.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.ops import box_convert
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+from torchvision.tv_tensors import BoundingBoxes
 
 from training.data.coco import Annotations
+from training.data.loaders import Movable
 from training.data.seeded import BadImage, Sample, SeededDataset
+from training.det.options import DetAugConfig
+from training.errors import UserError
+
+
+def resized_size(height: int, width: int, size: int, max_size: int | None) -> tuple[int, int]:
+    """Height and width of an image whose shorter side becomes ``size`` pixels.
+
+    Fewer where the longer side would exceed ``max_size`` (rounding may then leave it a pixel more).
+    """
+    short, long = min(height, width), max(height, width)
+    if max_size is not None and long / short * size > max_size:
+        # At least 1, or a thread-like image would vanish.
+        size = max(1, round(max_size * short / long))
+    longer = int(size * long / short)
+    return (longer, size) if height >= width else (size, longer)
+
+
+class ShorterSide(v2.Transform):
+    """Resize to a shorter side drawn from ``sizes``."""
+
+    def __init__(self, sizes: Sequence[int], max_size: int | None = None) -> None:
+        super().__init__()
+        self.sizes, self.max_size = tuple(sizes), max_size
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        size = self.sizes[int(torch.randint(len(self.sizes), ()))]
+        height, width = v2.query_size(flat_inputs)
+        return {"size": resized_size(height, width, size, self.max_size)}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return F.resize(inpt, list(params["size"]))
+
+
+class RandomSizeCrop(v2.Transform):
+    """Crop to a height and a width that are drawn each from ``smallest`` to ``largest`` pixels."""
+
+    def __init__(self, smallest: int, largest: int) -> None:
+        super().__init__()
+        self.smallest, self.largest = smallest, largest
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        params = {}
+        names = ("top", "height"), ("left", "width")
+        for side, (start, length) in zip(v2.query_size(flat_inputs), names, strict=True):
+            least, most = min(self.smallest, side), min(self.largest, side)
+            params[length] = int(torch.randint(least, most + 1, ()))
+            params[start] = int(torch.randint(side - params[length] + 1, ()))
+        return params
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return F.crop(inpt, **params)
+
+
+class DetectionTransform:
+    """A PIL image and its annotations to what a model takes.
+
+    Returns the normalised image, float32 [3, H, W], and its target: labels int64 [T] (category
+    ids), boxes float32 [T, 4] (center x, center y, width, height in units of this image, before
+    any padding), image_id, and size, the (height, width) of the image as it was. Crowds are left
+    out.
+    """
+
+    def __init__(
+        self, steps: list[v2.Transform], mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        self.geometry = v2.Compose([v2.Identity(), *steps])
+        self.pixels = v2.Compose(
+            [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+        )
+
+    def __call__(
+        self, image: Image.Image, annotations: Annotations
+    ) -> tuple[Tensor, dict[str, Any]]:
+        original = image.height, image.width
+        one = ~annotations.iscrowd
+        labels = annotations.category_ids[one]
+        corners = box_convert(annotations.boxes[one], "xywh", "xyxy")
+        boxes = BoundingBoxes(corners, format="XYXY", canvas_size=original)
+        image, boxes = self.geometry(image, F.clamp_bounding_boxes(boxes))
+        corners = boxes.as_subclass(Tensor)
+        kept = (corners[:, 2:] > corners[:, :2]).all(1)
+        size = torch.tensor((image.width, image.height) * 2, dtype=torch.float32)
+        target = {
+            "labels": labels[kept],
+            "boxes": box_convert(corners[kept], "xyxy", "cxcywh") / size,
+            "image_id": annotations.image_id,
+            "size": original,
+        }
+        return self.pixels(image).as_subclass(Tensor), target
+
+
+def make_transform(aug: DetAugConfig, *, training: bool) -> DetectionTransform:
+    """Return the transform of held-out images, which resizes only, or of training images.
+
+    These are flipped, then resized, with or without resizing and cropping before that. Raises
+    :class:`UserError` for sizes and probabilities that make no sense.
+    """
+    for name in ("scales", "max_size", "crop_scales", "crop_size", "eval_size"):
+        value = getattr(aug, name)
+        sizes = [value] if isinstance(value, int) else value
+        if not len(sizes) or min(sizes) < 1:
+            raise UserError(f"aug.{name}: {value} is no number of pixels, or holds what is none")
+    if aug.crop_size[0] > aug.crop_size[1]:
+        raise UserError(f"aug.crop_size: {aug.crop_size} is not a least and a greatest size")
+    steps: list[v2.Transform] = [ShorterSide([aug.eval_size], aug.max_size)]
+    if training and aug.enabled:
+        cropped = [ShorterSide(aug.crop_scales), RandomSizeCrop(*aug.crop_size)]
+        steps = [
+            v2.RandomHorizontalFlip(aug.hflip),
+            v2.RandomApply(cropped, aug.crop_prob),
+            ShorterSide(aug.scales, aug.max_size),
+        ]
+    return DetectionTransform(steps, aug.mean, aug.std)
 
 
 class DetectionDataset(SeededDataset):
@@ -21,7 +145,7 @@ class DetectionDataset(SeededDataset):
 
 
 @dataclass
-class DetectionBatch:
+class DetectionBatch(Movable):
     """Images of a batch and what is in them.
 
     Attributes:
@@ -36,21 +160,6 @@ class DetectionBatch:
     mask: Tensor
     targets: list[dict[str, Any]]
     bad: tuple[BadImage, ...] = ()
-
-    def to(self, device: torch.device | str) -> DetectionBatch:
-        """The same batch on a device; it does not wait for copies from pinned memory."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> DetectionBatch:
-        """What a loader calls to pin a batch."""
-        return self._each(Tensor.pin_memory)
-
-    def _each(self, move: Any) -> DetectionBatch:
-        targets = [
-            {key: move(value) if isinstance(value, Tensor) else value for key, value in t.items()}
-            for t in self.targets
-        ]
-        return replace(self, images=move(self.images), mask=move(self.mask), targets=targets)
 
 
 def collate_detection(samples: list[Sample]) -> DetectionBatch:

@@ -1,10 +1,11 @@
-"""Files by name, from a folder or from inside a zip archive that nobody has extracted.
+"""Files by name, from a folder or from inside a zip archive.
 
 A path may lead through an archive: ``annotations.zip/annotations/instances_val2017.json``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zipfile
 import zlib
@@ -21,13 +22,12 @@ class Folder:
         self._listed: dict[str, frozenset[str]] = {}
 
     def __contains__(self, name: str) -> bool:
-        # One listing for each folder: COCO's hold more files than one wants to ask for singly.
+        # One listing for each folder: asking for COCO's files one by one is slow.
         folder, file = os.path.split(self.path(name))
         if folder not in self._listed:
-            try:
+            self._listed[folder] = frozenset()
+            with contextlib.suppress(OSError):
                 self._listed[folder] = frozenset(os.listdir(folder))
-            except OSError:
-                self._listed[folder] = frozenset()
         return file in self._listed[folder]
 
     def read(self, name: str) -> bytes:
@@ -35,9 +35,6 @@ class Folder:
 
     def path(self, name: str) -> str:
         return os.path.join(self.root, name)
-
-    def __getstate__(self) -> dict[str, object]:
-        return {"root": self.root, "_listed": {}}
 
 
 class Archive:
@@ -97,10 +94,9 @@ def open_files(path: str, option: str) -> Folder | Archive:
             raise UserError(f"{option}: {path!r} {state}")
         return Folder(path)
     try:
-        files = Archive(archive, inner)
+        return Archive(archive, inner)
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"{option}: {archive!r} is no readable zip archive: {error}") from error
-    return files
 
 
 def read_file(path: str, option: str) -> bytes:
@@ -113,7 +109,7 @@ def read_file(path: str, option: str) -> bytes:
             return Path(path).read_bytes()
         if not inner:
             raise UserError(
-                f"{option}: {path!r} is an archive; go on to a file in it, as in "
+                f"{option}: {path!r} is an archive; name a file in it, as in "
                 f"{os.path.join(path, 'annotations/instances_val2017.json')}"
             )
         folder, _, name = inner.rpartition("/")

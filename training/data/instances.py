@@ -14,7 +14,7 @@ from training.errors import UserError
 
 _OF_IMAGES = ("image_ids", "names", "sizes")
 _OF_ANNOTATIONS = ("image", "category_ids", "iscrowd", "area", "boxes")
-_LISTS = ("images", "annotations", "categories")
+_LARGEST = 9999  # category id
 
 
 @dataclass
@@ -22,9 +22,12 @@ class Instances:
     """An instances file as arrays, which loader processes share; annotations image by image.
 
     Attributes:
-        image_ids: [I], ascending. names: [I], of files. sizes: [I, 2], height and width.
+        image_ids: [I], ascending.
+        names: [I], of files.
+        sizes: [I, 2], height and width.
         image: [A], the number in image_ids that an annotation belongs to, ascending.
-        category_ids, iscrowd, area: [A]. boxes: [A, 4], x, y, width, height as in the file.
+        category_ids, iscrowd, area: [A].
+        boxes: [A, 4], x, y, width, height as in the file.
         categories: names by id.
         problems: what was left out, one line each.
     """
@@ -66,8 +69,8 @@ def read_instances(path: str) -> Instances:
         reason = _check_annotation(entry, images, categories)
         if reason is None:
             _, _, width, height = box = entry["bbox"]
-            area = entry.get("area", width * height)
-            crowd = bool(entry.get("iscrowd", 0))
+            area = _optional(entry.get("area"), width * height)
+            crowd = _optional(entry.get("iscrowd"), 0)
             rows.extend((place[entry["image_id"]], entry["category_id"], crowd, area, *box))
         else:
             label = entry.get("id") if isinstance(entry, dict) else None
@@ -98,12 +101,11 @@ def _load(path: str) -> dict[str, Any]:
     wanted = "an instances file has the lists images, annotations and categories"
     if not isinstance(data, dict):
         raise UserError(f"annotations: {path!r} holds a {type(data).__name__}; {wanted}")
-    for name in _LISTS:
+    for name in ("images", "annotations", "categories"):
         if not isinstance(data.get(name), list):
             held = ", ".join(sorted(map(str, data))[:8]) or "nothing"
             raise UserError(f"annotations: {path!r} has no list {name!r} but {held}; {wanted}")
-    for name in ("images", "categories"):
-        if not data[name]:
+        if not data[name] and name != "annotations":
             raise UserError(f"annotations: {path!r} has no {name}")
     entries = data["annotations"]
     if entries and not any(isinstance(entry, dict) and "bbox" in entry for entry in entries):
@@ -111,13 +113,26 @@ def _load(path: str) -> dict[str, Any]:
     return data
 
 
+def _optional(value: object, default: float) -> float | None:
+    """Return area or iscrowd as a number: null is the default, text is read; None if it is none."""
+    if value is None:
+        return default
+    if isinstance(value, str | bool):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    return value if _number(value) else None
+
+
 def _number(value: object) -> bool:
     """Whether it is a number, and a double holds it; not NaN and not infinite."""
-    return type(value) in (int, float) and -(2**53) < value < 2**53  # type: ignore[operator]
+    return type(value) in (int, float) and -(2**53) < value < 2**53
 
 
 def _whole(value: object) -> bool:
-    return type(value) is int and _number(value)
+    """Whether it is a whole number; one that a program wrote as 480.0 is one."""
+    return _number(value) and value == int(value)
 
 
 def _categories(path: str, entries: list[Any]) -> dict[int, str]:
@@ -125,14 +140,19 @@ def _categories(path: str, entries: list[Any]) -> dict[int, str]:
     names: dict[int, str] = {}
     for entry in entries:
         number = entry.get("id") if isinstance(entry, dict) else None
+        problem = None
         if not _whole(number) or number < 0:
-            raise UserError(
-                f"annotations: {path!r} has the category {entry!r}; "
-                "its id must be a whole number, 0 or more: it is the class number"
+            problem = "its id must be a whole number, 0 or more: it is the class number"
+        elif number in names:
+            problem = f"{names[number]!r} has the same id"
+        elif number > _LARGEST:
+            problem = (
+                f"ids are class numbers, of which a model would have {number + 1}: renumber them, "
+                f"to {_LARGEST} at most"
             )
-        if number in names:
-            raise UserError(f"annotations: {path!r} has two categories with id {number}")
-        names[number] = str(entry.get("name", number))
+        if problem is not None:
+            raise UserError(f"annotations: {path!r} has the category {entry!r}; {problem}")
+        names[int(number)] = str(entry.get("name", number))
     return names
 
 
@@ -143,17 +163,19 @@ def _images(entries: list[Any], problems: list[str]) -> dict[int, tuple[str, int
         entry = entry if isinstance(entry, dict) else {}
         number, name = entry.get("id"), entry.get("file_name")
         size = entry.get("height"), entry.get("width")
-        label = f"image {number!r} ({name!r}, number {place} of the list)"
+        problem = None
         if not _whole(number):
-            problems.append(f"{label}: its id is not a whole number")
+            problem = "its id is not a whole number"
         elif not isinstance(name, str) or not name:
-            problems.append(f"{label}: it has no file_name")
+            problem = "it has no file_name"
         elif not all(_whole(side) and side > 0 for side in size):
-            problems.append(f"{label}: its height and width are {size[0]!r} and {size[1]!r}")
+            problem = f"its height and width are {size[0]!r} and {size[1]!r}"
         elif number in images:
-            problems.append(f"{label}: {images[number][0]!r} has the same id")
+            problem = f"{images[number][0]!r} has the same id"
+        if problem is not None:
+            problems.append(f"image {number!r} ({name!r}, number {place} of the list): {problem}")
         else:
-            images[number] = (name, *size)
+            images[int(number)] = (name, *map(int, size))
     return images
 
 
@@ -170,8 +192,10 @@ def _check_annotation(entry: Any, images: dict[int, Any], categories: dict[int, 
     reason = _check_box(box, rows, columns)
     if reason is not None:
         return f"its box {box!r} in image {number} ({name!r}) {reason}"
-    if not _number(entry.get("area", 0)):
+    if _optional(entry.get("area"), 0) is None:
         return f"its area {entry['area']!r} is not a number"
+    if _optional(entry.get("iscrowd"), 0) not in (0, 1):
+        return f"its iscrowd {entry['iscrowd']!r} is not 0 or 1"
     return None
 
 

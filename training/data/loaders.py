@@ -1,4 +1,4 @@
-"""Samplers and loaders that give every sample its turn exactly once.
+"""Samplers and loaders in which every sample occurs exactly once.
 
 Processes share an epoch by taking every W-th sample of one common order. Loaders are not handed to
 ``accelerate.prepare``: it would shard again what timm's samplers and streams have sharded.
@@ -7,52 +7,49 @@ Processes share an epoch by taking every W-th sample of one common order. Loader
 from __future__ import annotations
 
 import itertools
+import re
 import signal
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from training.data.seeded import BadImage, Sample, SeededDataset, SeededStream
-from training.errors import UserError
+from irpe import IrpeError
+from training.data.seeded import BadImage, Sample, SeededStream
+from training.errors import Interrupted, UserError, one_line
 from training.seeding import derive
 
 
+@dataclass(kw_only=True, eq=False)
 class EpochSampler(Sampler):
     """Numbers of one epoch's samples for one process, as (epoch, sample, copy).
 
     Args:
         length: samples in the data set.
         shuffle: a new order each epoch, from (seed, epoch); else ascending.
-        even: give each process equally many, leaving out the last few of the order (training: a
-            process with fewer steps would leave the others waiting). Otherwise every sample occurs
-            in exactly one process.
-        repeats: how often each sample of the order stands in it, one after the other (repeated
-            augmentation, Hoffer et al., 2020): so that several processes have it at once, each
-            time augmented otherwise. An epoch is as long as without, over fewer samples.
+        even: give each process equally many, leaving out the last few of the order (training, as
+            the others would wait for a process with more steps). Otherwise every sample occurs in
+            exactly one process.
+        repeats: copies of each sample of the order, one after the other (repeated
+            augmentation, Hoffer et al., 2020): several processes have it at once, each
+            augmented differently. An epoch is as long as without, over fewer samples.
     """
 
-    def __init__(
-        self,
-        length: int,
-        *,
-        seed: int,
-        shuffle: bool,
-        even: bool,
-        rank: int = 0,
-        world: int = 1,
-        repeats: int = 1,
-    ) -> None:
-        self.length, self.seed, self.shuffle, self.repeats = length, seed, shuffle, repeats
-        self.even, self.rank, self.world = even, rank, world
-        self.epoch = self.first = 0
+    length: int = field(kw_only=False)
+    seed: int
+    shuffle: bool
+    even: bool
+    rank: int = 0
+    world: int = 1
+    repeats: int = 1
+    epoch = first = 0
 
-    def set_epoch(self, epoch: int, first: int = 0) -> None:
-        """Choose the epoch, and which of this process's samples to begin it with."""
-        self.epoch, self.first = epoch, first
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, and to begin it with the first sample; ``first`` may be raised."""
+        self.epoch, self.first = epoch, 0
 
     def __len__(self) -> int:
         if self.even:
@@ -70,8 +67,46 @@ class EpochSampler(Sampler):
         return iter([(self.epoch, index, copy) for index, copy in mine[self.first :]])
 
 
+class Rows(Dataset):
+    """A list, indexed by what :class:`EpochSampler` yields."""
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: tuple[int, ...]) -> Any:
+        return self.rows[key[1]]
+
+
+def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a dataclass, list or dict with every tensor in it changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if is_dataclass(value):
+        return replace(value, **each_tensor(vars(value), change))
+    if isinstance(value, list):
+        return [each_tensor(part, change) for part in value]
+    if isinstance(value, dict):
+        return {key: each_tensor(part, change) for key, part in value.items()}
+    return value
+
+
+class Movable:
+    """A batch that can be pinned and copied to a device."""
+
+    def to(self, device: torch.device | str) -> Any:
+        """Return the batch on a device, without waiting for copies from pinned memory."""
+        return each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Any:
+        """Return the batch in pinned memory; loaders call it."""
+        return each_tensor(self, Tensor.pin_memory)
+
+
 @dataclass
-class Batch:
+class Batch(Movable):
     """Images [B, C, H, W], their classes [B], and the images that were skipped for them."""
 
     images: Tensor
@@ -83,12 +118,12 @@ def collate(samples: list[Sample]) -> Batch:
     """Stack the samples that have an image; B may be 0 where none of them has."""
     bad = tuple(item for sample in samples for item in sample.bad)
     good = [sample for sample in samples if sample.image is not None]
-    images = torch.stack([sample.image for sample in good]) if good else torch.empty(0)  # type: ignore[misc]
+    images = torch.stack([sample.image for sample in good]) if good else torch.empty(0)
     return Batch(images, torch.tensor([sample.target for sample in good]), bad)
 
 
 def make_loader(
-    dataset: SeededDataset | SeededStream,
+    dataset: Dataset,
     *,
     batch_size: int,
     training: bool,
@@ -107,7 +142,7 @@ def make_loader(
     """
     streaming = isinstance(dataset, SeededStream)
     sampler = None
-    if isinstance(dataset, SeededDataset):
+    if not streaming:
         sampler = EpochSampler(
             len(dataset), seed=seed, shuffle=training, even=training, rank=rank, world=world,
             repeats=repeats,
@@ -133,9 +168,9 @@ def make_loader(
 
 
 def _outlive_signals(worker: int) -> None:
-    """Leave the answer to a signal that all processes of a job get to the loop.
+    """Ignore signals that all processes of a job receive, as the loop handles them.
 
-    It needs batches to end its step. A minute later the process ends in any case.
+    The loop needs batches to finish its step. After a minute the process ends in any case.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *given: signal.alarm(60))
@@ -144,16 +179,37 @@ def _outlive_signals(worker: int) -> None:
 def set_epoch(loader: DataLoader, epoch: int) -> None:
     """Tell a loader's sampler, or its stream, which epoch comes next."""
     target = loader.sampler if isinstance(loader.sampler, EpochSampler) else loader.dataset
-    target.set_epoch(epoch)  # type: ignore[union-attr]
+    target.set_epoch(epoch)
 
 
-def batches_of(loader: DataLoader, epoch: int, skip: int = 0) -> Iterable[Any]:
-    """Return the batches of an epoch without the first ``skip``.
+def batches_of(loader: DataLoader, epoch: int, skip: int = 0) -> Iterator[Any]:
+    """Yield the batches of an epoch without the first ``skip``.
 
     Samples that have numbers are skipped unread; a stream must be read up to there.
+
+    Raises:
+        Interrupted: where a loader process was killed. Its exceptions are raised as themselves.
     """
-    if isinstance(loader.sampler, EpochSampler):
-        loader.sampler.set_epoch(epoch, skip * (loader.batch_size or 1))
-        return loader
+    batches: Iterable[Any] = loader
     set_epoch(loader, epoch)
-    return itertools.islice(loader, skip, None)
+    if isinstance(loader.sampler, EpochSampler):
+        loader.sampler.first = skip * loader.batch_size
+    else:
+        batches = itertools.islice(loader, skip, None)
+    try:
+        yield from batches
+    except (UserError, IrpeError) as error:
+        # A loader process sends its traceback as text, with the message at the end.
+        message = str(error)
+        if " in DataLoader worker process " in message:
+            message = message.strip().rpartition("\n")[2].partition(": ")[2]
+        raise UserError(message) from error
+    except RuntimeError as error:
+        # Not the exceptions of a process: "Caught ... in DataLoader worker process 0".
+        died = re.search(r"DataLoader worker \(pid.*", one_line(error))
+        if died is None:
+            raise
+        raise Interrupted(
+            f"a process that loads data died ({died[0]:.160}); often memory ran out: fewer "
+            "data.workers or a smaller batch_size may help; then use --resume auto"
+        ) from error

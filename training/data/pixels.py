@@ -1,39 +1,47 @@
-"""Any image file as 8-bit RGB."""
+"""Any image file as 8-bit RGB, and images in memory."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import IO
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 
-def decode_rgb(content: bytes) -> Image.Image:
-    """Decode an image file; raises OSError if that fails.
+def decode(file: IO[bytes], *, exif: bool = False) -> Image.Image:
+    """Decode an image of any mode; raises OSError if that fails.
 
-    Grey, palette, CMYK and 16-bit images become RGB, transparency is dropped, the first picture of
-    an animation is taken, and an EXIF orientation is not applied: boxes are in pixels as they are
-    stored.
+    The first picture of an animation is taken.
+
+    Args:
+        exif: apply the EXIF orientation. Boxes of COCO are in pixels as they are stored.
     """
-    return to_rgb(decode(io.BytesIO(content)))
-
-
-def decode(file: IO[bytes]) -> Image.Image:
-    """Decode an image of any mode; raises OSError if that fails."""
     try:
         opened = Image.open(file)
         # Now, while the file is open and where a damaged one can be caught.
         opened.load()
-    except (OSError, MemoryError):  # the latter is the machine's trouble, not the file's
+        if exif:
+            opened = ImageOps.exif_transpose(opened)
+    except (OSError, MemoryError):  # the file is not the cause of the latter
         raise
-    except Exception as error:  # PIL's decoders raise whatever a damaged file leads them to
+    except Exception as error:  # PIL's decoders raise any exception for damaged files
         raise OSError(f"{type(error).__name__}: {error}") from error
     return opened
 
 
+def swaps_sides(content: bytes) -> bool:
+    """Return whether the EXIF orientation of an image file swaps its height and width."""
+    orientation = decode(io.BytesIO(content)).getexif().get(ExifTags.Base.Orientation)
+    return orientation in (5, 6, 7, 8)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as 8-bit RGB; 16 bits are scaled, where PIL would clip them."""
+    """Return an image of any mode as 8-bit RGB; transparency is dropped.
+
+    16 bits are scaled, where PIL would clip them.
+    """
     if image.mode == "RGB":
         return image.copy()
     if image.mode.startswith("I"):
@@ -48,3 +56,28 @@ def to_rgb(image: Image.Image) -> Image.Image:
         # By way of RGBA: PIL warns of palettes with transparency otherwise.
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+class ArraySource:
+    """Images in memory as a source (see sources.py).
+
+    Args:
+        pixels: uint8 [N, H, W]. targets: [N], classes. numbers: [N], of the whole data set.
+        mode: "L", or "RGB" for models of three channels.
+        what: name of an image, before its number.
+    """
+
+    def __init__(
+        self, pixels: np.ndarray, targets: np.ndarray, numbers: Sequence, mode: str, what: str
+    ) -> None:
+        self.pixels, self.targets, self.indices = pixels, targets, numbers
+        self.mode, self.what = mode, what
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[index]).convert(self.mode), int(self.targets[index])
+
+    def name(self, index: int) -> str:
+        return f"{self.what} {self.indices[index]}"

@@ -29,37 +29,19 @@ VERSION = 2
 _STAMP = "scenes.json"
 
 
+SIZE = 64  # sides of a scene in pixels
+DIGITS = 1, 3  # least and most digits in a scene; fewer where there is no room for them
+HEIGHTS = 14, 30  # least and greatest height of a digit in pixels
+CLUTTER = 4  # strokes and fragments of digits in a scene, at most
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scenes:
-    """What a set of scenes is like.
-
-    Attributes:
-        train, held_out: how many scenes. size: their sides in pixels.
-        digits: least and most digits in a scene; fewer where there is no room for them.
-        heights: least and greatest height of a digit in pixels.
-        clutter: strokes and fragments of digits in a scene, at most.
-    """
+    """How many scenes a set has, and the seed that they are painted with."""
 
     train: int = 4000
     held_out: int = 500
-    size: int = 64
-    digits: tuple[int, int] = (1, 3)
-    heights: tuple[int, int] = (14, 30)
-    clutter: int = 4
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if min(self.train, self.held_out) < 1:
-            raise UserError(f"scenes: train={self.train} and held_out={self.held_out} start at 1")
-        if not 1 <= self.digits[0] <= self.digits[1]:
-            raise UserError(f"scenes: digits={self.digits} is not a least and a greatest number")
-        if not 8 <= self.heights[0] <= self.heights[1] <= self.size:
-            raise UserError(
-                f"scenes: heights={self.heights} do not go up from at least 8 "
-                f"to at most size={self.size} pixels"
-            )
-        if self.clutter < 0:
-            raise UserError(f"scenes: clutter={self.clutter} is negative")
 
 
 def make_scenes(
@@ -71,10 +53,10 @@ def make_scenes(
 
     It has the folders train and val, and annotations/instances_train.json and _val.json. A set of
     other parameters or of another version is made again. Processes may call this at once: one
-    makes the set, the others wait for it.
+    makes the set while the others wait.
 
     Args:
-        say: told that a set is being made.
+        say: prints that a set is being made.
 
     Raises:
         UserError: if the folder cannot be written, or holds something else.
@@ -109,16 +91,16 @@ def scene_paths(folder: str | Path, split: str) -> tuple[str, str]:
 def paint_scene(digits: Digits, scenes: Scenes, number: int) -> tuple[Image.Image, list[Placed]]:
     """Paint one scene of the digits of a split."""
     rng = np.random.default_rng(derive(scenes.seed, digits.split, number))
-    count = int(rng.integers(scenes.digits[0], scenes.digits[1] + 1))
+    count = int(rng.integers(DIGITS[0], DIGITS[1] + 1))
     chosen = rng.integers(len(digits), size=count + 2).tolist()
     drawn = [digits.read(index) for index in chosen]
     fragments = [image for image, _ in drawn[count:]]
-    canvas = background(rng, scenes.size, scenes.clutter, fragments)
+    canvas = background(rng, SIZE, CLUTTER, fragments)
     wanted = [
         (int(digits.indices[index]), digit, image)
         for index, (image, digit) in zip(chosen[:count], drawn, strict=False)
     ]
-    placed = place_digits(rng, wanted, scenes.size, scenes.heights)
+    placed = place_digits(rng, wanted, SIZE, HEIGHTS)
     return paint(rng, canvas, placed), placed
 
 
@@ -138,7 +120,7 @@ def _is_made(folder: Path, scenes: Scenes) -> bool:
 
 
 def _stamp(scenes: Scenes) -> dict[str, Any]:
-    # As it comes back from a file: with lists for tuples.
+    # As read from a file: with lists instead of tuples.
     return json.loads(json.dumps({"version": VERSION, **asdict(scenes)}))
 
 

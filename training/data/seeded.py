@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from training.data.sources import Source
-from training.errors import one_line
+from training.errors import UserError, one_line
 from training.seeding import derive, forked
 
 # What PIL and its decoders raise for files that are truncated, mislabelled, absurdly large or not
-# images at all. MemoryError is left out: it is the machine's trouble, not the file's.
+# images at all. MemoryError is left out: the file is not its cause.
 DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -28,21 +28,55 @@ DECODE_ERRORS = (
 )
 
 
-# A folder of nothing but damaged files should be reported before all of it was read many times.
+# A folder of damaged files is reported before all of it is read many times.
 _TRIES = 50
 
 
 @dataclass(frozen=True)
 class BadImage:
-    """An image that could not be decoded, in the place of its sample."""
+    """An image that could not be decoded, instead of its sample."""
 
     name: str
     reason: str
 
 
+class BadImages:
+    """Handles and records images that do not decode.
+
+    Args:
+        policy: "fail" raises :class:`UserError` at the first; "skip" records it.
+
+    Attributes:
+        say: prints a line.
+    """
+
+    def __init__(self, policy: Literal["skip", "fail"]) -> None:
+        self.policy, self.say = policy, print
+        self.seen: dict[str, str] = {}
+
+    def note(self, bad: Iterable[BadImage]) -> None:
+        """Record a batch's bad images, or raise."""
+        for item in bad:
+            if self.policy == "fail":
+                raise UserError(
+                    f"image {item.name!r} does not decode: {item.reason}; "
+                    "data.on_bad_image: skip would leave it out"
+                )
+            if item.name not in self.seen:
+                self.seen[item.name] = item.reason
+                self.say(f"skipped, does not decode ({len(self.seen)}): {item.name}: {item.reason}")
+
+    def gather(self) -> dict[str, str]:
+        """Return name and reason of every bad image of all processes."""
+        merged: dict[str, str] = {}
+        for part in gather_object([self.seen]):
+            merged.update(part)
+        return dict(sorted(merged.items()))
+
+
 @dataclass
 class Sample:
-    """One sample on its way to a batch: the image [C, H, W], its target, and what was skipped."""
+    """One sample of a batch: the image [C, H, W], its target, and what was skipped."""
 
     image: Tensor | None
     target: Any
@@ -50,10 +84,10 @@ class Sample:
 
 
 class SeededDataset(Dataset):
-    """A :class:`Source` with a transform, indexed by (epoch, sample, copy); copy may be left out.
+    """A source (see sources.py) with a transform, indexed by (epoch, sample, copy).
 
-    The epoch travels with the index, so that loader processes that outlive an epoch need not be
-    told of the next one.
+    The copy may be left out. The index contains the epoch, so persistent loader processes need no
+    message about the next epoch.
 
     Args:
         replace: what becomes of an image that does not decode. True (training): the next one that
@@ -62,7 +96,7 @@ class SeededDataset(Dataset):
     """
 
     def __init__(
-        self, source: Source, transform: Callable[..., Any], seed: int, replace: bool
+        self, source: Any, transform: Callable[..., Any], seed: int, replace: bool
     ) -> None:
         self.source, self.transform, self.seed, self.replace = source, transform, seed, replace
 
@@ -93,12 +127,12 @@ class SeededDataset(Dataset):
 class SeededStream(IterableDataset):
     """A streaming timm data set with a transform seeded by (seed, epoch, process, worker, count).
 
-    Such a set deals its samples out to processes and workers by itself, and has no numbers for
-    them: their order is as reproducible as the set's own.
+    Such a set distributes its samples to processes and workers itself, without numbers for them:
+    their order is as reproducible as the set's own.
 
     Args:
         world: for evaluation by so many processes. timm would cut or repeat the parts until all
-            are as long. So each process reads all, and takes its share. 1: timm deals.
+            are as long. So each process reads all, and takes its share. 1: timm distributes them.
     """
 
     def __init__(

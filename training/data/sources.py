@@ -1,24 +1,27 @@
-"""Where images come from: the embedded digits or anything ``timm.data.create_dataset`` reads.
+"""Where images come from: digits, Fashion-MNIST or what ``timm.data.create_dataset`` reads.
 
-A source has a length, ``read(index) -> (PIL image, class)`` and ``name(index)``. timm's folder and
-archive data sets are read through their reader, because their own ``__getitem__`` puts the next
-image in the place of one that does not decode, without a count.
+A source has a length, ``read(index) -> (PIL image, class)``, ``name(index)`` and ``classes``, their
+names or None. Folders and
+archives are read by :class:`ClassFolder`; timm names a class by the last folder of a path. timm's
+other data sets are read through their reader, because their own ``__getitem__`` puts the next image
+in the place of one that does not decode, without a count.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import tarfile
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Any
 
 import timm.data
-from PIL import Image
-from timm.data.readers.img_extensions import get_img_extensions
+from PIL import Image, ImageOps
 from torch.utils.data import IterableDataset
 
+from training.data.classes import ClassFolder, read_class_map
+from training.data.digest import Digest, parts_below, stat_digest
 from training.data.digits import Digits
+from training.data.fashion import Fashion
 from training.data.pixels import decode, to_rgb
 from training.errors import UserError
 
@@ -26,23 +29,11 @@ _OPEN_ERRORS = (ImportError, OSError, RuntimeError, AssertionError, ValueError, 
 _PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
 
 
-class Source(Protocol):
-    """Images by number."""
-
-    classes: tuple[str, ...] | None
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> tuple[Image.Image, int]: ...
-
-    def name(self, index: int) -> str: ...
-
-
 class TimmSource:
-    """A map-style timm or torchvision data set as a :class:`Source`."""
+    """A map-style timm or torchvision data set as a source."""
 
-    def __init__(self, dataset: Any, mode: str) -> None:
-        self.dataset, self.mode = dataset, mode
+    def __init__(self, dataset: Any, mode: str, *, exif: bool = False) -> None:
+        self.dataset, self.mode, self.exif = dataset, mode, exif
         self.reader = getattr(dataset, "reader", None)
         held = self.reader or dataset
         # Folders and torchvision say class_to_idx, archives class_name_to_idx.
@@ -60,7 +51,7 @@ class TimmSource:
             if not isinstance(image, Image.Image):
                 with image as stream:
                     image = decode(stream)
-        image = to_rgb(image)
+        image = to_rgb(ImageOps.exif_transpose(image) if self.exif else image)
         return image if self.mode == "RGB" else image.convert(self.mode), int(target)
 
     def name(self, index: int) -> str:
@@ -81,21 +72,27 @@ def open_source(
     seed: int = 0,
     class_map: str | None = None,
     download: bool = False,
+    exif: bool = False,
     kwargs: dict[str, Any] | None = None,
-) -> Source | IterableDataset:
+) -> Any:
     """Open one split of a data set.
 
-    Returns a :class:`Source`, or timm's own iterable data set for the streaming formats. Raises
+    Returns a source, or timm's own iterable data set for the streaming formats. Raises
     :class:`UserError` for a missing root, a root without images, an empty class folder, an
     unknown format or one whose reader is not installed.
     """
+    if in_chans not in (1, 3):
+        raise UserError(f"model.in_chans: {in_chans}; images are read as grey (1) or colour (3)")
+    mode = "L" if in_chans == 1 else "RGB"
     if name == "digits":
-        return Digits(split)
+        return Digits(split, mode)
+    if name == "fashion":
+        return Fashion(split, mode, root, download=download)
     prefix = name.partition("/")[0].lower()
     plain = prefix in ("folder", "tar", "")
     if not plain and prefix not in _PREFIXES:
         raise UserError(
-            f"data.name: unknown data set {name!r}; valid: digits, folder, "
+            f"data.name: unknown data set {name!r}; valid: digits, fashion, folder, "
             + ", ".join(f"{prefix}/NAME" for prefix in _PREFIXES)
         )
     if root is None and prefix in ("folder", "tar", "", "torch", "wds"):
@@ -103,32 +100,49 @@ def open_source(
     must_exist = plain or (prefix == "torch" and not download)
     if must_exist and not os.path.exists(str(root)):
         raise UserError(f"data.root: {root!r} does not exist")
-    if plain and os.path.isdir(str(root)):
-        root = _split_folder(Path(str(root)), split)
-        _check_class_folders(Path(root))
+    if plain:
+        return ClassFolder(str(root), split, class_map, mode, exif=exif)
     options = dict(kwargs or {})
     _check_runs_nothing(prefix, root, split, options)
-    if plain and str(root).endswith(".tar"):
-        # timm may keep an index of a large archive as a pickle beside it, and would trust it.
-        options.setdefault("cache_tarinfo", False)
-    mode = "L" if in_chans == 1 else "RGB"
+    numbers = None
+    if class_map is not None:
+        numbers = {name: number for number, name in enumerate(read_class_map(class_map))}
     try:
         dataset = timm.data.create_dataset(
-            "" if plain else name,
+            name,
             root=root,
             split=split,
-            search_split=not plain,
             is_training=training,
-            class_map=class_map or (None if not plain else ""),
+            class_map=numbers,
             download=download,
             batch_size=batch_size,
             seed=seed,
             input_img_mode=mode,
             **options,
         )
-    except (*_OPEN_ERRORS, tarfile.TarError) as error:
+    except _OPEN_ERRORS as error:
         raise UserError(f"cannot open data set {name!r} at {root!r}: {error}") from error
-    return dataset if isinstance(dataset, IterableDataset) else TimmSource(dataset, mode)
+    return dataset if isinstance(dataset, IterableDataset) else TimmSource(dataset, mode, exif=exif)
+
+
+def data_digest(sources: Iterable[Any], root: str | None) -> Digest:
+    """Digest what ``sources`` read: class folders and archives, or what timm's data sets hold.
+
+    The embedded digits have none. Of timm's data sets these are the files below ``root``, such as
+    shards, and the files that Hugging Face's data sets have in their cache.
+    """
+    parts: dict[str, list[str]] = {}
+    for source in sources:
+        if isinstance(source, ClassFolder):
+            parts.update(source.parts())
+        elif isinstance(source, Fashion):
+            parts.update(parts_below(str(source.folder)))
+        elif not isinstance(source, Digits):
+            parts.update(parts_below(root) if root else {})
+            held = getattr(getattr(source, "reader", None), "dataset", None)
+            for file in getattr(held, "cache_files", None) or ():
+                parts[file["filename"]] = [file["filename"]]
+    return stat_digest(parts)
 
 
 def _check_runs_nothing(prefix: str, root: str | None, split: str, options: dict[str, Any]) -> None:
@@ -139,55 +153,3 @@ def _check_runs_nothing(prefix: str, root: str | None, split: str, options: dict
     for name, value in (("data.root", root or ""), ("split", split)):
         if prefix == "wds" and ("pipe:" in value or re.search(r"[^\w./:{}|,@%+=~ -]", value)):
             raise UserError(f"{name}: {value!r} could run a command; give a plain path or address")
-
-
-def _split_folder(root: Path, split: str) -> str:
-    """Return the sub-folder of ``root`` that holds ``split``, under one of its usual names."""
-    synonyms = {
-        "train": ("train", "training"),
-        "validation": ("validation", "val", "valid", "eval", "evaluation"),
-    }
-    names = next((names for names in synonyms.values() if split in names), ())
-    for name in (split, *names):
-        if (root / name).exists():
-            return str(root / name)
-    raise UserError(
-        f"data.root: {str(root)!r} has no folder for the split {split!r}; "
-        f"looked for {', '.join(dict.fromkeys((split, *names)))}"
-    )
-
-
-def _check_class_folders(root: Path) -> None:
-    """Raise for a class folder without images: timm would number classes as if without it.
-
-    Sub-folders count with their parents, so that nested layouts pass.
-    """
-    extensions = get_img_extensions(as_set=True)
-
-    def has_images(folder: Path) -> bool:
-        found = False
-        for parent, folders, files in os.walk(folder, followlinks=True):
-            _check_links(parent, folders)
-            found = found or any(Path(file).suffix.lower() in extensions for file in files)
-        return found
-
-    folders = sorted(path for path in root.iterdir() if path.is_dir())
-    _check_links(str(root), [path.name for path in folders])
-    if not folders and not has_images(root):
-        raise UserError(f"no images in {str(root)!r}: one folder of images per class is expected")
-    empty = [str(folder) for folder in folders if not has_images(folder)]
-    if empty:
-        raise UserError(
-            f"class folder without images: {', '.join(empty)}; "
-            f"remove it or add files ending in {', '.join(sorted(extensions))}"
-        )
-
-
-def _check_links(parent: str, folders: list[str]) -> None:
-    """Raise for a link to a folder above it: its images would be counted dozens of times."""
-    for name in folders:
-        path = os.path.join(parent, name)
-        if os.path.islink(path):
-            target, inside = os.path.realpath(path), os.path.realpath(parent)
-            if os.path.commonpath([target, inside]) == target:
-                raise UserError(f"the link {path!r} leads back to {target!r}, which holds it")

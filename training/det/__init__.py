@@ -1,1 +1,1 @@
-"""Detection: options, model, the task that the loop trains, COCO's figures, the run."""
+"""Detection: options, model, the task that the loop trains, COCO's metrics, the run."""

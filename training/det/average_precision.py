@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
-import json
+import math
 from collections.abc import Iterable
 from contextlib import redirect_stdout
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from training.engine import from_main_process
+from training.distributed import from_main_process
 from training.errors import UserError
 
 # In the order in which pycocotools prints them: average precision over IoU 0.5 to 0.95, at 0.5 and
@@ -28,17 +27,12 @@ NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs
 _SHOWN = 6
 
 
-@dataclass(frozen=True)
-class PrecisionRecall:
-    """Precision at each of the 101 recalls, all sizes, mean over the categories that have objects.
-
-    Attributes:
-        recall: 0 to 1. precision: by name, ``AP50`` and ``AP75`` at one IoU, ``AP`` the mean over
-            0.5 to 0.95; the mean of a curve is the number of that name. nan where undefined.
-    """
-
-    recall: list[float]
-    precision: dict[str, list[float]]
+# By name: ``recall``, 0 to 1 in 101 steps, and the precision at each of them over all sizes, mean
+# over the categories that have objects. ``AP50`` and ``AP75`` at one IoU, ``AP`` the mean over 0.5
+# to 0.95; the mean of a curve is the number of that name. nan where undefined.
+PrecisionRecall = dict[str, list[float]]
+# The numbers by name, the curves, and pycocotools' text of the numbers.
+Found = tuple[dict[str, float], PrecisionRecall, str]
 
 
 class BoxEvaluation:
@@ -48,23 +42,25 @@ class BoxEvaluation:
     its objects were missed. Only those named to :meth:`skip` do not. An image that was given more
     than once (a sampler evens out its parts) counts once: the first of the lowest process.
 
-    :meth:`results`, :meth:`summarize`, :meth:`curves`, :meth:`write` and :meth:`unseen` need all
-    processes: each must call them, in the same order. After that nothing can be added.
+    Every process must call :meth:`results`, :meth:`summarize`, :meth:`curves` and :meth:`summary`,
+    in the same order. After that nothing can be added.
 
     Args:
-        ground_truth: images, categories and annotations; it is not changed. An annotation without
+        ground_truth: content of an instances file; it is not changed. An annotation without
             ``area`` has its box's, one without ``iscrowd`` is none.
         accelerator: joins the processes; None for one alone.
     """
 
-    def __init__(self, ground_truth: COCO, accelerator: Accelerator | None = None) -> None:
+    def __init__(
+        self, ground_truth: dict[str, Any], accelerator: Accelerator | None = None
+    ) -> None:
         self.accelerator = accelerator
-        self._images = set(ground_truth.getImgIds())
-        self._truth = _truth(ground_truth)
+        self._images = {image["id"] for image in ground_truth["images"]}
+        annotations = _numbered(ground_truth["annotations"])
+        self._truth = {"categories": ground_truth["categories"], "annotations": annotations}
         self._rows: dict[int, np.ndarray] = {}
         self._skipped: set[int] = set()
         self._gathered = False
-        self._numbers: tuple[dict[str, float], PrecisionRecall] | None = None
 
     def update(self, image_ids: Iterable[int], detections: Iterable[dict[str, Tensor]]) -> None:
         """Add the detections of some images.
@@ -114,26 +110,15 @@ class BoxEvaluation:
         sizes that do not occur, or all of them where the ground truth holds no boxes. Where there
         are objects but no detections it is 0.
         """
-        return self._evaluate()[0]
+        return self._found[0]
 
     def curves(self) -> PrecisionRecall:
         """Return precision against recall, the same in every process."""
-        return self._evaluate()[1]
+        return self._found[1]
 
-    def write(self, path: str | Path) -> None:
-        """Write the results as JSON that pycocotools' ``loadRes`` reads, on the main process."""
-        results = self.results()
-        if self._main:
-            Path(path).write_text(json.dumps(results, allow_nan=False), encoding="utf-8")
-
-    def unseen(self) -> list[int]:
-        """Return the images that were neither given nor skipped, and count as images of misses."""
-        self._gather()
-        return sorted(self._images - self._rows.keys() - self._skipped)
-
-    @property
-    def _main(self) -> bool:
-        return self.accelerator is None or self.accelerator.is_main_process
+    def summary(self) -> str:
+        """Return pycocotools' text of the numbers, the same in every process."""
+        return self._found[2]
 
     def _known(self, image_id: int) -> int:
         if self._gathered:
@@ -153,73 +138,47 @@ class BoxEvaluation:
             self._rows = rows
         self._gathered = True
 
-    def _evaluate(self) -> tuple[dict[str, float], PrecisionRecall]:
-        if self._numbers is None:
-            results = self.results()
-            numbers = None
-            if self._main:
-                left_out = self._skipped - self._rows.keys()
-                numbers = _numbers(self._truth, results, sorted(self._images - left_out))
-            if self.accelerator is not None:
-                numbers = from_main_process(self.accelerator, numbers)
-            assert numbers is not None
-            self._numbers = numbers
-        return self._numbers
+    @functools.cached_property
+    def _found(self) -> Found:
+        found, results = None, self.results()
+        if self.accelerator is None or self.accelerator.is_main_process:
+            left_out = self._skipped - self._rows.keys()
+            found = _evaluated(self._truth, results, sorted(self._images - left_out))
+        return found if self.accelerator is None else from_main_process(self.accelerator, found)
 
 
-def _truth(given: COCO) -> dict[str, Any]:
-    """What the evaluation reads of the ground truth, in copies: pycocotools writes into them."""
-    annotations = []
-    for number, annotation in enumerate(given.dataset.get("annotations", ()), start=1):
-        box = annotation["bbox"]
-        annotations.append(
-            {
-                # Numbered anew: pycocotools takes an object of id 0 for one that was not found.
-                "id": number,
-                "image_id": annotation["image_id"],
-                "category_id": annotation["category_id"],
-                "bbox": box,
-                "area": annotation.get("area", box[2] * box[3]),
-                "iscrowd": annotation.get("iscrowd", 0),
-            }
-        )
-    return {"categories": given.dataset.get("categories", []), "annotations": annotations}
-
-
-def _numbers(
-    truth: dict[str, Any], results: list[dict[str, Any]], images: list[int]
-) -> tuple[dict[str, float], PrecisionRecall]:
-    annotations = [
-        {**entry, "id": number, "area": entry["bbox"][2] * entry["bbox"][3], "iscrowd": 0}
-        for number, entry in enumerate(results, start=1)
+def _numbered(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return copies of what is read of annotations or results: pycocotools writes to them."""
+    return [
+        # pycocotools takes an object of id 0 for one that was not found.
+        {"area": entry["bbox"][2] * entry["bbox"][3], "iscrowd": 0, **entry, "id": number}
+        for number, entry in enumerate(entries, start=1)
     ]
+
+
+def _evaluated(truth: dict[str, Any], results: list[dict[str, Any]], images: list[int]) -> Found:
+    text = io.StringIO()
     with redirect_stdout(io.StringIO()):
+        given, found = COCO(), COCO()
         # Not loadRes, which takes no empty list.
-        found = _indexed({**truth, "annotations": annotations})
-        evaluation = COCOeval(_indexed(truth), found, iouType="bbox")
+        given.dataset, found.dataset = truth, {**truth, "annotations": _numbered(results)}
+        for coco in (given, found):
+            coco.createIndex()
+        evaluation = COCOeval(given, found, iouType="bbox")
         evaluation.params.imgIds = images
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summarize()
-    stats = [float("nan") if value == -1 else float(value) for value in evaluation.stats]
+        with redirect_stdout(text):
+            evaluation.summarize()
+    stats = [math.nan if value == -1 else float(value) for value in evaluation.stats]
     thresholds, recalls = evaluation.params.iouThrs, evaluation.params.recThrs
-    # IoU, recall, category, and of areas and numbers of detections: all, and 100.
+    # Axes: IoU, recall, category; then area "all" and 100 detections.
     precision = evaluation.eval["precision"][..., 0, -1]
     precision = precision[:, :, (precision > -1).all((0, 1))]
-    curves = {"AP50": np.isclose(thresholds, 0.5), "AP75": np.isclose(thresholds, 0.75)}
-    curves["AP"] = np.ones(len(thresholds), dtype=bool)
-    empty = [float("nan")] * len(recalls)
-    return dict(zip(NAMES, stats, strict=True)), PrecisionRecall(
-        recalls.tolist(),
-        {
-            name: precision[chosen].mean((0, 2)).tolist() if precision.size else empty
-            for name, chosen in curves.items()
-        },
-    )
-
-
-def _indexed(dataset: dict[str, Any]) -> COCO:
-    coco = COCO()
-    coco.dataset = dataset
-    coco.createIndex()
-    return coco
+    chosen = {"AP50": np.isclose(thresholds, 0.5), "AP75": np.isclose(thresholds, 0.75)}
+    chosen["AP"] = thresholds > 0
+    curves = {name: [math.nan] * len(recalls) for name in chosen}
+    if precision.size:
+        curves = {name: precision[rows].mean((0, 2)).tolist() for name, rows in chosen.items()}
+    numbers = dict(zip(NAMES, stats, strict=True))
+    return numbers, {"recall": recalls.tolist(), **curves}, text.getvalue().rstrip()

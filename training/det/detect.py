@@ -1,8 +1,9 @@
-"""The task of train_det.py: batches, DETR's loss, and COCO's evaluation."""
+"""The task of train_det.py: its data, DETR's loss, COCO's evaluation, and the files of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,51 +14,100 @@ from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 from torchvision.transforms.functional import pil_to_tensor
 
-from models.detr import Criterion, detections
-from training.badimages import BadImages
-from training.data.coco import CocoSource
-from training.data.detection import DetectionBatch, collate_detection
-from training.data.loaders import batches_of, set_epoch
+from models.detr import DETR, Criterion, HungarianMatcher, detections
+from training.data.coco import CocoSource, open_coco
+from training.data.detection import (
+    DetectionBatch,
+    DetectionDataset,
+    collate_detection,
+    make_transform,
+)
+from training.data.digest import Digest
+from training.data.scenes import make_scenes, scene_paths
+from training.data.seeded import BadImage, BadImages
 from training.det.average_precision import BoxEvaluation
-from training.det.pictures import Example
+from training.det.model import build_model, make_optimizer
+from training.det.options import DetConfig
+from training.det.pictures import Example, draw_detections, draw_precision_recall
 from training.errors import UserError
-from training.plan import Step
-from training.run import Task
+from training.report import DETECTOR
+from training.run_directory import RunDirectory
+from training.task import ImageTask, Step, evaluating, loader_of
+from training.weights import check_same_classes, identity
 
 PARTS = ("loss_ce", "loss_bbox", "loss_giou")
+SCENES = "data/digits-detection"
 
 
-class Detect(Task):
-    """The functions that :func:`training.run.train` asks of a task.
+def open_task(config: DetConfig, accelerator: Accelerator) -> Detect:
+    """Open the images and the model."""
+    sched = dataclasses.replace(config.sched, decay_epochs=config.lr_drop)
+    config = dataclasses.replace(config, sched=sched)
+    splits = ("validation",) if config.eval_only else ("train", "validation")
+    sources = [_open(config, split) for split in splits]
+    check_same_classes(sources[0].categories, sources[-1].categories)
+    loaders = []
+    for source in sources:
+        training = source is not sources[-1]
+        transform = make_transform(config.aug, training=training)
+        dataset = DetectionDataset(source, transform, config.seed, replace=training)
+        more = {"training": training, "collate": collate_detection}
+        loaders.append(loader_of(config, accelerator, dataset, **more))
+    model = build_model(config, sources[0].categories)
+    return Detect(config, accelerator, model, loaders, sources)
+
+
+class Detect(ImageTask):
+    """Training and evaluation of a detector.
 
     Args:
-        loaders: training and evaluation loader of this process; training may be None.
-        held_out: what the evaluation loader reads from.
+        sources: training, unless it is only evaluated, and held-out images.
+
+    Attributes:
+        evaluations: of the models that were last evaluated.
     """
+
+    best, lower, panels, sums = "AP", False, DETECTOR, ("loss", *PARTS)
+    line = (
+        "train loss {train_loss:.3f}",
+        "held out loss {loss:.3f}, AP {AP:5.1f}, AP50 {AP50:5.1f}",
+        "averaged weights {ema_AP:5.1f}, {ema_AP50:5.1f}",
+    )
+    result = "held-out AP {AP:.1f}, AP50 {AP50:.1f} ({count} images)"
+    advice = "a lower lr, clip_max_norm: 0.1 or run.precision: fp32 may help"
 
     def __init__(
         self,
+        config: DetConfig,
         accelerator: Accelerator,
-        loaders: tuple[DataLoader | None, DataLoader],
-        criterion: Criterion,
-        held_out: CocoSource,
-        bad: BadImages,
+        model: DETR,
+        loaders: list[DataLoader],
+        sources: list[CocoSource],
     ) -> None:
-        self.accelerator, self.loaders, self.bad = accelerator, loaders, bad
-        self.criterion, self.held_out = criterion.to(accelerator.device), held_out
-        self.truth = held_out.coco_ground_truth()
-        self.last: BoxEvaluation | None = None
-        self._ids = {held_out.name(n): held_out.image_id(n) for n in range(len(held_out))}
+        spec = config.enc_rpe2d
+        name = f"detr-{config.backbone}-{spec or 'plain'}-seed{config.seed}"
+        about = {"model": "detr", "backbone": config.backbone, "enc_rpe2d": spec or "none"}
+        about |= identity(sources[0].categories)
+        bad = BadImages(config.data.on_bad_image)
+        super().__init__(sources, loaders, bad, config, accelerator, model, name, about)
+        costs = config.set_cost_class, config.set_cost_bbox, config.set_cost_giou
+        weights = config.eos_coef, config.bbox_loss_coef, config.giou_loss_coef
+        num_classes = model.class_embed.out_features - 1
+        self.criterion = Criterion(num_classes, HungarianMatcher(*costs), *weights)
+        self.criterion.to(accelerator.device)
+        self.source = sources[-1]
+        self.truth = self.source.ground_truth()
+        self.evaluations: list[BoxEvaluation] = []
+        self._ids: dict[str, list[int]] = {}  # of each file: several entries may have the same
+        for number in range(len(self.source)):
+            self._ids.setdefault(self.source.name(number), []).append(self.source.image_id(number))
 
-    def batches(self, epoch: int, skip: int = 0) -> Iterator[DetectionBatch]:
-        """Yield the training batches of an epoch, without the first ``skip``."""
-        loader = self.loaders[0]
-        assert loader is not None, "an evaluation has no training batches"
-        for batch in batches_of(loader, epoch, skip):
-            self.bad.note(batch.bad)
-            if not batch.targets:
-                raise UserError("no image of a whole training batch could be decoded")
-            yield batch.to(self.accelerator.device)
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return make_optimizer(self.config, model)
+
+    @property
+    def clip_grad(self) -> float | None:
+        return self.config.clip_max_norm or None
 
     def loss(self, model: nn.Module, batch: DetectionBatch, step: int) -> Step:
         """DETR's loss of a batch, and its parts for the last decoder layer."""
@@ -67,68 +117,71 @@ class Detect(Task):
         names = [target["image_id"] for target in batch.targets]
         return Step(found["loss"], count, parts, names)
 
-    @torch.no_grad()
     def evaluate(self, models: list[nn.Module]) -> list[dict[str, float]]:
-        """Return ``loss``, its parts and COCO's twelve numbers of each model, held out.
+        """Return ``loss``, its parts and COCO's twelve numbers of each model, held out."""
+        self.evaluations = [BoxEvaluation(self.truth, self.accelerator) for _ in models]
+        with evaluating(self.criterion):
+            metrics = super().evaluate(models)
+        return [
+            {**found, **evaluation.summarize()}
+            for found, evaluation in zip(metrics, self.evaluations, strict=True)
+        ]
 
-        The last model's evaluation is kept in ``last``, for its curves and detections. The images
-        are read once for all models. Each process evaluates its own part, and parts may be
-        unequal; the figures are the same in every process.
-        """
-        parts = [*models, self.criterion]
-        training = [part.training for part in parts]
-        for part in parts:
-            part.eval()
-        evaluations = [BoxEvaluation(self.truth, self.accelerator) for _ in models]
-        sums = torch.zeros(
-            len(models), 2 + len(PARTS), dtype=torch.float64, device=self.accelerator.device
-        )
-        set_epoch(self.loaders[1], 0)
-        for batch in self.loaders[1]:
-            self.bad.note(batch.bad)
-            skipped = [self._ids[item.name] for item in batch.bad]
-            for evaluation in evaluations:
-                evaluation.skip(skipped)
-            if not batch.targets:
-                continue
-            batch = batch.to(self.accelerator.device)
-            for model, evaluation, row in zip(models, evaluations, sums, strict=True):
-                row += self._add(model, batch, evaluation)
-        for part, mode in zip(parts, training, strict=True):
-            part.train(mode)
-        self.last = evaluations[-1]
-        figures: list[dict[str, float]] = []
-        rows = self.accelerator.reduce(sums, "sum").tolist()
-        for (*losses, count), evaluation in zip(rows, evaluations, strict=True):
-            if not count:
-                raise UserError("no held-out image could be decoded: there is nothing to evaluate")
-            means = [value / count for value in losses]
-            figures.append(
-                {
-                    **dict(zip(("loss", *PARTS), means, strict=True)),
-                    **evaluation.summarize(),
-                    "count": int(count),
-                }
-            )
-        return figures
+    def missed(self, bad: Sequence[BadImage]) -> None:
+        for evaluation in self.evaluations:
+            evaluation.skip(number for item in bad for number in self._ids[item.name])
+
+    def measure(self, model: nn.Module, batch: DetectionBatch, number: int) -> list[Tensor]:
+        """Add a batch's detections to an evaluation; return the sums of its losses."""
+        with self.accelerator.autocast():
+            outputs: dict[str, Any] = model(batch.images, batch.mask)
+        losses = self.criterion(outputs, batch.targets)
+        sizes = torch.tensor([target["size"] for target in batch.targets])
+        images = [target["image_id"] for target in batch.targets]
+        self.evaluations[number].update(images, detections(outputs, sizes))
+        return [losses[name].double() * len(images) for name in self.sums]
+
+    def report(self) -> dict[str, float]:
+        """Evaluate the model, and print COCO's table too."""
+        (metrics,) = self.evaluate([self.model])
+        if self.accelerator.is_main_process:
+            print(self.evaluations[-1].summary(), self.verdict(metrics), sep="\n")
+        return metrics
+
+    def digest(self) -> Digest:
+        if self.config.data.name == "digits":  # the scenes are made again, the same
+            return {}
+        return self.sources[0].digest() | self.sources[1].digest()
+
+    def finish(self, directory: RunDirectory | None, model: nn.Module) -> None:
+        super().finish(directory, model)
+        if not self.evaluations:  # a run that was stopped after its last evaluation
+            self.evaluate([model])
+        curves, results = self.evaluations[-1].curves(), self.evaluations[-1].results()
+        if directory is None:
+            return
+        directory.write_json("detections.json", results)
+        draw_precision_recall(curves, directory / "precision_recall.png", directory.path.name)
+        shown = self.examples(model, self.config.pictures) if self.config.pictures else []
+        draw_detections(shown, directory / "detections.png", self.source.categories)
 
     @torch.no_grad()
     def examples(self, model: nn.Module, count: int) -> list[Example]:
-        """Return ``count`` held-out images, spread over all, with what the model finds in them."""
+        """Return ``count`` held-out images, evenly spread, with the model's detections."""
         dataset, model = self.loaders[1].dataset, model.eval()
         found = []
-        for index in range(0, len(dataset), max(1, len(dataset) // count))[:count]:  # type: ignore[arg-type]
+        for index in range(0, len(dataset), max(1, len(dataset) // count))[:count]:
             batch = collate_detection([dataset[0, index]])
             if not batch.targets:
                 continue
             batch = batch.to(self.accelerator.device)
             with self.accelerator.autocast():
                 outputs = model(batch.images, batch.mask)
-            image, annotations = self.held_out.read(index)
+            image, annotations = self.source.read(index)
             boxes = box_convert(annotations.boxes, "xywh", "xyxy")
             found.append(
                 Example(
-                    Path(self.held_out.name(index)).name,
+                    Path(self.source.name(index)).name,
                     pil_to_tensor(image),
                     {"labels": annotations.category_ids, "boxes": boxes},
                     detections(outputs, torch.tensor([batch.targets[0]["size"]]))[0],
@@ -136,14 +189,36 @@ class Detect(Task):
             )
         return found
 
-    def _add(self, model: nn.Module, batch: DetectionBatch, evaluation: BoxEvaluation) -> Tensor:
-        """Add a batch's detections to an evaluation; return the sums of its losses and images."""
-        with self.accelerator.autocast():
-            outputs: dict[str, Any] = model(batch.images, batch.mask)
-        losses = self.criterion(outputs, batch.targets)
-        sizes = torch.tensor([target["size"] for target in batch.targets])
-        images = [target["image_id"] for target in batch.targets]
-        evaluation.update(images, detections(outputs, sizes))
-        count = len(images)
-        values = [losses[name].double() * count for name in ("loss", *PARTS)]
-        return torch.stack([*values, values[0].new_tensor(float(count))])
+
+def _open(config: DetConfig, split: str) -> CocoSource:
+    data = config.data
+    if data.name == "digits":
+        root = data.root or SCENES
+        make_scenes(root, say=print)
+        images, annotations = scene_paths(root, split)
+    else:
+        part = "train" if split == "train" else "val"
+        images, annotations = (
+            getattr(data, f"{part}_{name}") for name in ("images", "annotations")
+        )
+        if not (images and annotations):
+            usual = _coco(config, part)
+            images, annotations = images or usual[0], annotations or usual[1]
+    names = ("on_bad_annotation", "on_bad_image", "exif")
+    return open_coco(images, annotations, **{name: getattr(data, name) for name in names})
+
+
+def _coco(config: DetConfig, part: str) -> tuple[str, str]:
+    """Return images and annotations below ``coco_path``, extracted or as COCO's archives."""
+    if config.coco_path is None:
+        raise UserError(
+            "coco_path is not set, and data.name: coco needs it (or all four of "
+            "data.train_images, data.train_annotations, data.val_images, data.val_annotations)"
+        )
+    root, file = Path(config.coco_path), f"annotations/instances_{part}2017.json"
+    images, packed = root / f"{part}2017", root / f"{part}2017.zip"
+    if not images.exists() and packed.exists():
+        images = packed
+    archive = root / "annotations_trainval2017.zip"
+    inside = not (root / file).exists() and archive.exists()
+    return str(images), str((archive if inside else root) / file)

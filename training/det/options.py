@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from training.options import EmaConfig, RunConfig, SchedConfig
+from training.options import SCHEDULE_RULES, ImagesConfig, Rule, SchedConfig, ScriptConfig
 
 
 @dataclass(kw_only=True)
-class DetDataConfig:
+class DetDataConfig(ImagesConfig):
     """The images: COCO's files, or the embedded scenes of handwritten digits."""
 
     name: Literal["digits", "coco"] = "digits"
@@ -26,12 +26,8 @@ class DetDataConfig:
     """instances JSON of the held-out images; null: annotations/instances_val2017.json"""
     num_classes: int | None = None
     """class numbers of the model; null: the largest category id and one more (COCO: 91)"""
-    on_bad_image: Literal["skip", "fail"] = "skip"
-    """an image that is absent or does not decode: skip it, counted and named, or stop"""
     on_bad_annotation: Literal["skip", "fail"] = "skip"
     """an annotation that cannot be right: skip it, counted and named, or stop"""
-    workers: int = 2
-    """processes that load images; 0: load in the main process"""
 
 
 @dataclass(kw_only=True)
@@ -55,13 +51,13 @@ class DetAugConfig:
     eval_size: int = 800
     """size of the shorter side of held-out images"""
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
-    """mean of each channel in [0, 1]"""
+    """mean of each channel in [0, 1]; ImageNet's, which the backbones were trained with"""
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     """standard deviation of each channel"""
 
 
 @dataclass(kw_only=True)
-class DetConfig:
+class DetConfig(ScriptConfig):
     """Train or evaluate DETR, with or without relative position encoding in its encoder."""
 
     enc_rpe2d: str | list[str | None] | None = None
@@ -73,6 +69,8 @@ class DetConfig:
     """folder that holds train2017, val2017 (folders or .zip) and annotations"""
     lr: float = 1e-4
     """learning rate of the transformer"""
+    table_lr: float | None = None
+    """learning rate of relative position tables, which begin at zero; null: lr"""
     lr_backbone: float = 1e-5
     """learning rate of the backbone; 0: frozen"""
     batch_size: int = 16
@@ -125,18 +123,8 @@ class DetConfig:
     """weight of the generalized IoU loss"""
     eos_coef: float = 0.1
     """weight of "no object" in the class loss"""
-    grad_accum_steps: int = 1
-    """forward passes that one step is split into"""
     eval_batch_size: int | None = None
     """images per forward pass of each process in evaluation; null: as in training"""
-    seed: int = 0
-    """seed of everything random"""
-    eval_only: bool = False
-    """evaluate the checkpoint and stop"""
-    checkpoint: str | None = None
-    """weights to start from, or to evaluate: .pth or .safetensors"""
-    resume: str | None = None
-    """go on with an interrupted run: its folder, or auto for the newest of this name"""
     pictures: int = 8
     """held-out images to draw with their predictions when a run ends"""
     data: DetDataConfig = field(default_factory=DetDataConfig)
@@ -144,5 +132,18 @@ class DetConfig:
     sched: SchedConfig = field(
         default_factory=lambda: SchedConfig(sched="step", warmup_epochs=0, min_lr=0.0)
     )
-    ema: EmaConfig = field(default_factory=EmaConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+
+    rules = (
+        Rule("coco_path data.train_images data.train_annotations data.val_images "
+             "data.val_annotations data.exif", "data.name: coco"),
+        Rule("data.root", "data.name: digits", "; COCO's folder is coco_path"),
+        Rule("coco_path", "data.train_images: null", ", or another of the four paths of data",
+             lambda c: not (c.data.train_images and c.data.train_annotations
+                            and c.data.val_images and c.data.val_annotations)),
+        Rule("rpe_backend table_lr", "enc_rpe2d not null"),
+        Rule("aug.crop_scales aug.crop_size", "aug.crop_prob above 0"),
+        Rule("lr_drop", "sched.sched: step"),
+        Rule("sched.decay_epochs", "lr_drop to be the same number", ": DETR's name for it",
+             lambda c: c.sched.decay_epochs == c.lr_drop),
+        *SCHEDULE_RULES,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Pictures of a detector: what it finds beside what is there, and precision against recall."""
+"""Pictures of a detector: detections beside objects, and precision against recall."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from torchvision.utils import draw_bounding_boxes
 
-from training.curves import EMA, GRID, HELD, INK, TRAIN
+from irpe.tools.pictures import figure
 from training.det.average_precision import PrecisionRecall
+from training.report import EMA, HELD, INK, TRAIN, style
 
-# Light ones, that colour-blind people tell apart: names are written on them in black.
+# Light colours that colour-blind people can distinguish: names are written on them in black.
 COLOURS = ("#77AADD", "#EE8866", "#EEDD88", "#FFAABB", "#99DDFF", "#44BB99", "#BBCC33", "#AAAA00")
 COLOURS += ("#DDDDDD", "#CC99FF")
-SIDE = 400  # pixels of the longer side of a picture in the sheet, at most
-INCHES = 2.7 / SIDE
-LINE = 2
+_INCHES = 2.7  # the longer side of an image in the sheet
+_TITLE = 0.35
+_LEAST = 0.5  # score of a detection that is drawn
 
 
 @dataclass
@@ -28,11 +27,10 @@ class Example:
     """One image with its objects and its detections.
 
     Attributes:
-        name: what to call it. image: ``[3, H, W]``, 0 to 1 (or uint8), without padding; see
-            :func:`unnormalized`.
-        truth: labels ``[T]`` and boxes ``[T, 4]``. found: scores, labels and boxes of Q
-            detections, as ``models.detr.detections`` gives them. Boxes are x0, y0, x1, y1 in
-            pixels of ``image``.
+        name: shown above the image.
+        image: ``[3, H, W]``, 0 to 1 or uint8, without padding.
+        truth: labels ``[T]`` and boxes ``[T, 4]``: x0, y0, x1, y1 in pixels of ``image``.
+        found: scores ``[Q]``, labels ``[Q]`` and boxes ``[Q, 4]``, of ``models.detr.detections``.
     """
 
     name: str
@@ -41,162 +39,85 @@ class Example:
     found: dict[str, Tensor]
 
 
-def unnormalized(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """``[C, H, W]`` as it was before its channels lost ``mean`` and were divided by ``std``."""
-    centre, spread = (torch.as_tensor(x, device=image.device)[:, None, None] for x in (mean, std))
-    return (image.float() * spread + centre).clamp(0, 1)
+def draw_detections(examples: Sequence[Example], path: Path, names: Mapping[int, str]) -> None:
+    """Draw a sheet of examples, objects at the left and detections at the right.
 
-
-def draw_detections(
-    examples: Sequence[Example],
-    path: Path,
-    names: Mapping[int, str],
-    threshold: float = 0.5,
-    title: str = "",
-) -> None:
-    """Draw a sheet of examples: objects at the left, detections at the right; none, no sheet.
-
-    Small images are enlarged by a whole number, large ones reduced.
+    Without examples nothing is drawn.
 
     Args:
-        names: of categories; a label that has none is shown as its number.
-        threshold: the least score of a detection that is drawn.
+        names: of categories; a label without a name is shown as its number.
     """
-    from matplotlib.figure import Figure
-
     if not examples:
         return
     columns = 1 if len(examples) < 3 else 2
-    rows = math.ceil(len(examples) / columns)
-    sides = [_sides(example.image) for example in examples]
-    # In inches; with room for a line of title above each picture.
-    width = 0.2 + INCHES * max(width for _, width in sides)
-    heights = [
-        0.35 + INCHES * max(height for height, _ in sides[start : start + columns])
-        for start in range(0, len(sides), columns)
-    ]
-    size = (2 * columns * width, sum(heights) + 0.4)
-    figure = Figure(figsize=size, layout="constrained", dpi=150)
-    grid = figure.subplots(rows, 2 * columns, squeeze=False, height_ratios=heights).reshape(-1, 2)
-    for axes in grid.ravel():
+    heights = [_TITLE + _INCHES * min(1, x.image.shape[-2] / x.image.shape[-1]) for x in examples]
+    heights = [max(heights[i : i + columns]) for i in range(0, len(heights), columns)]
+    made = figure(2 * columns * (_INCHES + 0.2), sum(heights) + 0.4)
+    grid = made.subplots(len(heights), 2 * columns, squeeze=False, height_ratios=heights)
+    for axes in grid.flat:
         axes.set_axis_off()
-    for (left, right), example, side in zip(grid, examples, sides, strict=False):
-        labels = example.truth["labels"].tolist()
-        texts = [names.get(label, str(label)) for label in labels]
-        _show(left, example.image, side, example.truth["boxes"], labels, texts)
-        _title(left, f"{example.name}: {_count(labels, 'object')}")
-        found = {key: value.detach().cpu() for key, value in example.found.items()}
-        kept = (found["scores"] >= threshold) & found["boxes"].isfinite().all(-1)
+    for example, (left, right) in zip(examples, grid.reshape(-1, 2), strict=False):
+        truth, found = (
+            {key: value.detach().cpu() for key, value in part.items()}
+            for part in (example.truth, example.found)
+        )
+        labels = truth["labels"].tolist()
+        _draw(left, example, truth["boxes"], labels, [names.get(n, str(n)) for n in labels])
+        small = {"fontsize": 7, "color": INK, "parse_math": False}
+        left.set_title(f"{example.name}: {_count(labels, 'object')}", **small)
+        kept = (found["scores"] >= _LEAST) & found["boxes"].isfinite().all(-1)
         kept = kept.nonzero()[:, 0]
-        kept = kept[found["scores"][kept].argsort()]  # the surest are drawn last, on top
-        labels = found["labels"][kept].tolist()
-        scores = found["scores"][kept].tolist()
+        kept = kept[found["scores"][kept].argsort()]  # the highest score is drawn last, on top
+        labels, scores = found["labels"][kept].tolist(), found["scores"][kept].tolist()
         texts = [f"{names.get(n, str(n))} {s:.2f}" for n, s in zip(labels, scores, strict=True)]
-        _show(right, example.image, side, found["boxes"][kept], labels, texts)
-        _title(right, f"{_count(labels, 'detection')} of score {threshold:g} or more")
-    if title:
-        figure.suptitle(title, fontsize=10, color=INK)
-    figure.savefig(path)
-
-
-def boxed(image: Tensor, boxes: Tensor, colours: Sequence[str], side: tuple[int, int]) -> Tensor:
-    """Resize ``image`` and draw ``boxes`` (in its own pixels) with a dark rim, that they show.
-
-    Returns:
-        uint8 ``[3, *side]``.
-    """
-    image = image.detach().cpu()
-    if not image.is_floating_point():
-        image = image.float() / 255
-    larger = side[0] >= 2 * image.shape[1]
-    drawn = torch.nn.functional.interpolate(
-        image.float().expand(3, -1, -1)[None],
-        size=side,
-        mode="nearest" if larger else "bilinear",
-        antialias=not larger,
-    )[0]
-    drawn = (drawn.clamp(0, 1) * 255).round().byte()
-    if len(boxes):
-        corners = _scaled(boxes, image, side)
-        # Of the last pixel inside; lines go inwards.
-        corners[:, 2:] = torch.maximum(corners[:, 2:] - 1, corners[:, :2])
-        rim = corners + torch.tensor([-1, -1, 1, 1])
-        drawn = draw_bounding_boxes(drawn, rim, colors="black", width=LINE + 2)
-        drawn = draw_bounding_boxes(drawn, corners, colors=list(colours), width=LINE)
-    return drawn
+        _draw(right, example, found["boxes"][kept], labels, texts)
+        right.set_title(f"{_count(labels, 'detection')} of score {_LEAST:g} or more", **small)
+    made.savefig(path)
 
 
 def draw_precision_recall(curves: PrecisionRecall, path: Path, title: str) -> None:
     """Draw precision against recall at IoU 0.5 and 0.75, and their mean over 0.5 to 0.95."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.5, 4.5), layout="constrained", dpi=150)
-    axes = figure.subplots()
-    styles = {
+    made = figure(5.5, 5.0)
+    axes = made.subplots()
+    lines = {
         "AP50": ("IoU 0.5", HELD, "-"),
         "AP75": ("IoU 0.75", EMA, "--"),
         "AP": ("mean over IoU 0.5 to 0.95", TRAIN, "-."),
     }
-    for name, (label, colour, style) in styles.items():
-        precision = curves.precision[name]
+    for name, (label, colour, line) in lines.items():
+        precision = curves[name]
         area = sum(precision) / len(precision)
         if math.isnan(area):
             axes.text(0.5, 0.5, "no objects: not defined", ha="center", color=INK)
             break
         # The precision at a recall holds back to the recall before.
-        axes.step(
-            curves.recall,
-            precision,
-            where="pre",
-            color=colour,
-            linestyle=style,
-            linewidth=1.8,
-            label=f"{label}: {name} {100 * area:.1f} %",
-        )
+        text = f"{label}: {name} {100 * area:.1f} %"
+        shape = {"color": colour, "linestyle": line, "linewidth": 1.8}
+        axes.step(curves["recall"], precision, where="pre", label=text, **shape)
     else:
-        axes.legend(frameon=False, loc="lower left", fontsize=9)
+        # Below the axes: a curve may pass through any part of them.
+        made.legend(frameon=False, loc="outside lower center", fontsize=9)
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.02))
-    axes.grid(color=GRID, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=INK)
-    figure.suptitle(title, fontsize=11, color=INK)
-    figure.savefig(path)
+    style(axes)
+    made.suptitle(title, fontsize=11, color=INK)
+    made.savefig(path)
 
 
-def _sides(image: Tensor) -> tuple[int, int]:
-    """Height and width at which an image is shown."""
-    height, width = image.shape[-2:]
-    factor = SIDE / max(height, width)
-    if factor >= 2:
-        factor = math.floor(factor)
-    return max(1, round(height * factor)), max(1, round(width * factor))
+def _draw(axes: Any, example: Example, boxes: Tensor, labels: list[int], texts: list[str]) -> None:
+    """Draw an image with boxes, their parts outside of the image cut off, and their texts."""
+    from matplotlib.patches import Rectangle
 
-
-def _scaled(boxes: Tensor, image: Tensor, side: tuple[int, int]) -> Tensor:
-    """Boxes of ``image`` in whole pixels of a picture of it, cut off at its rim."""
-    height, width = side
-    limits = torch.tensor([width, height, width, height])
-    factors = limits / torch.tensor([image.shape[2], image.shape[1]]).repeat(2)
-    corners = (boxes.detach().cpu().float() * factors).round().long()
-    return torch.minimum(corners.clamp(min=0), limits)
-
-
-def _show(
-    axes: Any,
-    image: Tensor,
-    side: tuple[int, int],
-    boxes: Tensor,
-    labels: list[int],
-    texts: list[str],
-) -> None:
-    colours = [COLOURS[label % len(COLOURS)] for label in labels]
-    axes.imshow(boxed(image, boxes, colours, side).permute(1, 2, 0).numpy())
-    height, width = side
-    if not len(boxes):
-        return
-    corners = _scaled(boxes, image, side)[:, :3].tolist()
-    for (x0, y0, x1), colour, text in zip(corners, colours, texts, strict=True):
-        # Above the box, or inside where there is no room; towards the middle of the picture.
+    image = example.image.detach().cpu().expand(3, -1, -1)
+    height, width = image.shape[1:]
+    axes.imshow(image.permute(1, 2, 0).numpy(), extent=(0, width, height, 0))
+    limits = boxes.new_tensor([width, height, width, height])
+    corners = boxes.clamp(min=0).minimum(limits).tolist()
+    for (x0, y0, x1, y1), label, text in zip(corners, labels, texts, strict=True):
+        colour = COLOURS[label % len(COLOURS)]
+        for edge, line in (("black", 2.4), (colour, 1.2)):  # a dark rim, visible on light images
+            box = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=edge, linewidth=line)
+            axes.add_patch(box)
+        # Above the box, or inside where there is no room; towards the middle of the image.
         above, left = y0 > 0.06 * height, x0 + x1 < width
         axes.annotate(
             text,
@@ -210,10 +131,6 @@ def _show(
             parse_math=False,
             bbox={"boxstyle": "square,pad=0.15", "facecolor": colour, "lw": 0.4},
         )
-
-
-def _title(axes: Any, text: str) -> None:
-    axes.set_title(text, fontsize=7, color=INK, parse_math=False)
 
 
 def _count(things: Sequence[Any], name: str) -> str:

@@ -12,13 +12,20 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from models.text import CausalLM, Kept, Memory
-from training.plan import Step
-from training.run import Task
-from training.text.options import ProtocolConfig
+from models.text import CausalLM, Kept, Memory, generate
+from training.data.digest import Digest, array_digest
+from training.lm.model import encoding_name
+from training.lm.options import LmConfig
+from training.report import LANGUAGE
+from training.run_directory import RunDirectory
+from training.seeding import derive
+from training.task import Step, Task, evaluating
 from training.text.protocols import Score, ScoringPlan, score
+from training.text.segments import IGNORE, TextBatch
 from training.text.staged import TextPlan
-from training.text.windows import IGNORE, TextBatch
+from training.text.tokens import Tokens
+
+PROMPT = 64  # tokens of held-out text before a sample
 
 
 @dataclass(frozen=True)
@@ -39,39 +46,32 @@ class Held:
     """A text to score models on, under several protocols.
 
     Args:
-        stream: its tokens. byte_counts: bytes of each token there is.
-        length: of a window, where a protocol does not say. batch_size: of windows, or stripes.
-        memory: of models that have one, in windows.
+        config: protocols, eval_batch_size and memory are read.
+        stream: tokens of the text. byte_counts: bytes of each token there is.
+        length: of a window, where a protocol does not say.
     """
 
     def __init__(
         self,
+        config: LmConfig,
         accelerator: Accelerator,
         stream: np.ndarray,
         byte_counts: np.ndarray,
-        protocols: Sequence[ProtocolConfig],
-        *,
         length: int,
-        batch_size: int,
-        memory: float = 1.0,
     ) -> None:
-        self.accelerator, self.byte_counts, self.memory = accelerator, byte_counts, memory
+        self.accelerator, self.byte_counts = accelerator, byte_counts
+        self.memory = config.memory or 1.0  # in windows
         shards = {"shard": accelerator.process_index, "shards": accelerator.num_processes}
-        self.plans = [
-            ScoringPlan(stream, protocol, length=length, batch_size=batch_size, **shards)
-            for protocol in protocols
-        ]
+        options = {"length": length, "batch_size": config.eval_batch_size, **shards}
+        self.plans = [ScoringPlan(stream, protocol, **options) for protocol in config.protocols]
 
-    @torch.no_grad()
     def score(self, model: CausalLM, plan: ScoringPlan) -> Score:
         """Score the text; each process reads its own part of it, and all get the sums."""
-        device, training = self.accelerator.device, model.training
+        device = self.accelerator.device
         memory = plan.length, tokens_of(self.memory, plan.length)
         reader = model.reader(*memory) if plan.memory else model.reader()
-        model.eval()
-        with self.accelerator.autocast():
+        with evaluating(model), self.accelerator.autocast():
             own = score(reader, plan, self.byte_counts, device)
-        model.train(training)
         sums = torch.tensor([own.nats, own.tokens, own.bytes], dtype=torch.float64, device=device)
         nats, tokens, size = self.accelerator.reduce(sums, "sum").tolist()
         return Score(plan.label, nats, int(tokens), int(size))
@@ -83,36 +83,48 @@ class Held:
 
 
 class Language(Task):
-    """The functions that :func:`training.run.train` asks of a task.
+    """Training and evaluation of a language model.
 
     Args:
-        plan: of all steps. stream: tokens to train on. held: what to evaluate on.
-        steps_per_epoch: of the loop. accumulate: passes of a step.
-        memory: what a model remembers from step to step, in windows; 0: nothing.
+        held: what to evaluate on. tokens: the code of the text.
+        plan: of all steps, None to evaluate only.
+        streams: tokens to train on, unless it is only evaluated, and held-out ones.
     """
+
+    best, unit, panels = "bits_per_byte", "tokens", LANGUAGE
+    line = (
+        "train loss {train_loss:.3f}",
+        "held out {bits_per_byte:.4f} bits per byte ({protocol})",
+        "averaged weights {ema_bits_per_byte:.4f}",
+    )
+    result = "held-out {bits_per_byte:.4f} bits per byte ({protocol}, {tokens:,} tokens)"
 
     def __init__(
         self,
+        config: LmConfig,
         accelerator: Accelerator,
-        plan: TextPlan,
-        stream: np.ndarray,
+        model: CausalLM,
         held: Held,
-        *,
-        steps_per_epoch: int,
-        accumulate: int = 1,
-        memory: float = 0.0,
+        tokens: Tokens,
+        plan: TextPlan | None,
+        streams: Sequence[np.ndarray],
     ) -> None:
-        self.accelerator, self.plan, self.stream, self.held = accelerator, plan, stream, held
-        self.steps_per_epoch, self.accumulate, self.memory = steps_per_epoch, accumulate, memory
-        self.states: list[Memory | None] = [None] * accumulate
+        spec = encoding_name(config)
+        about = {"model": "lm", "encoding": spec}
+        super().__init__(config, accelerator, model, f"lm-{spec}-seed{config.seed}", about)
+        self.held, self.tokens, self.plan, self.streams = held, tokens, plan, streams
+        self.steps, self.accumulate = config.steps_per_epoch, config.grad_accum_steps
+        self.memory = config.memory
+        self.note = f"{len(streams[0]):,} tokens to train on, {len(streams[-1]):,} held out"
+        self.states: list[Memory | None] = [None] * self.accumulate
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Part]:
         """Yield this process's parts of the steps of an epoch, without the first ``skip``."""
-        first, shards = epoch * self.steps_per_epoch, self.accelerator.num_processes
-        for at in range(skip, self.steps_per_epoch * self.accumulate):
+        first, shards = epoch * self.steps, self.accelerator.num_processes
+        for at in range(skip, self.steps * self.accumulate):
             step, number = divmod(at, self.accumulate)
             shard = self.accelerator.process_index * self.accumulate + number
-            batch = self.plan.batch(self.stream, first + step, shard, shards * self.accumulate)
+            batch = self.plan.batch(self.streams[0], first + step, shard, shards * self.accumulate)
             count = int((batch.labels != IGNORE).sum())
             yield Part(number, batch.to(self.accelerator.device), count)
 
@@ -135,8 +147,55 @@ class Language(Task):
         return Step(loss, batch.count, units=text.input_ids.numel())
 
     def evaluate(self, models: list[nn.Module]) -> list[dict[str, Any]]:
-        """Return the figures of each model, held out, under the first protocol."""
-        return [self.held.figures(model, self.held.plans[0]) for model in models]  # type: ignore[arg-type]
+        """Return the held-out results of each model under the first protocol."""
+        return [self.held.figures(model, self.held.plans[0]) for model in models]
+
+    def report(self) -> list[dict[str, Any]]:
+        """Score the model under every protocol; print and return the results."""
+        return self._scores(self.model)
+
+    def digest(self) -> Digest:
+        return array_digest(train_tokens=self.streams[:1], held_out_tokens=self.streams[1:])
+
+    def finish(self, directory: RunDirectory | None, model: nn.Module) -> None:
+        scores = self._scores(model)
+        if directory is None:
+            return
+        directory.write_json("scores.json", scores)
+        if self.config.sample:
+            text = self._sample(model)
+            directory.write_text("sample.txt", text + "\n")
+            print(f"a sample, after {PROMPT} tokens of held-out text:\n{text}\n")
+
+    def _scores(self, model: nn.Module) -> list[dict[str, Any]]:
+        scores = [self.held.score(model, plan) for plan in self.held.plans]
+        width = max(len(score.protocol) for score in scores)
+        for found in scores if self.accelerator.is_main_process else ():
+            print(
+                f"{found.protocol:{width}}  {found.bits_per_byte:.4f} bits per byte, "
+                f"perplexity {found.perplexity:.2f} ({found.tokens:,} tokens)"
+            )
+        return [found.record() for found in scores]
+
+    def _sample(self, model: CausalLM) -> str:
+        """Return the beginning of the held-out text and the model's continuation."""
+        config, length = self.config, self.config.stages[-1].length
+        prompt = self.streams[-1][: min(PROMPT, length // 2 or 1)].astype(np.int64)
+        state, count = None, config.sample
+        if config.memory:
+            state = model.memory(length, tokens_of(config.memory, length))
+        else:
+            count = min(count, length - len(prompt))
+        with evaluating(model), self.accelerator.autocast():
+            ids = generate(
+                model,
+                torch.from_numpy(prompt)[None].to(self.accelerator.device),
+                count,
+                temperature=config.temperature,
+                state=state,
+                generator=torch.Generator().manual_seed(derive(config.seed, "sample")),
+            )
+        return self.tokens.decode([*prompt.tolist(), *ids[0].tolist()])
 
     def carried(self) -> Any:
         """Return what layers remember of the rows of all processes, in the plan's order."""
@@ -148,7 +207,7 @@ class Language(Task):
             "layers": [self._gathered(at) for at in range(len(first.layers))],
             "positions": first.positions.cpu(),
             "block": first.block,
-            "anew": first.anew,
+            "renumber": first.renumber,
         }
 
     def restore(self, carried: Any) -> None:
@@ -167,14 +226,14 @@ class Language(Task):
                 carried["positions"].to(device),
                 block=carried["block"],
                 size=tokens_of(self.memory, carried["block"]),
-                anew=carried["anew"],
+                renumber=carried["renumber"],
             )
 
     def skipped(self) -> None:
-        """What was remembered in a step that was left out is not a number; begin anew."""
+        """Drop the memory: after a step that was left out it is not a number."""
         self.states = [None] * self.accumulate
 
     def _gathered(self, layer: int) -> Tensor:
         """What a layer remembers, in the order of (process, part, row): that of the plan."""
-        own = torch.stack([state.layers[layer].inputs for state in self.states])  # type: ignore
+        own = torch.stack([state.layers[layer].inputs for state in self.states])
         return self.accelerator.gather(own).flatten(0, 1).cpu()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import irpe
-from irpe.tools.weights import read_weights
+from irpe.files.read import read_weights
 from models.text import (
     Bert,
     Body,
@@ -21,25 +21,22 @@ from models.text import (
     released_options,
     released_weights,
 )
-from training.errors import UserError
+from training.distributed import recompute
+from training.errors import UserError, one_line
 from training.lm.options import LmConfig
-from training.recompute import recompute
 from training.seeding import derive
-from training.weights import apply_weights
-
-OPTIONS = "model, encoding, attach and data"
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+from training.weights import identity, start_from
 
 
 def specs(config: LmConfig) -> list[irpe.Spec]:
     """Return the encodings that a config asks for; raise ``irpe.IrpeError`` for unknown ones."""
-    given = config.encoding if isinstance(config.encoding, list) else [config.encoding]
-    return [irpe.parse(text) for text in [*given, config.attach] if text is not None]
+    given = (text for text in (config.encoding, config.attach) if text is not None)
+    return [part for text in given for part in irpe.parse(text).parts]
 
 
 def encoding_name(config: LmConfig) -> str:
     """Say which encodings a config asks for, as in a run's name."""
-    return "+".join(map(str, specs(config))) or "none"
+    return " + ".join(map(str, specs(config))) or "none"
 
 
 def build_language_model(config: LmConfig, vocab_size: int) -> CausalLM:
@@ -50,10 +47,10 @@ def build_language_model(config: LmConfig, vocab_size: int) -> CausalLM:
     )
 
 
-def build_classifier(config: LmConfig, num_classes: int) -> Classifier:
+def build_classifier(config: LmConfig, classes: Sequence[str]) -> Classifier:
     """Create a classifier of bytes and load ``config.checkpoint`` into it."""
     body = {**_sizes(config), "encoding": config.encoding}
-    return _built(config, lambda: Classifier(Body(256, **body), num_classes))
+    return _built(config, lambda: Classifier(Body(256, **body), len(classes)), identity(classes))
 
 
 def build_span_finder(config: LmConfig, vocab_size: int) -> SpanFinder:
@@ -73,15 +70,18 @@ def build_span_finder(config: LmConfig, vocab_size: int) -> SpanFinder:
             f"model.pretrained: the vocabulary in {str(folder)!r} has {vocab_size} tokens, but the "
             f"model {options['vocab_size']}"
         )
-    path = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
-    if path is None:
-        raise UserError(f"model.pretrained: {str(folder)!r} holds none of {', '.join(_WEIGHTS)}")
 
     def released() -> SpanFinder:
         model = SpanFinder(Bert(**options, backend=config.backend))
-        weights = released_weights(read_weights(path), options["encoding"])
+        weights = released_weights(read_weights(folder), options["encoding"])
         head = {f"head.{name}": value for name, value in model.head.state_dict().items()}
-        apply_weights(model, {**head, **weights}, path, "the config.json beside it")
+        try:
+            model.load_state_dict({**head, **weights})
+        except RuntimeError as error:
+            raise UserError(
+                f"model.pretrained: the weights in {str(folder)!r} do not fit its config.json: "
+                f"{one_line(error):.300}"
+            ) from error
         return model
 
     return _built(config, released)
@@ -99,31 +99,25 @@ def released_config(folder: Path) -> dict[str, Any]:
 
 def _sizes(config: LmConfig) -> dict[str, Any]:
     model = config.model
-    for name in ("dim", "depth", "num_heads"):
-        if getattr(model, name) < 1:
-            raise UserError(f"model.{name}: {getattr(model, name)} is not at least 1")
-    for name in ("drop", "attn_drop", "act_drop"):
-        if not 0 <= getattr(model, name) < 1:
-            raise UserError(f"model.{name}: {getattr(model, name)} is not in [0, 1)")
     names = ("dim", "depth", "num_heads", "mlp_ratio", "drop", "attn_drop", "act_drop")
     return {**{name: getattr(model, name) for name in names}, "backend": config.backend}
 
 
-def _built(config: LmConfig, make: Callable[[], Any]) -> Any:
+def _built(config: LmConfig, make: Callable[[], Any], classes: dict[str, str] | None = None) -> Any:
     """Make a model with its own seed, put the further encoding on, and load the checkpoint.
 
     A checkpoint may be from before the encoding was attached: that then stays as it starts.
     """
     torch.manual_seed(derive(config.seed, "model"))
     model: nn.Module = make()
-    before = set(model.state_dict())
     if config.attach is not None:
-        model.body.attach(config.attach)  # type: ignore[operator, union-attr]
+        model.body.attach(config.attach)
     if config.checkpoint is not None:
-        weights = read_weights(config.checkpoint)
-        own: dict[str, Tensor] = model.state_dict()
-        added = {name: own[name] for name in own if name not in before | set(weights)}
-        apply_weights(model, {**weights, **added}, config.checkpoint, OPTIONS)
+        heads, by_name = (model.head,) if classes else (), None
+        if classes is None:
+            by_name = ["tables"] if config.attach is not None else []
+        more = {"training": not config.eval_only, "by_name": by_name}
+        start_from(model, config.checkpoint, classes or {}, heads, **more)
     if config.model.grad_checkpointing:
-        recompute(model.body.blocks)  # type: ignore[arg-type, union-attr]
+        recompute(model.body.blocks)
     return model

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from training.options import EmaConfig, OptimConfig, RunConfig, SchedConfig
+from training.options import (
+    OPTIM_RULES,
+    SCHEDULE_RULES,
+    OptimConfig,
+    Rule,
+    SchedConfig,
+    ScriptConfig,
+)
 from training.text.options import (
     ExcerptConfig,
     ProtocolConfig,
@@ -44,16 +51,16 @@ class LmModelConfig:
 
 
 @dataclass(kw_only=True)
-class LmConfig:
+class LmConfig(ScriptConfig):
     """Train or evaluate a model of text, with any position encoding."""
 
     # Tuples and not lists, of which jsonargparse would mix a later one with an earlier one.
     task: Literal["language", "excerpts", "questions"] = "language"
     """language: predict the next token; excerpts: say which package a text is from; questions:
     find the span of a text that answers"""
-    encoding: str | list[str] | None = "rope"
+    encoding: str | None = "rope"
     """position encoding, such as rope, alibi, t5, shaw,clip=64, huang4,clip=64, sinusoidal,
-    learned,length=512 or pia; a list: several; null: none"""
+    learned,length=512 or pia; several as a sum, such as sinusoidal + t5; null: none"""
     attach: str | None = None
     """a further encoding, put on a model that was trained without it (checkpoint): shaw, huang1 to
     huang4 and t5 change nothing until they are trained"""
@@ -86,21 +93,11 @@ class LmConfig:
     batch_size: int = 32
     """excerpts, questions: texts per optimiser step, over all processes and accumulated batches
     together"""
-    grad_accum_steps: int = 1
-    """forward passes that one step is split into"""
     eval_batch_size: int = 32
     """windows, or texts, per forward pass of each process in evaluation; with a memory, the
     stripes that the text is cut into"""
     split: Literal["validation", "test"] = "validation"
     """language, excerpts: what to evaluate on"""
-    seed: int = 0
-    """seed of everything random"""
-    eval_only: bool = False
-    """evaluate the checkpoint and stop"""
-    checkpoint: str | None = None
-    """weights to start from, or to evaluate: .pth or .safetensors"""
-    resume: str | None = None
-    """go on with an interrupted run: its folder, or auto for the newest of this name"""
     data: TextConfig = field(default_factory=TextConfig)
     excerpts: ExcerptConfig = field(default_factory=ExcerptConfig)
     questions: QuestionConfig = field(default_factory=QuestionConfig)
@@ -109,5 +106,30 @@ class LmConfig:
         default_factory=lambda: OptimConfig(lr=2e-3, weight_decay=0.1, clip_grad=1.0)
     )
     sched: SchedConfig = field(default_factory=lambda: SchedConfig(warmup_epochs=1))
-    ema: EmaConfig = field(default_factory=EmaConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+
+    rules = (
+        Rule("data.root data.val_root data.test_root data.extensions", "data.name: files", "",
+             lambda c: c.data.name != "stdlib" and c.data.name[:5] != "hfds/"),
+        Rule("data.train_split data.val_split data.test_split data.column data.kwargs",
+             "data.name not stdlib or files", ", but hfds/NAME"),
+        Rule("data.vocab_size data.tokenizer", "data.tokens: bpe"),
+        Rule("data.vocab_size", "data.tokenizer: null"),
+        Rule("backend", "encoding not null", "", lambda c: c.encoding or c.attach),
+        Rule("steps_per_epoch budget stages order memory segments protocols eval_tokens sample "
+             "temperature model.tied", "task: language"),
+        Rule("batch_size", "task: excerpts or questions",
+             "; budget is the size of a step of task: language"),
+        Rule("excerpts", "task: excerpts"),
+        Rule("questions model.pretrained", "task: questions"),
+        Rule("questions.root questions.val_root", "questions.name: files", "",
+             lambda c: c.questions.name != "stdlib" and c.questions.name[:5] != "hfds/"),
+        Rule("questions.train_split questions.val_split questions.kwargs",
+             "questions.name not stdlib or files", ", but hfds/NAME"),
+        Rule("questions.context", "questions.name: stdlib"),
+        Rule("memory", "order: stripes", ", as shuffled windows do not continue one another"),
+        Rule("temperature", "sample above 0"),
+        Rule("segments.long_length segments.alpha segments.placement segments.content "
+             "segments.prefix", "segments.method not none"),
+        *SCHEDULE_RULES,
+        *OPTIM_RULES,
+    )  # fmt: skip

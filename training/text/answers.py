@@ -13,82 +13,58 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from training.data.loaders import Movable
 from training.errors import UserError
 from training.text.options import QuestionConfig
 from training.text.questions import Question
-from training.text.tokens import ByteTokens, PairTokens
+from training.text.tokens import ByteTokens, tokenizers_package, uncut
 
 
-class Marked(Protocol):
-    """A code that tells where in a text each token stands, with three marks of its own.
+class Marked:
+    """A code that says where in a text each token is, with three marks of its own.
 
-    ``encode`` returns tokens [n] and the characters [n, 2] that each begins and ends with.
+    Args:
+        tokenizer: of the ``tokenizers`` package; None: bytes. Marks that it lacks, as bytes do, are
+            put behind its vocabulary.
     """
 
-    vocab_size: int
-    begin: int
-    between: int
-    padding: int
-
-    def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]: ...
-
-
-class MarkedBytes:
-    """Bytes, and three marks behind them."""
-
-    vocab_size, begin, between, padding = 259, 256, 257, 258
+    def __init__(self, tokenizer: Any = None) -> None:
+        self.tokenizer, size, found = tokenizer, 256, [None]
+        if tokenizer is not None:
+            found = [tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]", "[PAD]")]
+            size = max(tokenizer.get_vocab().values()) + 1
+        marks = [size, size + 1, size + 2] if None in found else found
+        self.begin, self.between, self.padding = marks
+        self.vocab_size = max(size, max(marks) + 1)
 
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        ids = ByteTokens().encode(text).astype(np.int64)
-        # The first byte of a character is not 10xxxxxx.
-        number = np.cumsum((ids & 0xC0) != 0x80) - 1
-        return ids, np.stack([number, number + 1], 1)
-
-
-class MarkedPieces:
-    """A code of the ``tokenizers`` package, with marks of its own or three more behind it."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        names = ("[CLS]", "[SEP]", "[PAD]")
-        found = [tokenizer.token_to_id(name) for name in names]
-        size = max(tokenizer.get_vocab().values()) + 1
-        if None in found:
-            found = [size, size + 1, size + 2]
-        self.begin, self.between, self.padding = found
-        self.vocab_size = max(size, *(number + 1 for number in found))
-
-    def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return tokens [n] and the characters [n, 2] that each begins and ends with."""
+        if self.tokenizer is None:
+            ids = ByteTokens().encode(text).astype(np.int64)
+            # The first byte of a character is not 10xxxxxx.
+            number = np.cumsum((ids & 0xC0) != 0x80) - 1
+            return ids, np.stack([number, number + 1], 1)
         encoded = self.tokenizer.encode(text, add_special_tokens=False)
         ids = np.array(encoded.ids, dtype=np.int64)
         return ids, np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2)
 
 
-def mark(tokens: ByteTokens | PairTokens) -> Marked:
-    """Return a code of ours with marks."""
-    return MarkedBytes() if isinstance(tokens, ByteTokens) else MarkedPieces(tokens.tokenizer)
-
-
-def read_released(folder: Path) -> MarkedPieces:
+def read_released(folder: Path) -> Marked:
     """Read the vocabulary beside a released BERT: tokenizer.json, or vocab.txt (uncased)."""
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise UserError(
-            "model.pretrained needs the tokenizers package: pip install tokenizers"
-        ) from error
+    tokenizers = tokenizers_package("model.pretrained")
     whole, words = folder / "tokenizer.json", folder / "vocab.txt"
     try:
         if whole.is_file():
-            return MarkedPieces(tokenizers.Tokenizer.from_file(str(whole)))
+            return Marked(uncut(tokenizers.Tokenizer.from_file(str(whole))))
         if words.is_file():
-            return MarkedPieces(tokenizers.BertWordPieceTokenizer(str(words)))
+            return Marked(uncut(tokenizers.BertWordPieceTokenizer(str(words))))
     except Exception as error:  # tokenizers raises plain Exception
         raise UserError(
             f"model.pretrained: cannot read the vocabulary in {str(folder)!r}: {error}"
@@ -122,8 +98,6 @@ def make_readings(
 
     Raises :class:`UserError` for a length that leaves no room, or a stride that skips tokens.
     """
-    if config.longest_question < 1 or config.longest_answer < 1:
-        raise UserError("questions.longest_question and longest_answer are at least 1")
     room = config.length - config.longest_question - 3
     if not 1 <= config.stride <= room:
         raise UserError(
@@ -172,33 +146,31 @@ def _answer(question: Question, spans: np.ndarray) -> tuple[int | None, int | No
 
 
 @dataclass
-class ReadingBatch:
+class ReadingBatch(Movable):
     """B readings, padded: all [B, L], but ``start`` and ``end`` [B]."""
 
-    readings: Sequence[Reading]
+    readings: tuple[Reading, ...]
     tokens: Tensor
     types: Tensor
     seen: Tensor
     start: Tensor
     end: Tensor
 
-    def to(self, device: torch.device) -> ReadingBatch:
-        parts = (self.tokens, self.types, self.seen, self.start, self.end)
-        return ReadingBatch(self.readings, *(part.to(device, non_blocking=True) for part in parts))
-
 
 def pad(readings: Sequence[Reading], padding: int) -> ReadingBatch:
     """Put readings into one batch, as long as the longest."""
-    shape = len(readings), max(len(reading.tokens) for reading in readings)
-    tokens, types = np.full(shape, padding, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    seen = np.zeros(shape, dtype=bool)
-    for row, reading in enumerate(readings):
-        size = len(reading.tokens)
-        tokens[row, :size], types[row, :size], seen[row, :size] = reading.tokens, reading.types, 1
-    ends = ([reading.start for reading in readings], [reading.end for reading in readings])
-    return ReadingBatch(
-        readings, *map(torch.from_numpy, (tokens, types, seen)), *map(torch.tensor, ends)
+
+    def rows(arrays: Iterable[np.ndarray], value: int) -> Tensor:
+        parts = [torch.from_numpy(array.astype(np.int64)) for array in arrays]
+        return pad_sequence(parts, batch_first=True, padding_value=value)
+
+    tokens, types = (
+        rows((r.tokens for r in readings), padding),
+        rows((r.types for r in readings), 0),
     )
+    seen = rows((np.ones_like(r.tokens) for r in readings), 0).bool()
+    ends = ([reading.start for reading in readings], [reading.end for reading in readings])
+    return ReadingBatch(tuple(readings), tokens, types, seen, *map(torch.tensor, ends))
 
 
 @dataclass(frozen=True)
@@ -215,9 +187,8 @@ def best_spans(start: Tensor, end: Tensor, batch: ReadingBatch, longest: int) ->
 
     Its score is that of its two ends, less that of the first mark, which stands for no answer.
     """
-    inside = torch.zeros_like(batch.seen)
-    for row, reading in enumerate(batch.readings):
-        inside[row, : len(reading.spans)] = torch.from_numpy(reading.spans[:, 0] >= 0)
+    places = [torch.from_numpy(reading.spans[:, 0] >= 0) for reading in batch.readings]
+    inside = pad_sequence(places, batch_first=True)
     none = (start[:, 0] + end[:, 0]).double()
     start, end = (x.double().masked_fill(~inside.to(x.device), -torch.inf) for x in (start, end))
     size = min(longest, start.shape[1])

@@ -16,9 +16,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from training.errors import UserError
-from training.text.hub import PREFIX, load_rows
 from training.text.options import TextConfig
 
+PREFIX = "hfds/"
+# What datasets raises for names, splits and files that do not exist, and without a connection.
+_ERRORS = (ImportError, OSError, RuntimeError, ValueError, TypeError, KeyError)
 SPLITS = ("train", "validation", "test")
 # Where a split ends: eight tenths are for training.
 _ENDS = {"train": 0.8, "validation": 0.9, "test": 1.0}
@@ -52,8 +54,6 @@ def open_corpus(config: TextConfig, split: str) -> Iterable[Document]:
     They can be iterated over many times. Raises :class:`UserError` for an unknown name, a missing
     path, a file that is empty or not UTF-8 text, a split without documents.
     """
-    if split not in SPLITS:
-        raise UserError(f"unknown split {split!r}; valid: {', '.join(SPLITS)}")
     if config.name.startswith(PREFIX):
         names = (config.train_split, config.val_split, config.test_split)
         own_name = names[SPLITS.index(split)]
@@ -65,20 +65,31 @@ def open_corpus(config: TextConfig, split: str) -> Iterable[Document]:
         raise UserError(
             f"data.name: unknown text {config.name!r}; valid: stdlib, files, {PREFIX}NAME"
         )
-    held_out = {"validation": config.val_root, "test": config.test_root}
-    own, key = held_out.get(split), {"validation": "val_root", "test": "test_root"}.get(split)
-    if own is not None:
+    key = {"validation": "val_root", "test": "test_root"}.get(split, "root")
+    if key != "root" and (own := getattr(config, key)) is not None:
         return read_files(Path(own), config.extensions, f"data.{key}")
     if config.root is None:
         raise UserError("data.root is not set, and data.name: files needs it")
     documents = read_files(Path(config.root), config.extensions, "data.root")
-    if any(held_out.values()):
+    if config.val_root or config.test_root:
         if split != "train":
             raise UserError(f"data.{key} is not set, and data.root is all for training")
         return documents
     if Path(config.root).is_file():
         return _cut(documents[0], split)
     return _split(documents, split, f"data.root: {config.root!r}")
+
+
+def digest(documents: Iterable[Document]) -> str:
+    """Return a digest of the names and the content of documents."""
+    if isinstance(documents, _Rows) and documents.fingerprint is not None:
+        return documents.fingerprint
+    found = hashlib.blake2b(digest_size=16)
+    for document in documents:
+        for part in (document.name, document.text):
+            content = part.encode("utf-8", "surrogateescape")
+            found.update(len(content).to_bytes(8, "little") + content)
+    return found.hexdigest()
 
 
 def standard_library() -> list[Document]:
@@ -201,6 +212,12 @@ class _Rows:
     def __init__(self, rows: Any, column: str) -> None:
         self.rows, self.column = rows, column
 
+    @property
+    def fingerprint(self) -> str | None:
+        """The data set's own digest of its content, if it has one."""
+        own = getattr(self.rows, "_fingerprint", None)
+        return None if own is None else f"{own} {self.column}"
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -210,3 +227,28 @@ class _Rows:
             if not isinstance(text, str):
                 raise UserError(f"data.column: {self.column!r} holds {text!r:.60} in row {number}")
             yield Document(f"row {number}", text)
+
+
+def load_rows(name: str, split: str, columns: tuple[str, ...], kwargs: dict[str, Any]) -> Any:
+    """Return a split of the data set ``name`` (without the prefix), whose rows are dicts.
+
+    Raises :class:`UserError` where ``datasets`` is not installed, the data set cannot be opened,
+    or a column is missing.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise UserError(
+            f"data.name: {PREFIX}{name} needs the datasets package: pip install datasets"
+        ) from error
+    try:
+        rows = load_dataset(name, split=split, **kwargs)
+    except _ERRORS as error:
+        raise UserError(f"cannot open data set {name!r}, split {split!r}: {error}") from error
+    missing = [column for column in columns if column not in rows.column_names]
+    if missing:
+        raise UserError(
+            f"data set {name!r} has no column {', '.join(missing)}; "
+            f"it has {', '.join(rows.column_names)}"
+        )
+    return rows

@@ -7,29 +7,36 @@ from typing import Any, Literal
 
 
 @dataclass(kw_only=True)
-class TextConfig:
-    """The text: the embedded standard library of Python, files, or a Hugging Face data set."""
+class SourceConfig:
+    """The embedded standard library of Python, files, or a Hugging Face data set."""
 
     name: str = "stdlib"
     """stdlib (embedded), files (those of root), hfds/NAME (Hugging Face data set)"""
     root: str | None = None
-    """text file, or folder that is searched through; a tenth each is held out and for testing"""
+    """text file, or folder that is searched through; a tenth each is held out and for testing.
+    questions: SQuAD's JSON file"""
     val_root: str | None = None
     """file or folder to evaluate on; root then is not split"""
-    test_root: str | None = None
-    """file or folder to test on; root then is not split"""
-    extensions: list[str] | None = None
-    """ends of the names of a folder's files to read, such as [.txt, .md]; null: all files"""
     train_split: str = "train"
     """split of a Hugging Face data set to train on"""
     val_split: str = "validation"
     """split of a Hugging Face data set to evaluate on"""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """further keyword arguments of datasets.load_dataset, such as {name: wikitext-103-raw-v1}"""
+
+
+@dataclass(kw_only=True)
+class TextConfig(SourceConfig):
+    """The text."""
+
+    test_root: str | None = None
+    """file or folder to test on; root then is not split"""
+    extensions: list[str] | None = None
+    """ends of the names of a folder's files to read, such as [.txt, .md]; null: all files"""
     test_split: str = "test"
     """split of a Hugging Face data set to test on"""
     column: str = "text"
     """column of a Hugging Face data set that holds the text"""
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    """further keyword arguments of datasets.load_dataset, such as {name: wikitext-103-raw-v1}"""
     separator: str = "\n\n"
     """text between two documents"""
     tokens: Literal["bytes", "bpe"] = "bytes"
@@ -40,7 +47,7 @@ class TextConfig:
     """tokenizer.json of a byte-level encoding to use instead of a new one"""
     folder: str | None = None
     """folder of this text where byte pairs and tokens are kept for other runs; null: they are
-    made anew, and the tokens held in memory"""
+    made for this run, in memory"""
 
 
 @dataclass(kw_only=True)
@@ -75,7 +82,7 @@ class SegmentConfig:
 
 @dataclass(kw_only=True)
 class ProtocolConfig:
-    """How a text is scored; figures of different protocols do not compare."""
+    """How a text is scored; results of different protocols cannot be compared."""
 
     kind: Literal["nonoverlapping", "sliding", "token"] = "nonoverlapping"
     """disjoint windows, a window that slides by stride, or one that slides by a token"""
@@ -100,21 +107,9 @@ class ExcerptConfig:
 
 
 @dataclass(kw_only=True)
-class QuestionConfig:
+class QuestionConfig(SourceConfig):
     """Questions whose answer is a span of their context, as in SQuAD."""
 
-    name: str = "stdlib"
-    """stdlib (made from the embedded text), files (those of root), hfds/NAME such as hfds/squad"""
-    root: str | None = None
-    """SQuAD JSON file to train on"""
-    val_root: str | None = None
-    """SQuAD JSON file to evaluate on"""
-    train_split: str = "train"
-    """split of a Hugging Face data set to train on"""
-    val_split: str = "validation"
-    """split of a Hugging Face data set to evaluate on"""
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    """further keyword arguments of datasets.load_dataset"""
     context: int = 512
     """characters of a context made from the embedded text, at most"""
     length: int = 640

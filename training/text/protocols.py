@@ -1,4 +1,4 @@
-"""Scoring a text under a stated protocol: the figures of two protocols do not compare.
+"""Scoring a text under a protocol; results of two protocols cannot be compared.
 
 A token's loss depends on how much of the text before it the model may see. Disjoint windows show
 the first tokens of each very little; a window that slides by a stride shows every token nearly a
@@ -23,10 +23,10 @@ from torch import Tensor
 
 from training.errors import UserError
 from training.text.options import ProtocolConfig
-from training.text.windows import IGNORE
+from training.text.segments import IGNORE
 
 # (state, tokens [B, n], positions [B, n]) -> (logits or log-probabilities [B, n, V], state).
-# The state is None where the rows begin anew; else what the call before returned for these rows.
+# The state is None where the rows begin; else what the call before returned for these rows.
 Model = Callable[[Any, Tensor, Tensor], tuple[Tensor, Any]]
 
 
@@ -66,18 +66,13 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """Per token: figures of different vocabularies do not compare."""
+        """Per token: results of different vocabularies cannot be compared."""
         return math.exp(min(self.nats_per_token, 700.0))
 
     def record(self) -> dict[str, Any]:
-        """Return the figures for a log, the protocol among them."""
-        return {
-            "protocol": self.protocol,
-            "nats_per_token": self.nats_per_token,
-            "bits_per_byte": self.bits_per_byte,
-            "perplexity": self.perplexity,
-            "tokens": self.tokens,
-        }
+        """Return the results for a log, with the protocol."""
+        names = ("protocol", "nats_per_token", "bits_per_byte", "perplexity", "tokens")
+        return {name: getattr(self, name) for name in names}
 
 
 class ScoringPlan:

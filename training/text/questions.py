@@ -7,6 +7,7 @@ Each question is a dict as Hugging Face's ``squad`` has it: id, title, context, 
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import re
 import warnings
@@ -16,8 +17,7 @@ from typing import Any
 
 from training.errors import UserError
 from training.seeding import derive
-from training.text.corpus import Document, open_corpus
-from training.text.hub import PREFIX, load_rows
+from training.text.corpus import PREFIX, Document, load_rows, open_corpus
 from training.text.options import QuestionConfig, TextConfig
 
 Question = dict[str, Any]
@@ -34,8 +34,6 @@ def open_questions(config: QuestionConfig, split: str) -> Iterable[Question]:
     Raises :class:`UserError` for an unknown name, a missing file or split, or a file that is not
     SQuAD's.
     """
-    if split not in ("train", "validation"):
-        raise UserError(f"unknown split {split!r} of questions; valid: train, validation")
     training = split == "train"
     if config.name.startswith(PREFIX):
         own_name = config.train_split if training else config.val_split
@@ -202,9 +200,7 @@ class _Lines:
         self.text = text
         # Not splitlines: Python ends a line of source only here, form feeds are white space.
         self.lines = text.split("\n")
-        self.starts = [0]
-        for line in self.lines:
-            self.starts.append(self.starts[-1] + len(line) + 1)
+        self.starts = [0, *itertools.accumulate(len(line) + 1 for line in self.lines)]
 
     def place(self, line: int, byte: int) -> int:
         before = self.lines[line - 1].encode("utf-8")[:byte]

@@ -1,6 +1,7 @@
-"""Windows made of segments of a longer text whose tokens keep their positions.
+"""Windows of a stream of tokens, plain or made of segments that keep their positions.
 
-So a model that attends to a window of Lt tokens meets distances up to Le - 1, at the cost of Lt.
+With segments a model that attends to a window of Lt tokens sees distances up to Le - 1, at the cost
+of Lt.
 Sources: Karypis, McAuley, Karypis, Extending Input Contexts of Language Models through Training on
 Segmented Sequences, NAACL Findings 2024, arXiv 2310.14633 (chunk, prefix); Ruoss et al., Randomized
 Positional Encodings, ACL 2023 (randompos); Zhu et al., PoSE, ICLR 2024 (content: skip).
@@ -12,10 +13,65 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from training.data.loaders import Movable
 from training.errors import UserError
 from training.text.options import SegmentConfig
-from training.text.windows import IGNORE, TextBatch, make_batch
+
+# The label of a position that has no loss, as in torch's cross entropy.
+IGNORE = -100
+
+
+@dataclass
+class TextBatch(Movable):
+    """B windows of L tokens, each tensor [B, L] int64.
+
+    Attributes:
+        position_ids: where each token stands in its text, strictly increasing along a row.
+        labels: the true next token of each token, already shifted: a model must not shift them
+            again. ``IGNORE`` where there is no loss.
+        segment_ids: number of the segment that a token belongs to, counted along the row.
+        reset: a model that keeps a memory from batch to batch must forget it before this one.
+            Where False, row b continues row b of the batch before.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    segment_ids: Tensor
+    reset: bool = True
+
+
+def windows(
+    stream: np.ndarray, starts: np.ndarray, length: int, *, reset: bool = True
+) -> TextBatch:
+    """Return the windows of ``length`` tokens that begin at ``starts`` [B].
+
+    Positions count from the start of a window. The last label of a window is the first token of
+    the text behind it, or ``IGNORE`` where the stream ends.
+    """
+    places = starts[:, None] + np.arange(length)
+    positions = np.broadcast_to(np.arange(length), places.shape)
+    zeros = np.zeros(places.shape, dtype=np.int64)
+    return make_batch(stream, places, positions, zeros, reset=reset)
+
+
+def make_batch(
+    stream: np.ndarray,
+    places: np.ndarray,
+    positions: np.ndarray,
+    segments: np.ndarray,
+    *,
+    reset: bool = True,
+) -> TextBatch:
+    """Return the batch of the tokens at ``places`` [B, L] of the stream, with their positions."""
+    after = stream[np.minimum(places + 1, len(stream) - 1)].astype(np.int64)
+    labels = np.where(places + 1 < len(stream), after, IGNORE)  # after the last token there is none
+    arrays = (stream[places].astype(np.int64), positions, labels, segments)
+    tensors = [torch.from_numpy(np.array(array, dtype=np.int64)) for array in arrays]
+    return TextBatch(*tensors, reset=reset)
 
 
 @dataclass(frozen=True)
@@ -24,7 +80,7 @@ class Picks:
 
     Attributes:
         places: which tokens of the long text, counted from its start.
-        positions: what the model is told of where they stand.
+        positions: their positions, as the model gets them.
         segments: number of the segment that each token belongs to.
         scored: [L] bool, which of them have a loss.
     """

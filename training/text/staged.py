@@ -1,7 +1,7 @@
 """Which windows of the text each step trains on, as a pure function of the step.
 
 Staged training (Press, Smith, Lewis, Shortformer, ACL 2021, arXiv 2012.15832) begins with short
-windows and goes on with long ones, at a constant number of tokens a step; ordinary training is a
+windows and continues with long ones, at a constant number of tokens a step; ordinary training is a
 plan of one stage. Since a step's windows depend on nothing that came before, a run that is resumed
 in the middle of a stage sees what it would have seen.
 """
@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from training.errors import UserError
+from training.lm.options import LmConfig
 from training.seeding import derive
-from training.text.options import SegmentConfig, StageConfig
-from training.text.segments import long_length, segment_batch, window_length
-from training.text.windows import TextBatch, windows
-
-Order = Literal["shuffled", "stripes"]
+from training.text.options import StageConfig
+from training.text.segments import TextBatch, long_length, segment_batch, window_length, windows
 
 
 @dataclass(frozen=True)
@@ -50,49 +47,36 @@ class TextPlan:
     """The windows of every step of a run.
 
     Each stage goes through the text in turns. A turn reads the same tokens whatever the length:
-    the first ``steps_per_turn x budget`` of the stream, each once. What remains, at most one
-    step's tokens less one, is ``left_out``. A stage begins a turn of its own: one that the end of
+    the first ``steps_per_turn x budget`` of the stream, each once; what remains, less than one
+    step's tokens, is left out. A stage begins a turn of its own: one that the end of
     the stage before has interrupted is not taken up again.
 
     Args:
         tokens: tokens of the stream.
-        budget: tokens of a step over all processes and accumulated batches. Each stage's length
-            must divide it.
-        steps: steps of the run.
-        stages: lengths and where they end.
-        order: "shuffled" draws disjoint windows in an order made from (seed, stage, turn).
-            "stripes" cuts the text into as many stripes as the batch has rows, and row b of a step
-            continues row b of the step before, for models that keep a memory.
-        segments: draw each window from a longer text; not with stripes. There a turn has
-            fewer steps, as each takes ``span`` tokens a row.
+        config: its lengths, budget and order of windows. "shuffled" draws disjoint windows in an
+            order made from (seed, stage, turn). "stripes" cuts the text into as many stripes as the
+            batch has rows, and row b of a step continues row b of the step before, for models that
+            keep a memory. Segments draw each window from a longer text; a turn then has fewer
+            steps, as each takes ``span`` tokens a row.
 
     Raises :class:`UserError` for lengths that do not divide the budget, stages out of order and a
     text that is shorter than a window or a step.
     """
 
-    def __init__(
-        self,
-        tokens: int,
-        *,
-        budget: int,
-        steps: int,
-        stages: Sequence[StageConfig],
-        seed: int = 0,
-        order: Order = "shuffled",
-        segments: SegmentConfig | None = None,
-    ) -> None:
-        self.tokens, self.budget, self.steps, self.seed = tokens, budget, steps, seed
-        self.order, self.segments = order, segments or SegmentConfig()
-        if order == "stripes" and self.segments.method != "none":
+    def __init__(self, tokens: int, config: LmConfig) -> None:
+        self.tokens, self.budget, self.seed = tokens, config.budget, config.seed
+        self.order, self.segments, stages = config.order, config.segments, config.stages
+        self.steps = config.epochs * config.steps_per_epoch
+        if self.order == "stripes" and self.segments.method != "none":
             raise UserError(
                 f"segments.method: {self.segments.method} does not go with stripes, which are "
                 "read in order; use method none or a shuffled order"
             )
-        self.ends = _ends(stages, steps)
+        self.ends = _ends(stages, self.steps)
         self._picked = tuple(stage.length for stage in stages)
         self.lengths = tuple(window_length(self.segments, length) for length in self._picked)
         self.spans = tuple(long_length(self.segments, length) for length in self._picked)
-        _check_sizes(tokens, budget, self.lengths, self.spans)
+        _check_sizes(tokens, self.budget, self.lengths, self.spans)
 
     def batch_size(self, stage: int) -> int:
         """Return the rows of a step of the stage, over all processes."""
@@ -103,15 +87,8 @@ class TextPlan:
         # The last token of all has no next one and can only be a label.
         return (self.tokens - 1) // (self.batch_size(stage) * self.spans[stage])
 
-    def left_out(self, stage: int) -> int:
-        """Return how many tokens at the end of the stream the stage never trains on."""
-        span = self.batch_size(stage) * self.spans[stage]
-        return self.tokens - 1 - self.steps_per_turn(stage) * span
-
     def at(self, step: int) -> StepRows:
         """Return what ``step`` reads, in all processes together."""
-        if not 0 <= step < self.steps:
-            raise ValueError(f"step {step} is not one of {self.steps}")
         stage = next(number for number, end in enumerate(self.ends) if step < end)
         begin = self.ends[stage - 1] if stage else 0
         per_turn, rows = self.steps_per_turn(stage), self.batch_size(stage)
@@ -142,12 +119,6 @@ class TextPlan:
         ]
         return segment_batch(stream, starts, self._picked[rows.stage], self.segments, seeds)
 
-    def batches(
-        self, stream: np.ndarray, first: int, last: int, shard: int = 0, shards: int = 1
-    ) -> Iterator[TextBatch]:
-        """Yield the batches of the steps from ``first`` to before ``last``."""
-        return (self.batch(stream, step, shard, shards) for step in range(first, last))
-
     def check_shards(self, shards: int) -> None:
         """Raise :class:`UserError` unless every stage's batch divides into ``shards`` parts."""
         for stage, length in enumerate(self.lengths):
@@ -160,10 +131,6 @@ class TextPlan:
 
 def _ends(stages: Sequence[StageConfig], steps: int) -> tuple[int, ...]:
     """Return the step before which each stage ends."""
-    if steps < 1:
-        raise UserError(f"steps: {steps} is not at least 1")
-    if not stages:
-        raise UserError("stages: at least one is needed, such as {length: 512}")
     ends = []
     for stage in stages:
         until = steps if stage.until is None else stage.until

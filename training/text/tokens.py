@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
+import re
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
+from training.checkpoint import replacing
 from training.errors import UserError
 from training.text.corpus import Document
 from training.text.options import TextConfig
 
 # Characters that are encoded at once: an encoding takes a hundred times the memory of its text.
 _PIECE = 1 << 20
+# Finding pairs takes time that grows with the square of the longest word: 20 s for 200,000
+# characters without a blank, in words of this many less than 1 s.
+_LONG_WORD = re.compile(r"\S{4096}")
 
 
-class Tokens(Protocol):
-    """A reversible code of text.
+class ByteTokens:
+    """Each byte of UTF-8 is a token.
 
     Attributes:
         vocab_size: numbers lie below it.
         byte_counts: [vocab_size] int64, bytes of UTF-8 that each token stands for.
     """
-
-    vocab_size: int
-    byte_counts: np.ndarray
-
-    def encode(self, text: str) -> np.ndarray: ...
-
-    def decode(self, ids: Iterable[int]) -> str: ...
-
-
-class ByteTokens:
-    """Each byte of UTF-8 is a token."""
 
     vocab_size = 256
     byte_counts = np.ones(256, dtype=np.int64)
@@ -61,36 +57,42 @@ class PairTokens:
             counts[number] = len(token.encode("utf-8")) if token in whole else len(token)
         self.byte_counts = counts
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, checked: bool = True) -> np.ndarray:
         pieces = [
             np.array(self.tokenizer.encode(piece, add_special_tokens=False).ids, dtype=np.int64)
             for piece in _pieces(text)
         ]
-        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
+        ids = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
+        found, size = int(self.byte_counts[ids].sum()), len(text.encode("utf-8"))
+        if checked and found != size:
+            raise UserError(
+                f"data.tokenizer: {size} bytes of text became tokens of {found}: it loses text"
+            )
+        return ids
+
+    @property
+    def digest(self) -> str:
+        """Of all that decides which tokens a text becomes."""
+        return hashlib.blake2b(self.tokenizer.to_str().encode("utf-8"), digest_size=16).hexdigest()
+
+    def save(self, path: Path) -> None:
+        with replacing(path) as temporary:
+            self.tokenizer.save(str(temporary))
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.tokenizer.decode([int(number) for number in ids], skip_special_tokens=False)
 
 
-def make_tokens(
-    config: TextConfig, documents: Iterable[Document], folder: Path | None = None
-) -> Tokens:
-    """Return the code that ``config`` asks for.
+Tokens = ByteTokens | PairTokens
 
-    Byte pairs are found in ``documents``, those of training, and kept in ``folder`` as
-    ``bpe-SIZE.json``; if that file is there already, it is read.
-    """
+
+def make_tokens(config: TextConfig, documents: Iterable[Document]) -> Tokens:
+    """Return the code that ``config`` asks for; byte pairs are found in ``documents``."""
     if config.tokens == "bytes":
         return ByteTokens()
     if config.tokenizer is not None:
         return read_pairs(Path(config.tokenizer))
-    path = None if folder is None else folder / f"bpe-{config.vocab_size}.json"
-    if path is not None and path.exists():
-        return read_pairs(path)
-    tokens = find_pairs(documents, config.vocab_size)
-    if path is not None:
-        tokens.tokenizer.save(str(path))
-    return tokens
+    return find_pairs(documents, config.vocab_size)
 
 
 def find_pairs(documents: Iterable[Document], vocab_size: int) -> PairTokens:
@@ -98,7 +100,7 @@ def find_pairs(documents: Iterable[Document], vocab_size: int) -> PairTokens:
 
     A short text may not have so many. Raises :class:`UserError` for less than the 256 bytes.
     """
-    tokenizers = _tokenizers()
+    tokenizers = tokenizers_package("data.tokens: bpe")
     if not 256 <= vocab_size <= 1 << 20:
         raise UserError(
             f"data.vocab_size: {vocab_size} is out of range; at least 256, the bytes themselves"
@@ -108,7 +110,7 @@ def find_pairs(documents: Iterable[Document], vocab_size: int) -> PairTokens:
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )
     pieces = (piece for document in documents for piece in _pieces(document.text))
@@ -117,25 +119,66 @@ def find_pairs(documents: Iterable[Document], vocab_size: int) -> PairTokens:
 
 
 def read_pairs(path: Path) -> PairTokens:
-    """Read a ``tokenizer.json``. Raises :class:`UserError` unless it encodes bytes, losslessly."""
-    tokenizers = _tokenizers()
+    """Read a ``tokenizer.json`` of a byte-level encoding.
+
+    Truncation, padding and dropout that it holds are turned off.
+
+    Raises:
+        UserError: for a file that cannot be read, and for settings that lose or change text.
+    """
+    tokenizers = tokenizers_package("data.tokens: bpe")
     try:
-        content = path.read_text(encoding="utf-8")
-        layout = json.loads(content)
-        tokenizer = tokenizers.Tokenizer.from_str(content)
+        tokenizer = uncut(tokenizers.Tokenizer.from_file(str(path)))
     except Exception as error:  # tokenizers raises plain Exception
         raise UserError(f"data.tokenizer: cannot read {str(path)!r}: {error}") from error
-    before = layout.get("pre_tokenizer") or {}
-    steps = before.get("pretokenizers", [before])
-    byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
-    lossless = layout.get("normalizer") is None and byte_level
-    if not lossless or any(step.get("add_prefix_space") for step in byte_level):
+    reason = _lossy(tokenizer, tokenizers)
+    if reason is not None:
         raise UserError(
             f"data.tokenizer: {str(path)!r} is not a byte-level encoding that leaves the text "
-            "as it is (pre_tokenizer ByteLevel, no normalizer, no prefix space), so bits per byte "
-            "have no meaning for it"
+            f"as it is, so bits per byte have no meaning for it: {reason}"
         )
     return PairTokens(tokenizer)
+
+
+def uncut(tokenizer: Any) -> Any:
+    """Turn off settings of a tokenizer's file that training must not have.
+
+    Truncation loses text, padding adds to it, dropout makes tokens random.
+    """
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    model = getattr(tokenizer, "model", None)
+    if getattr(model, "dropout", None):
+        model.dropout = None
+    return tokenizer
+
+
+def _lossy(tokenizer: Any, tokenizers: Any) -> str | None:
+    """Return what of a tokenizer loses or changes text, None if nothing does."""
+    layout, tokens = json.loads(tokenizer.to_str()), PairTokens(tokenizer)
+    if layout["model"]["type"] != "BPE":
+        return f"model is {layout['model']['type']}, not BPE"
+    if layout["normalizer"] is not None:
+        return f"normalizer: {layout['normalizer'].get('type')} changes the text"
+    alphabet = set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    if missing := alphabet - tokenizer.get_vocab().keys():
+        return f"its vocabulary lacks {len(missing)} of the 256 bytes, whose text would be dropped"
+    steps = json.dumps(layout["pre_tokenizer"])
+    kinds = set(re.findall(r'"type": "(\w+)"', steps))
+    if kinds - _LOSSLESS or '"Removed"' in steps:
+        return f"pre_tokenizer: {', '.join(sorted(kinds))} can drop characters"
+    # What no setting says: an added token whose characters the decoder takes for bytes, blanks that
+    # are stripped or added, ...
+    added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    probe = " a\n".join(["b", *added, "".join(map(chr, range(0x250))), "\u4e1c \U0001f600 \t\r\n "])
+    ids = tokens.encode(probe, checked=False)
+    if tokens.decode(ids) == probe and tokens.byte_counts[ids].sum() == len(probe.encode()):
+        return None
+    return f"it changes some of its own {len(added)} added tokens, or other characters"
+
+
+# Steps that cut a text, unless they remove what they cut at.
+_LOSSLESS = {"ByteLevel", "Digits", "Punctuation", "Split", "UnicodeScripts", "Sequence"}
 
 
 def encode(
@@ -152,15 +195,9 @@ def encode(
         if not parts:
             raise UserError("there is no text to encode: all documents are empty")
         return np.concatenate(parts)
-    # Under another name until it is whole.
-    unfinished = path.with_name(path.name + ".part")
-    try:
-        with unfinished.open("wb") as file:
-            for part in _parts(documents, tokens, separator):
-                file.write(part.tobytes())
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise UserError(f"cannot write the tokens to {str(path)!r}: {error.strerror}") from error
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        for part in _parts(documents, tokens, separator):
+            file.write(part.tobytes())
     return map_stream(path, tokens)
 
 
@@ -173,7 +210,10 @@ def map_stream(path: Path, tokens: Tokens) -> np.ndarray:
 
 def _parts(documents: Iterable[Document], tokens: Tokens, separator: str) -> Iterator[np.ndarray]:
     started = False
-    for document in documents:
+    # On a terminal, after five seconds.
+    for document in tqdm(
+        documents, "tokens", unit=" documents", delay=5, leave=False, disable=None
+    ):
         ids = tokens.encode(separator + document.text if started else document.text)
         if len(ids):
             started = True
@@ -185,22 +225,28 @@ def _type_of(tokens: Tokens) -> np.dtype:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut a long text after lines."""
+    """Cut a long text after lines, and words that are longer than any."""
     start = 0
     while start < len(text):
         end = start + _PIECE
         if end < len(text):
             end = text.rfind("\n", start, end) + 1 or end
-        yield text[start:end]
+        piece, first = text[start:end], 0
+        for word in _LONG_WORD.finditer(piece):
+            yield piece[first : word.end()]
+            first = word.end()
+        if first < len(piece):
+            yield piece[first:]
         start = end
 
 
-def _tokenizers() -> Any:
+def tokenizers_package(option: str) -> Any:
+    """Import the ``tokenizers`` package, which an option needs."""
     try:
         import tokenizers
     except ImportError as error:
         raise UserError(
-            "data.tokens: bpe needs the tokenizers package: pip install tokenizers; "
+            f"{option} needs the tokenizers package: pip install tokenizers; "
             "data.tokens: bytes does without"
         ) from error
     return tokenizers

@@ -1,67 +1,135 @@
-"""Gathers and sums over buckets, on rows laid end to end; tables shared by all heads or not."""
+"""Rows of tokens: those of a grid, and of a text cut into rows of equal length.
+
+The ids between a row of queries and a row of keys are a block, and few blocks differ: bucket
+functions are constant far away, and rows at the same offset have the same ids.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ...buckets import BucketIds
+from ...buckets import BucketIds, prefix_ids
+from ...geometry import Geometry
+
+WIDTH = 32  # tokens of a row where one step leads from each token to the next
+MOST = 1.0  # numbers gathered for blocks over those by the map, above which the map is faster
+Both = tuple[Tensor, Tensor]
 
 
-def times(x: Tensor, table: Tensor) -> Tensor:
-    """``[B, H, R, D] @ [H | 1, D, N]`` of contiguous x, one product for a shared table."""
-    if table.shape[0] == 1:
-        return (x.flatten(0, -2) @ table[0]).view(*x.shape[:-1], table.shape[-1])
-    return x @ table
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Tokens in rows of one length; the last row may be incomplete.
+
+    Args:
+        count: number of tokens.
+        firsts: positions ``[height, A]`` of the first token of each row.
+        columns: positions ``[width, A]`` of the tokens of a row, minus that of its first one.
+        line: whether one step leads from each token to the next.
+    """
+
+    count: int
+    firsts: Tensor
+    columns: Tensor
+    line: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(height, width)``: number of rows and of tokens in a row."""
+        return len(self.firsts), len(self.columns)
+
+    def full(self, x: Tensor) -> Tensor:
+        """Return ``[n, count, ...]`` with complete rows, ``[n, height, width, ...]``."""
+        missing = len(self.firsts) * len(self.columns) - self.count
+        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing)) if missing else x
+        return x.unflatten(1, self.shape)
 
 
-def add_times(out: Tensor, x: Tensor, table: Tensor) -> None:
-    """``out += x @ table``."""
-    if table.shape[0] == 1:
-        out.flatten(0, -2).addmm_(x.flatten(0, -2), table[0])
-    else:
-        out += x @ table
+def rows_of(positions: Tensor) -> Rows | None:
+    """Return the rows that tokens at positions ``[n, A]`` make, None if they make none."""
+    if positions.is_floating_point() or len(positions) < 2:
+        return None
+    steps = positions.diff(dim=0)
+    turns = (steps != steps[0]).any(-1).nonzero()
+    width = int(turns[0]) + 1 if len(turns) else min(WIDTH, len(positions))
+    firsts, columns = positions[::width], positions[:width] - positions[0]
+    wanted = (firsts.unsqueeze(1) + columns).flatten(0, 1)[: len(positions)]
+    if not torch.equal(positions, wanted):
+        return None
+    return Rows(len(positions), firsts, columns, not len(turns))
 
 
-def outer(x: Tensor, y: Tensor, table: Tensor) -> Tensor:
-    """Gradient of a table that took x ``[B, H, R, D]`` to y ``[B, H, R, N]``: its shape."""
-    if table.shape[0] == 1:
-        return (x.flatten(0, -2).t() @ y.flatten(0, -2)).unsqueeze(0)
-    return (x.transpose(-2, -1) @ y).sum(0)
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Queries and keys in rows, behind numbers of prefix tokens."""
+
+    query: Rows
+    key: Rows
+    prefix: int
+    key_prefix: int
+
+    def box(self, seen: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Return the keys in a box around those seen, bool, and the box: ends of its axes."""
+        seen = seen[self.key_prefix :].unsqueeze(0)
+        rows = self.key.full(seen)[0]
+        (top, bottom), (left, right) = (_ends(rows.any(axis)) for axis in (1, 0))
+        inside = torch.zeros_like(rows)
+        inside[top:bottom, left:right] = True
+        ahead = seen.new_ones(self.key_prefix)
+        return torch.cat((ahead, inside.flatten()[: self.key.count])), (top, bottom, left, right)
+
+    def blocks(self, buckets: BucketIds, of_key: bool) -> Both | None:
+        """Return ids ``[blocks, width | 1, key width | 1]``, and which blocks tokens have.
+
+        The latter is the block of each row of queries and row of keys. None where as many numbers
+        would be gathered for blocks as for all pairs.
+
+        Args:
+            buckets: of a term.
+            of_key: whether its rows of numbers belong to keys.
+        """
+        if prefix_ids(buckets.function) is not None:
+            return None
+        key = ("blocks", buckets.function, buckets.by_key)
+        ids, which = buckets.geometry.remember(key, lambda: self._blocks(buckets))
+        others = self.query if of_key else self.key
+        numbers = len(ids) * ids.shape[1 if of_key else 2]
+        return (ids, which) if numbers < MOST * others.count else None
+
+    def _blocks(self, buckets: BucketIds) -> Both:
+        rows = self.query.firsts.unsqueeze(1) - self.key.firsts
+        columns = self.query.columns.unsqueeze(1) - self.key.columns
+        apart, which = torch.unique(rows.flatten(0, 1), dim=0, return_inverse=True)
+        offsets = apart.view(-1, 1, 1, apart.shape[-1]) + columns
+        ids = buckets.function(-offsets if buckets.by_key else offsets)
+        ids, same = torch.unique(ids, dim=0, return_inverse=True)
+        for axis in (1, 2):
+            first = ids.narrow(axis, 0, 1)
+            ids = first if bool((ids == first).all()) else ids
+        return ids.contiguous(), same[which].view(rows.shape[:2])
 
 
-def add_rows(out: Tensor, rows: Tensor, buckets: BucketIds) -> None:
-    """``out[b, h, i, j] += rows[b, h, owner, n(i, j)]``, rows ``[B, H, R, N]``."""
-    B, H = out.shape[:2]
-    index = buckets.flat(out.device).expand(B, H, -1)
-    out.flatten(2).add_(rows.flatten(2).gather(-1, index))
+def layout_of(geometries: Sequence[Geometry]) -> Layout | None:
+    """Return the rows that all terms have in common, None if there are none."""
+    if not geometries or any(other != geometries[0] for other in geometries):
+        return None
+    geometry: Geometry = geometries[0]
+    layout: Layout | None = geometry.remember("layout", lambda: _layout(geometry))
+    return layout
 
 
-def sum_rows(x: Tensor, buckets: BucketIds, length: int) -> Tensor:
-    """``[B, H, length * N]``: x ``[B, H, L, S]`` summed over the pairs of each owner and bucket."""
-    B, H = x.shape[:2]
-    index = buckets.flat(x.device).expand(B, H, -1)
-    # Sums of hundreds of numbers are kept in float32, whatever x is.
-    wide = torch.promote_types(x.dtype, torch.float32)
-    sums = torch.zeros(B, H, length * buckets.size, dtype=wide, device=x.device)
-    return sums.scatter_add_(-1, index, x.flatten(2).to(wide)).to(x.dtype)
+def _layout(geometry: Geometry) -> Layout | None:
+    if geometry.batch is not None:
+        return None
+    query, key = (rows_of(p.flatten(0, -2)) for p in geometry.positions(torch.device("cpu")))
+    if query is None or key is None:
+        return None
+    return Layout(query, key, geometry.prefix, geometry.key_prefix)
 
 
-def bias_grad(flow: Tensor, ids: Tensor, table: Tensor) -> Tensor:
-    """Gradient of a bias table for one ``[B, H, L, S]`` of the logits."""
-    if table.shape[0] == 1:
-        flow = flow.sum(1, keepdim=True)
-    if ids.dim() == 2:
-        flow, ids = flow.sum(0, keepdim=True), ids.unsqueeze(0)
-    flow = flow.flatten(2)
-    wide = torch.promote_types(flow.dtype, torch.float32)
-    sums = torch.zeros(*flow.shape[:2], table.shape[-1], dtype=wide, device=flow.device)
-    index = ids.flatten(1).unsqueeze(1).expand_as(flow)
-    return sums.scatter_add_(-1, index, flow.to(wide)).sum(0).to(table.dtype)
-
-
-def slope_grad(flow: Tensor, buckets: BucketIds, table: Tensor) -> Tensor:
-    """Gradient of a slope for one of the logits."""
-    wide = torch.promote_types(flow.dtype, torch.float32)
-    far = buckets.distances(flow.device, wide)
-    far = far.unsqueeze(1) if far.dim() == 3 else far
-    sums = (flow.to(wide) * far).sum((0, 2, 3)).unsqueeze(-1)
-    return (sums.sum(0, keepdim=True) if table.shape[0] == 1 else sums).to(table.dtype)
+def _ends(seen: Tensor) -> tuple[int, int]:
+    """The first and past the last True; 0 and 1 where there is none: no box is empty."""
+    where = seen.nonzero()
+    return (int(where[0]), int(where[-1]) + 1) if len(where) else (0, 1)

@@ -1,63 +1,144 @@
-"""What goes through the cache together: some queries, and the keys that they meet."""
+"""Tiles: queries and keys that are computed together while they are in a processor's cache."""
 
-from dataclasses import dataclass, field
-from typing import Any
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-from torch import Tensor
+import torch
+from torch import Tensor, inf
 
+from ..call import Call
+from .rows import Layout
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Keys:
-    """The keys that a part of a call goes over.
-
-    Args:
-        count: how many. index: which ones, ascending; None for all. hidden: those among them that
-            are not seen.
-        box: of a grid: rows and columns, of a line: keys, from the first to past the last.
-        notes: what spreads have found out about them.
-    """
-
-    count: int
-    index: Tensor | None = None
-    hidden: Tensor | None = None
-    box: tuple[int, ...] = ()
-    notes: dict[Any, Any] = field(default_factory=dict)
-
-    def take(self, x: Tensor) -> Tensor:
-        """``[n, S, D]`` -> ``[n, keys, D]``."""
-        return x if self.index is None else x.index_select(1, self.index)
-
-    def put(self, out: Tensor, x: Tensor) -> None:
-        """The reverse of take."""
-        if self.index is None:
-            out.copy_(x)
-        else:
-            out.index_copy_(1, self.index, x)
+CAUSAL_ROWS = 64  # queries of a tile: larger tiles compute more logits that are hidden
+KEPT_ROWS = 128  # the same, at least, where probabilities are kept
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tile:
-    """Some queries of some images and heads, and the keys that they meet.
+    """Queries and keys of some images and heads: all heads of images, or some of one image.
 
     Args:
-        images, heads, rows: of ``[B, H, L]``. lead: images and heads in ``[B * H]``.
-        keys: of the part. count: how many of them, from the first one on.
-        shape: ``(images, heads, rows, count)``.
+        images, heads, rows: slices of ``[B, H, L]``.
+        count: number of keys.
+        index: which keys, ascending; None: the first ones.
+        hidden: those among them that are hidden; None: none.
+        box: the first and past the last row and column of the keys behind the prefix. Empty: all.
     """
 
     images: slice
     heads: slice
-    lead: slice
     rows: slice
-    keys: Keys
     count: int
-    shape: tuple[int, int, int, int]
+    index: Tensor | None = None
+    hidden: Tensor | None = None
+    box: tuple[int, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """``(images, heads, rows, count)``."""
+        nb, nh, rows = (s.stop - s.start for s in (self.images, self.heads, self.rows))
+        return nb, nh, rows, self.count
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Part:
-    """Images and heads that go over the same keys together, and their tiles."""
+class Tiles:
+    """The tiles of a call, in the same order in every pass.
 
-    lead: slice
-    keys: Keys
-    tiles: list[Tile]
+    Args:
+        call: the call.
+        layout: of the tokens; None: any.
+        size: numbers of a tile, about.
+        threads: that share a tile.
+        kept: whether probabilities are kept.
+
+    Attributes:
+        parts: tiles of the same images, heads and keys.
+        one: whether one tile is the whole call.
+    """
+
+    def __init__(
+        self, call: Call, layout: Layout | None, size: int, threads: int, kept: bool
+    ) -> None:
+        (self.B, self.H, self.L), self.S = call.q.shape[:3], call.k.shape[-2]
+        self.layout, self.size, self.causal, self.step = layout, size, call.is_causal, self.L
+        if call.is_causal:
+            self.step = max(KEPT_ROWS, -(-self.L // 8)) if kept else CAUSAL_ROWS
+        self.mask = self.dead = padding = None
+        if call.mask is not None:
+            shape = (self.B, self.H, self.L, self.S)
+            sizes = (1,) * (4 - call.mask.dim()) + call.mask.shape
+            if call.mask.dtype == torch.bool and not (kept or self.causal or sizes[1:3] != (1, 1)):
+                padding = call.mask.expand(shape)[:, 0, 0]  # which keys each image has
+            else:
+                mask, dead = call.merged_mask()
+                assert mask is not None and dead is not None
+                self.mask, self.dead = mask.expand(shape), dead.expand(*shape[:3], 1)
+        many = self.B * self.H if kept else threads
+        self.parts = [list(self._tiles(whole)) for whole in self._parts(padding, many)]
+        shapes = [tile.shape for part in self.parts for tile in part]
+        self.one = shapes == [(self.B, self.H, self.L, self.S)]
+
+    def hide(self, logits: Tensor, tile: Tile) -> Tensor | None:
+        """Mask logits ``[n, rows, keys]`` in place; return rows that see no key, or None."""
+        if tile.hidden is not None:
+            logits.masked_fill_(tile.hidden, -inf)
+        if self.mask is not None:
+            mask = self.mask[tile.images, tile.heads, tile.rows, : tile.count]
+            wide = logits.view(tile.shape)
+            wide.add_(mask) if mask.is_floating_point() else wide.masked_fill_(~mask, -inf)
+        elif self.causal and tile.shape[2] > 1:
+            # The last query sees all keys of its tile, each one before it a key less.
+            rows = tile.shape[2]
+            late = torch.ones(rows, rows, dtype=torch.bool, device=logits.device).triu_(1)
+            logits[..., -rows:].masked_fill_(late, -inf)
+        return None if self.dead is None else self.dead[tile.images, tile.heads, tile.rows]
+
+    def _parts(self, padding: Tensor | None, least: int) -> Iterator[Tile]:
+        """For each part all its queries and keys; at least some heads, of one or several images."""
+        seen = [self._whole(slice(0, self.B))]
+        if padding is not None:
+            each = enumerate(padding)
+            seen = [self._visible(slice(b, b + 1), keys) for b, keys in each if keys.any()]
+        for whole in seen if self.B else ():
+            # All queries of few heads: what belongs to the keys stays in the cache as well.
+            many = max(least, self.size // max(1, min(self.step, self.L) * whole.count))
+            first, last = whole.images.start, whole.images.stop
+            for images in _split(first, last, max(1, many // self.H)):
+                for some in _split(0, self.H, min(self.H, many)):
+                    yield replace(whole, images=images, heads=some)
+
+    def _whole(self, images: slice) -> Tile:
+        return Tile(images, slice(0, self.H), slice(0, self.L), self.S)
+
+    def _tiles(self, whole: Tile) -> Iterator[Tile]:
+        first = max(0, self.L - self.S) if self.causal else 0
+        unit, prefix = 1, 0
+        if self.layout is not None:  # prefix tokens have tiles of their own
+            unit, prefix = self.layout.query.shape[1], self.layout.prefix
+        lead, behind = whole.shape[0] * whole.shape[1], max(first, prefix)
+        most = max(1, self.size // max(1, lead * unit * whole.count)) * unit
+        most = max(unit, min(most, self.step))
+        for rows in [*_split(first, prefix, most), *_split(behind, self.L, most, unit)]:
+            count = rows.stop + self.S - self.L if self.causal else whole.count
+            yield replace(whole, rows=rows, count=count)
+
+    def _visible(self, images: slice, seen: Tensor) -> Tile:
+        """The keys to compute where some are hidden: those seen, or the box around them."""
+        whole = self._whole(images)
+        if seen.all():
+            return whole
+        inside, box = (seen, ()) if self.layout is None else self.layout.box(seen)
+        index = inside.nonzero().squeeze(1)
+        hidden = ~seen[index]
+        some = hidden if bool(hidden.any()) else None
+        return replace(whole, count=len(index), index=index, hidden=some, box=box)
+
+
+def _split(start: int, stop: int, most: int, unit: int = 1) -> list[slice]:
+    """Slices of about the same size, multiples of a unit, none larger than ``most``."""
+    units = (stop - start + unit - 1) // unit
+    if units <= 0:
+        return []
+    pieces = -(-units // (most // unit))
+    ends = [start + units * n // pieces * unit for n in range(pieces)] + [stop]
+    return [slice(a, b) for a, b in itertools.pairwise(ends)]

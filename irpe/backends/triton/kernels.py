@@ -5,7 +5,7 @@ the saved logarithms; nothing of size ``[B, H, L, S]`` reaches memory.
 
 Shapes: q ``[B, H, L, D]``, k ``[B, G, S, D]``, v ``[B, G, S, E]``, out ``[B, H, L, E]``, by
 strides; rows ``[H, B, L, W]`` (SHARED: ``[H | 1, W]`` for all queries), columns ``[H, B, S, W]``,
-gain ``[H | 1, W]``, stats ``[2, H, B, L]``, delta ``[H, B, L]``;
+stats ``[2, H, B, L]``, delta ``[H, B, L]``;
 ids ``[MAPS, B | 1, L', S']``, transposed in the column pass.
 """
 
@@ -19,22 +19,20 @@ from .tiles import (
     add_own,
     drop,
     exponential,
-    load_gain,
     load_rows,
     masked,
     pair_logits,
-    scatter,
     scatter_own,
     store_rows,
 )  # fmt: skip
 
-# Their values would make variants of a kernel without need.
+# Triton would compile a variant of a kernel for some values of these, without a use for it.
 PLAIN = ["B", "H", "GROUP", "L", "S", "owned", "parts", "part_slots", "slots"]
 
 
 @triton.jit
 def program(length, H, BLOCK: tl.constexpr):
-    """The tokens of this program, and its batch times heads, batch and head."""
+    """Return the slots of this program, and its batch times heads, batch and head."""
     tiles = tl.cdiv(length, BLOCK)
     tile = tl.program_id(0) % tiles
     bh = tl.program_id(0) // tiles
@@ -43,14 +41,14 @@ def program(length, H, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_stats(stats, i, B, H, L):
-    """Largest logits of queries i, and logarithms of their sums (infinity past the end)."""
+    """Return the largest logits of queries i, and logarithms of their sums (inf past the end)."""
     shift = tl.load(stats + i, mask=i < L, other=0.0)
     return shift, tl.load(stats + H.to(tl.int64) * B * L + i, mask=i < L, other=float("inf"))
 
 
 @triton.jit
 def last_key(i, L, S, CAUSAL: tl.constexpr):
-    """One past the last key that queries i can see."""
+    """Return one past the last key that queries i see."""
     end = S
     if CAUSAL:
         end = tl.minimum(S, tl.maximum(tl.max(i) + 1 + S - L, 0))
@@ -60,39 +58,39 @@ def last_key(i, L, S, CAUSAL: tl.constexpr):
 @triton.jit
 def key_tile(
     start, o, i, queries, k, k_sl, rows, rows_at, ROWS: tl.constexpr, columns,
-    COLUMNS: tl.constexpr, gain, GAIN: tl.constexpr, ids, ids_sm, ids_so, mask, mask_sl, mask_ss,
+    COLUMNS: tl.constexpr, ids, ids_sm, ids_so, mask, mask_sl, mask_ss,
     others, runs, runs_so, onehot, L, S, D: tl.constexpr, D_BLOCK: tl.constexpr,
     MAPS: tl.constexpr, N: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr, SIDE: tl.constexpr, BN: tl.constexpr,
+    SIDE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """BN keys that pass queries i in slots o: slots, tokens, strip runs, keys, logits, content."""
+    """Return BN keys of the tile: slots, tokens, strip runs, rows of k, and the logits."""
     s = start + tl.arange(0, BN)
     j = token(s, others, SIDE)
     run = strip_runs(runs, o, start, runs_so, BN, SIDE)
     columns_at = tl.minimum(j, S - 1) * (MAPS * N)
     keys = load_rows(k, j, k_sl, S, D, D_BLOCK)
-    logits, content = pair_logits(
-        queries, keys, rows, rows_at, ROWS, columns, columns_at, COLUMNS, gain, GAIN,
-        ids, o, s, ids_sm, ids_so, MAPS, N, PRECISION, onehot, run, SIDE, TURNED=False,
+    logits = pair_logits(
+        queries, keys, rows, rows_at, ROWS, columns, columns_at, COLUMNS,
+        ids, o, s, ids_sm, ids_so, MAPS, N, onehot, run, SIDE, TURNED=False,
     )  # fmt: skip
     logits = masked(logits, i[:, None], j[None, :], mask, mask_sl, mask_ss, L, S, MASK, CAUSAL)
-    return s, j, run, keys, logits, content
+    return s, j, run, keys, logits
 
 
 @triton.jit(do_not_specialize=PLAIN)
 def forward(
-    q, k, v, out, stats, ids, rows, columns, gain, mask, seed, order, others, runs, units,
-    q_sb, q_sh, q_sl, k_sb, k_sh, k_sl, v_sb, v_sh, v_sl, o_sb, o_sh, o_sl,
-    ids_sm, ids_sb, ids_so, rows_sh, gain_sh, mask_sb, mask_sh, mask_sl, mask_ss,
+    q, k, v, out, stats, ids, rows, columns, mask, seed, order, others, runs, units,
+    q_sb, q_sh, q_sl, k_sb, k_sh, k_sl, v_sb, v_sh, v_sl, out_sb, out_sh, out_sl,
+    ids_sm, ids_sb, ids_so, rows_sh, mask_sb, mask_sh, mask_sl, mask_ss,
     B, H, GROUP, L, S, scale, dropout, factor,
     owned, runs_so, units_so, parts, part_slots, slots,
     D: tl.constexpr, E: tl.constexpr, D_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr,
     MAPS: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr,
-    COLUMNS: tl.constexpr, GAIN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, PRECISE: tl.constexpr,
+    COLUMNS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISE: tl.constexpr,
     SIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Writes out, and of each row the largest logit and the logarithm of its sum to base 2."""
+    """Write out, and of each row the largest logit and the logarithm of its sum to base 2."""
     o, bh, b, h = program(owned, H, BM)
     i = token(o, order, SIDE)
     k += b * k_sb + h // GROUP * k_sh
@@ -100,7 +98,6 @@ def forward(
     ids += b * ids_sb
     rows += h * rows_sh if SHARED else (h * B + b) * L * (MAPS * N)
     columns += (h * B + b) * S * (MAPS * N)
-    gain += h * gain_sh
     mask += b * mask_sb + h * mask_sh
     rows_at = tl.minimum(i, L - 1) * (0 if SHARED else MAPS * N)
 
@@ -113,10 +110,10 @@ def forward(
         onehot = strip_onehot(units, o, part, units_so, BN, SIDE, queries)
         first, end = span(part, parts, last_key(i, L, S, CAUSAL), part_slots, slots, SIDE)
         for start in range(first, end, BN):
-            s, j, run, keys, logits, content = key_tile(
-                start, o, i, queries, k, k_sl, rows, rows_at, ROWS, columns, COLUMNS, gain, GAIN,
+            s, j, run, keys, logits = key_tile(
+                start, o, i, queries, k, k_sl, rows, rows_at, ROWS, columns, COLUMNS,
                 ids, ids_sm, ids_so, mask, mask_sl, mask_ss, others, runs, runs_so, onehot, L, S,
-                D, D_BLOCK, MAPS, N, MASK, CAUSAL, PRECISION, SIDE, BN,
+                D, D_BLOCK, MAPS, N, MASK, CAUSAL, SIDE, BN,
             )  # fmt: skip
             higher = tl.maximum(best, tl.max(logits, 1))
             # A row that saw nothing yet has no best: any finite number keeps its sums at zero.
@@ -128,11 +125,11 @@ def forward(
                 p = drop(p, seed, bh, i[:, None], j[None, :], S, dropout, factor)
             values = load_rows(v, j, v_sl, S, E, E_BLOCK)
             acc = acc * shrink[:, None]
-            acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+            acc = tl.dot(p.to(values.dtype), values, acc, input_precision="ieee")
             best = higher
     seen = total > 0.0
     total = tl.where(seen, total, 1.0)
-    store_rows(out + b * o_sb + h * o_sh, acc / total[:, None], i, o_sl, L, E, E_BLOCK)
+    store_rows(out + b * out_sb + h * out_sh, acc / total[:, None], i, out_sl, L, E, E_BLOCK)
     # A row that sees nothing gets zeros: exp(-inf - 0), every probability of it, is zero.
     stats += (h * B + b) * L + i
     tl.store(stats, tl.where(seen, best, 0.0), mask=i < L)
@@ -141,16 +138,16 @@ def forward(
 
 @triton.jit(do_not_specialize=PLAIN)
 def mass(
-    q, k, stats, sums, ids, rows, columns, gain, mask, seed, order, others, runs, units,
+    q, k, stats, sums, ids, rows, columns, mask, seed, order, others, runs, units,
     q_sb, q_sh, q_sl, k_sb, k_sh, k_sl,
-    ids_sm, ids_sb, ids_so, rows_sh, gain_sh, mask_sb, mask_sh, mask_sl, mask_ss,
+    ids_sm, ids_sb, ids_so, rows_sh, mask_sb, mask_sh, mask_sl, mask_ss,
     B, H, GROUP, L, S, scale, dropout, factor,
     owned, runs_so, units_so, parts, part_slots, slots,
-    D: tl.constexpr, D_BLOCK: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, D_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr,
     MAPS: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr,
-    COLUMNS: tl.constexpr, MASS: tl.constexpr, GAIN: tl.constexpr, MASK: tl.constexpr,
+    COLUMNS: tl.constexpr, MASS: tl.constexpr, MASK: tl.constexpr,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, DETERMINISTIC: tl.constexpr,
-    PRECISION: tl.constexpr, PRECISE: tl.constexpr, SIDE: tl.constexpr,
+    PRECISE: tl.constexpr, SIDE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """sums ``[H, B, L, W]`` += the probability in each bucket of each query."""
@@ -160,7 +157,6 @@ def mass(
     ids += b * ids_sb
     rows += h * rows_sh if SHARED else (h * B + b) * L * (MAPS * N)
     columns += (h * B + b) * S * (MAPS * N)
-    gain += h * gain_sh
     mask += b * mask_sb + h * mask_sh
     sums += (h * B + b) * L * (MAPS * N)
     rows_at = tl.minimum(i, L - 1) * (0 if SHARED else MAPS * N)
@@ -172,10 +168,10 @@ def mass(
         onehot = strip_onehot(units, o, part, units_so, BN, SIDE, queries)
         first, end = span(part, parts, last_key(i, L, S, CAUSAL), part_slots, slots, SIDE)
         for start in range(first, end, BN):
-            s, j, run, keys, logits, content = key_tile(
-                start, o, i, queries, k, k_sl, rows, rows_at, ROWS, columns, COLUMNS, gain, GAIN,
+            s, j, run, keys, logits = key_tile(
+                start, o, i, queries, k, k_sl, rows, rows_at, ROWS, columns, COLUMNS,
                 ids, ids_sm, ids_so, mask, mask_sl, mask_ss, others, runs, runs_so, onehot, L, S,
-                D, D_BLOCK, MAPS, N, MASK, CAUSAL, PRECISION, SIDE, BN,
+                D, D_BLOCK, MAPS, N, MASK, CAUSAL, SIDE, BN,
             )  # fmt: skip
             p = exponential(logits, shift[:, None], log_total[:, None], PRECISE)
             if DROPOUT:
@@ -188,21 +184,21 @@ def mass(
 
 @triton.jit(do_not_specialize=PLAIN)
 def row_pass(
-    q, k, v, out, grad, stats, delta, masses, grad_mass, grad_q, grad_rows, grad_gain,
-    ids, rows, columns, gain, mask, seed, order, others, runs, units,
-    q_sb, q_sh, q_sl, k_sb, k_sh, k_sl, v_sb, v_sh, v_sl, o_sb, o_sh, o_sl, g_sb, g_sh, g_sl,
-    gq_sb, gq_sh, gq_sl,
-    ids_sm, ids_sb, ids_so, rows_sh, gain_sh, mask_sb, mask_sh, mask_sl, mask_ss,
+    q, k, v, out, grad, stats, delta, grad_mass, grad_q, grad_rows,
+    ids, rows, columns, mask, seed, order, others, runs, units,
+    q_sb, q_sh, q_sl, k_sb, k_sh, k_sl, v_sb, v_sh, v_sl, out_sb, out_sh, out_sl,
+    grad_sb, grad_sh, grad_sl, grad_q_sb, grad_q_sh, grad_q_sl,
+    ids_sm, ids_sb, ids_so, rows_sh, mask_sb, mask_sh, mask_sl, mask_ss,
     B, H, GROUP, L, S, scale, dropout, factor,
     owned, runs_so, units_so, parts, part_slots, slots,
     D: tl.constexpr, E: tl.constexpr, D_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr,
     MAPS: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr,
-    COLUMNS: tl.constexpr, MASS: tl.constexpr, GRAD_ROWS: tl.constexpr, GAIN: tl.constexpr,
+    COLUMNS: tl.constexpr, MASS: tl.constexpr, GRAD_ROWS: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
-    DETERMINISTIC: tl.constexpr, PRECISION: tl.constexpr, PRECISE: tl.constexpr,
+    DETERMINISTIC: tl.constexpr, PRECISE: tl.constexpr,
     SIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Writes grad_q and delta = sum_j p dp; adds to grad_rows and grad_gain ``[H, B, L, W]``."""
+    """Write grad_q and delta = sum_j p dp; add to grad_rows ``[H, B, L, W]``."""
     o, bh, b, h = program(owned, H, BM)
     i = token(o, order, SIDE)
     own = (h * B + b) * L
@@ -211,29 +207,17 @@ def row_pass(
     ids += b * ids_sb
     rows += h * rows_sh if SHARED else own * (MAPS * N)
     columns += (h * B + b) * S * (MAPS * N)
-    gain += h * gain_sh
     mask += b * mask_sb + h * mask_sh
-    masses += own * (MAPS * N)
     grad_mass += own * (MAPS * N)
     grad_rows += own * (MAPS * N)
-    grad_gain += own * (MAPS * N)
     rows_at = tl.minimum(i, L - 1) * (0 if SHARED else MAPS * N)
 
     queries = load_rows(q + b * q_sb + h * q_sh, i, q_sl, L, D, D_BLOCK)
     queries = (queries * scale).to(queries.dtype)
-    flow = load_rows(grad + b * g_sb + h * g_sh, i, g_sl, L, E, E_BLOCK)
+    grad_out = load_rows(grad + b * grad_sb + h * grad_sh, i, grad_sl, L, E, E_BLOCK)
     shift, log_total = load_stats(stats + own, i, B, H, L)
-    outs = load_rows(out + b * o_sb + h * o_sh, i, o_sl, L, E, E_BLOCK)
-    mean = tl.sum(outs.to(tl.float32) * flow.to(tl.float32), 1)
-    if MASS > 0:
-        for at in range(0, MAPS * N, 16):
-            column = at + tl.arange(0, 16)[None, :]
-            inside = i[:, None] < L
-            place = i[:, None] * (MAPS * N) + column
-            held = tl.load(masses + place, mask=inside, other=0.0).to(tl.float32)
-            mean += tl.sum(
-                held * tl.load(grad_mass + place, mask=inside, other=0.0).to(tl.float32), 1
-            )
+    outs = load_rows(out + b * out_sb + h * out_sh, i, out_sl, L, E, E_BLOCK)
+    mean = tl.sum(outs.to(tl.float32) * grad_out.to(tl.float32), 1)
     tl.store(delta + own + i, mean, mask=i < L)
     mass_at = tl.minimum(i, L - 1) * (MAPS * N)
     acc = tl.zeros([BM, D_BLOCK], tl.float32)
@@ -241,10 +225,10 @@ def row_pass(
         onehot = strip_onehot(units, o, part, units_so, BN, SIDE, queries)
         first, end = span(part, parts, last_key(i, L, S, CAUSAL), part_slots, slots, SIDE)
         for start in range(first, end, BN):
-            s, j, run, keys, logits, content = key_tile(
-                start, o, i, queries, k, k_sl, rows, rows_at, ROWS, columns, COLUMNS, gain, GAIN,
+            s, j, run, keys, logits = key_tile(
+                start, o, i, queries, k, k_sl, rows, rows_at, ROWS, columns, COLUMNS,
                 ids, ids_sm, ids_so, mask, mask_sl, mask_ss, others, runs, runs_so, onehot, L, S,
-                D, D_BLOCK, MAPS, N, MASK, CAUSAL, PRECISION, SIDE, BN,
+                D, D_BLOCK, MAPS, N, MASK, CAUSAL, SIDE, BN,
             )  # fmt: skip
             p = exponential(logits, shift[:, None], log_total[:, None], PRECISE)
             values = load_rows(v, j, v_sl, S, E, E_BLOCK)
@@ -252,7 +236,7 @@ def row_pass(
             dp = add_own(
                 dp, grad_mass, mass_at, MASS, ids, o, s, ids_sm, ids_so, MAPS, N, onehot, run, SIDE
             )
-            dp = tl.dot(flow, tl.trans(values), dp, input_precision=PRECISION)
+            dp = tl.dot(grad_out, tl.trans(values), dp, input_precision="ieee")
             if DROPOUT:
                 dp = drop(dp, seed, bh, i[:, None], j[None, :], S, dropout, factor)
             ds = p * (dp - mean[:, None])
@@ -260,33 +244,27 @@ def row_pass(
                 grad_rows, ds, GRAD_ROWS, ids, o, i, L, s, ids_sm, ids_so, MAPS, N, DETERMINISTIC,
                 onehot, run, SIDE,
             )  # fmt: skip
-            if GAIN >= 0:
-                scatter(
-                    grad_gain, ds * content, 1 << GAIN, ids, i, L, s, ids_sm, ids_so, MAPS, N,
-                    DETERMINISTIC,
-                )  # fmt: skip
-                ds *= load_gain(gain, GAIN, ids, i, s, ids_sm, ids_so, N)
-            acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
-    store_rows(grad_q + b * gq_sb + h * gq_sh, acc * scale, i, gq_sl, L, D, D_BLOCK)
+            acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision="ieee")
+    store_rows(grad_q + b * grad_q_sb + h * grad_q_sh, acc * scale, i, grad_q_sl, L, D, D_BLOCK)
 
 
 @triton.jit(do_not_specialize=PLAIN)
 def column_pass(
     q, k, v, grad, stats, delta, grad_mass, grad_k, grad_v, grad_columns,
-    ids, rows, columns, gain, mask, seed, order, others, runs, units,
-    q_sb, q_sh, q_sl, k_sb, k_sh, k_sl, v_sb, v_sh, v_sl, g_sb, g_sh, g_sl,
-    gk_sb, gk_sh, gk_sl, gv_sb, gv_sh, gv_sl,
-    ids_sm, ids_sb, ids_so, rows_sh, gain_sh, mask_sb, mask_sh, mask_sl, mask_ss,
+    ids, rows, columns, mask, seed, order, others, runs, units,
+    q_sb, q_sh, q_sl, k_sb, k_sh, k_sl, v_sb, v_sh, v_sl, grad_sb, grad_sh, grad_sl,
+    grad_k_sb, grad_k_sh, grad_k_sl, grad_v_sb, grad_v_sh, grad_v_sl,
+    ids_sm, ids_sb, ids_so, rows_sh, mask_sb, mask_sh, mask_sl, mask_ss,
     B, H, GROUP, L, S, scale, dropout, factor,
     owned, runs_so, units_so, parts, part_slots, slots,
     D: tl.constexpr, E: tl.constexpr, D_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr,
     MAPS: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr,
-    COLUMNS: tl.constexpr, MASS: tl.constexpr, GRAD_COLUMNS: tl.constexpr, GAIN: tl.constexpr,
+    COLUMNS: tl.constexpr, MASS: tl.constexpr, GRAD_COLUMNS: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
-    DETERMINISTIC: tl.constexpr, PRECISION: tl.constexpr, PRECISE: tl.constexpr,
+    DETERMINISTIC: tl.constexpr, PRECISE: tl.constexpr,
     SIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Writes grad_k and grad_v; adds to grad_columns ``[H, B, S, W]``. Tiles are ``[BN, BM]``."""
+    """Write grad_k and grad_v; add to grad_columns ``[H, B, S, W]``. Tiles are ``[BN, BM]``."""
     o, bkv, b, kv = program(owned, H // GROUP, BN)
     j = token(o, order, SIDE)
     ids += b * ids_sb
@@ -314,10 +292,9 @@ def column_pass(
                 mass_at = tl.minimum(i, L - 1) * (MAPS * N)
                 queries = load_rows(q + b * q_sb + h * q_sh, i, q_sl, L, D, D_BLOCK)
                 queries = (queries * scale).to(queries.dtype)
-                logits, content = pair_logits(
+                logits = pair_logits(
                     keys, queries, columns + own_at, columns_at, COLUMNS, h_rows, rows_at, ROWS,
-                    gain + h * gain_sh, GAIN, ids, o, s, ids_sm, ids_so, MAPS, N, PRECISION,
-                    onehot, run, SIDE, TURNED=True,
+                    ids, o, s, ids_sm, ids_so, MAPS, N, onehot, run, SIDE, TURNED=True,
                 )  # fmt: skip
                 logits = masked(
                     logits, i[None, :], j[:, None], mask + b * mask_sb + h * mask_sh,
@@ -325,17 +302,17 @@ def column_pass(
                 )  # fmt: skip
                 shift, log_total = load_stats(stats + stream, i, B, H, L)
                 p = exponential(logits, shift[None, :], log_total[None, :], PRECISE)
-                flow = load_rows(grad + b * g_sb + h * g_sh, i, g_sl, L, E, E_BLOCK)
+                grad_out = load_rows(grad + b * grad_sb + h * grad_sh, i, grad_sl, L, E, E_BLOCK)
                 given = p
                 if DROPOUT:
                     given = drop(p, seed, bh, i[None, :], j[:, None], S, dropout, factor)
-                acc_v = tl.dot(given.to(flow.dtype), flow, acc_v, input_precision=PRECISION)
+                acc_v = tl.dot(given.to(grad_out.dtype), grad_out, acc_v, input_precision="ieee")
                 dp = tl.zeros([BN, BM], tl.float32)
                 dp = add_gathered(
                     dp, grad_mass + stream * (MAPS * N), mass_at[None, :], MASS,
                     ids, o, s, ids_sm, ids_so, MAPS, N,
                 )  # fmt: skip
-                dp = tl.dot(values, tl.trans(flow), dp, input_precision=PRECISION)
+                dp = tl.dot(values, tl.trans(grad_out), dp, input_precision="ieee")
                 if DROPOUT:
                     dp = drop(dp, seed, bh, i[None, :], j[:, None], S, dropout, factor)
                 mean = tl.load(delta + stream + i, mask=i < L, other=0.0)
@@ -344,8 +321,6 @@ def column_pass(
                     grad_columns + own_at, ds, GRAD_COLUMNS, ids, o, j, S, s, ids_sm, ids_so,
                     MAPS, N, DETERMINISTIC, onehot, run, SIDE,
                 )  # fmt: skip
-                if GAIN >= 0:
-                    ds *= load_gain(gain + h * gain_sh, GAIN, ids, o, s, ids_sm, ids_so, N)
-                acc_k = tl.dot(ds.to(queries.dtype), queries, acc_k, input_precision=PRECISION)
-    store_rows(grad_k + b * gk_sb + kv * gk_sh, acc_k, j, gk_sl, S, D, D_BLOCK)
-    store_rows(grad_v + b * gv_sb + kv * gv_sh, acc_v, j, gv_sl, S, E, E_BLOCK)
+                acc_k = tl.dot(ds.to(queries.dtype), queries, acc_k, input_precision="ieee")
+    store_rows(grad_k + b * grad_k_sb + kv * grad_k_sh, acc_k, j, grad_k_sl, S, D, D_BLOCK)
+    store_rows(grad_v + b * grad_v_sb + kv * grad_v_sh, acc_v, j, grad_v_sl, S, E, E_BLOCK)

@@ -1,175 +1,173 @@
-"""The operators, as torch knows them: schema, shapes, gradients, autocast. Triton comes later.
+"""The operators ``irpe::fused_attention`` and its backward: schema, shapes and gradients.
 
-``irpe::fused_attention`` takes rows of numbers instead of tables, see plan.py; its backward is an
-operator too and has none of its own.
+Few arguments, since each one costs time in every call: tensors in lists, and a code of integers
+from which the operators find a plan, see plan.py. They are registered without a wrapper of their
+own, and ``FusedAttention`` gives them a gradient. Triton itself is imported by the first launch.
+
+    tables: of the terms, as they are kept: of any floating-point dtype
+    given: the mask ``[B, H, L, S]`` (uint8, not 0: visible; or added to the logits), the seed of
+        the dropout (int64 ``[1]``), maps of ids and their transpose where the code has none
+    code: ``Code.pack``
+    floats: dropout_p and scale
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import IrpeError
-from .plan import like
+from ..call import autocasting
+from .plan import KINDS, Code
 
-_SETTINGS = (
-    "int width, int row_use, int column_use, int mass_use, int gain_use, bool is_causal, "
-    "float dropout_p, float scale, int side, int parts, int part_slots"
+LIBRARY = torch.library.Library("irpe", "FRAGMENT")
+LIBRARY.define(
+    "fused_attention(Tensor q, Tensor k, Tensor v, Tensor[] tables, Tensor?[] given, "
+    "SymInt[] code, float[] floats) -> Tensor[]"
 )
-_PAIRS = (
-    "Tensor? ids, Tensor? ids_turned, Tensor? rows, Tensor? columns, Tensor? gain, Tensor? mask, "
-    "Tensor? seed, Tensor? order, Tensor? others, Tensor? runs, Tensor? units"
+LIBRARY.define(
+    "fused_attention_backward(Tensor grad, Tensor[] qkv, Tensor[] tables, Tensor?[] given, "
+    "Tensor[] saved, SymInt[] code, float[] floats, bool[] wanted) -> Tensor[]"
 )
-_FORWARD = f"(Tensor q, Tensor k, Tensor v, {_PAIRS}, *, {_SETTINGS}) -> (Tensor, Tensor, Tensor)"
-_BACKWARD = (
-    "(Tensor grad, Tensor? grad_mass, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, "
-    f"Tensor mass, {_PAIRS}, *, {_SETTINGS}, bool grad_rows, bool grad_columns) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+fused_attention = torch.ops.irpe.fused_attention.default
+fused_attention_backward = torch.ops.irpe.fused_attention_backward.default
 
 
-def _outputs(q: Tensor, v: Tensor, ids: Tensor | None, width: int, mass_use: int) -> Any:
-    B, H, L, _ = q.shape
-    out = q.new_empty(B, L, H, v.shape[-1]).transpose(1, 2)
-    stats = q.new_empty(2, H, B, L, dtype=torch.float32)
-    wide = ids.shape[0] * width if ids is not None and mass_use else 0
-    return out, stats, q.new_empty((H, B, L, wide) if wide else (0,))
+def _forward(q: Tensor, *others: Any) -> list[Tensor]:
+    from . import passes
+
+    return _undisturbed(passes.forward, q, *others)
 
 
-@torch.library.custom_op("irpe::fused_attention", mutates_args=(), schema=_FORWARD)
-def fused_attention(
-    q: Tensor, k: Tensor, v: Tensor, *pairs: Tensor | None, **settings: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention with gathered rows.
+def _backward(grad: Tensor, *others: Any) -> list[Tensor]:
+    from . import passes
 
-    Args:
-        q: ``[B, H, L, D]``. k, v: ``[B, G, S, D]`` and ``[B, G, S, E]``.
-        pairs: ids ``[maps, 1 | B, L, S']`` and the transposed ones; rows ``[H, B, L, W]`` or
-            ``[H | 1, W]``, columns ``[H, B, S, W]``, added to the logits; gain ``[H | 1, W]``;
-            mask ``[B, H, L, S]``, uint8 or additive; seed ``[1]`` of the dropout; order, others,
-            runs and units of strips.py.
-        settings: N as width, bit masks of the maps that each use, what attention takes, and with
-            strips the numbers of a run as side, and the parts of the streamed tokens.
+    return _undisturbed(passes.backward, grad, *others)
+
+
+def _undisturbed(run: Callable[..., list[Tensor]], x: Tensor, *others: Any) -> list[Tensor]:
+    """Run on the device of x, without autocast: dtypes are chosen here."""
+    kind = x.device.type
+    casting = autocasting(kind)
+    if casting:
+        torch.set_autocast_enabled(kind, False)
+    try:
+        if kind == "cuda" and x.device.index != torch.cuda.current_device():
+            with torch.cuda.device(x.device):
+                return run(x, *others)
+        return run(x, *others)
+    finally:
+        if casting:
+            torch.set_autocast_enabled(kind, True)
+
+
+for _device in ("CPU", "CUDA"):  # on a CPU they run in Triton's interpreter
+    LIBRARY.impl("fused_attention", _forward, _device)
+    LIBRARY.impl("fused_attention_backward", _backward, _device)
+
+
+@torch.library.register_fake("irpe::fused_attention", lib=LIBRARY)
+def outputs(
+    q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], given: Sequence[Tensor | None],
+    code: Sequence[int], floats: Sequence[float],
+) -> list[Tensor]:  # fmt: skip
+    """Return empty outputs: out and stats; of rows, columns and mass, those that exist; and tables.
 
     Returns:
         out ``[B, H, L, E]``; stats ``[2, H, B, L]``, the largest logit and the logarithm of the sum
-        to base 2; and the probability in each bucket
-        ``[H, B, L, W]``, with the dropout in it.
+        to base 2; numbers added to the logits, of queries ``[H, B, L, W]`` (``[H | 1, W]`` for all
+        queries) and of keys ``[H, B, S, W]``; the probability in each bucket after the dropout
+        ``[H, B, L, W]``; and what ``Plan.combine`` returns for query, key and value tables, with
+        H | 1 heads.
     """
-    from . import launch
-
-    ids = pairs[0]
-    out, stats, mass = _outputs(q, v, ids, settings["width"], settings["mass_use"])
-    return launch.forward(q, k, v, out, stats, mass, *pairs, **settings)
-
-
-@fused_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *pairs: Tensor | None, **settings: Any) -> Any:
-    return _outputs(q, v, pairs[0], settings["width"], settings["mass_use"])
-
-
-@torch.library.custom_op("irpe::fused_attention_backward", mutates_args=(), schema=_BACKWARD)
-def fused_attention_backward(
-    grad: Tensor,
-    grad_mass: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    stats: Tensor,
-    mass: Tensor,
-    *pairs: Tensor | None,
-    **settings: Any,
-) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, rows, columns and gain; of those not asked for, nothing."""
-    from . import launch
-
-    return launch.backward(grad, grad_mass, q, k, v, out, stats, mass, *pairs, **settings)
+    found = Code.unpack(code)
+    kinds = [KINDS[term.kind] for term in found.terms]
+    wide = found.maps * found.width
+    made = empty_outputs(q, k, v, tables, kinds, wide, bool(found.on_grid))
+    for kind in sorted({*kinds} - {"bias"}, key=KINDS.index):
+        own = [table for table, of in zip(tables, kinds, strict=True) if of == kind]
+        shape = [max(table.shape[0] for table in own), *own[0].shape[1:]]
+        shape[1 if kind == "value" else 2] = wide
+        made.append(q.new_empty(shape))
+    return made
 
 
-@fused_attention_backward.register_fake
+def empty_outputs(
+    q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], kinds: Sequence[str], wide: int,
+    on_grid: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Return the outputs but for the tables, for W numbers in a row."""
+    B, H, L, _ = q.shape
+    made = [empty_like((B, H, L, v.shape[-1]), q), q.new_empty((2, H, B, L), dtype=torch.float32)]
+    # On strips they enter a product, whose other side has this dtype.
+    kind = torch.float32 if "bias" in kinds and not on_grid else q.dtype
+    if "query" in kinds:
+        made.append(q.new_empty((H, B, L, wide), dtype=kind))
+    elif "bias" in kinds:
+        heads = max(t.shape[0] for t in tables)
+        made.append(q.new_empty((heads, wide), dtype=kind))
+    if "key" in kinds:
+        made.append(q.new_empty((H, B, k.shape[2], wide)))
+    if "value" in kinds:
+        made.append(q.new_empty((H, B, L, wide)))
+    return made
+
+
+@torch.library.register_fake("irpe::fused_attention_backward", lib=LIBRARY)
 def _(
-    grad: Tensor,
-    grad_mass: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    stats: Tensor,
-    mass: Tensor,
-    ids: Tensor | None,
-    ids_turned: Tensor | None,
-    rows: Tensor | None,
-    columns: Tensor | None,
-    gain: Tensor | None,
-    *rest: Any,
-    grad_rows: bool,
-    grad_columns: bool,
-    **settings: Any,
-) -> Any:
-    return (
-        *(like(x) for x in (q, k, v)),
-        q.new_empty(0) if rows is None or not grad_rows else torch.empty_like(rows),
-        q.new_empty(0) if columns is None or not grad_columns else torch.empty_like(columns),
-        q.new_empty(0) if gain is None else torch.empty_like(gain),
-    )
+    grad: Tensor, qkv: Sequence[Tensor], tables: Sequence[Tensor], given: Any, saved: Any,
+    code: Any, floats: Any, wanted: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    grads = [empty_like(x.shape, x) for x in qkv]
+    return grads + [x.new_empty(x.shape) for x, want in zip(tables, wanted, strict=True) if want]
 
 
-def _setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.settings = keyword_only_inputs
-    ctx.wants = (ctx.needs_input_grad[5], ctx.needs_input_grad[6])
-    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:])
+def empty_like(shape: Sequence[int], x: Tensor) -> Tensor:
+    """Return an empty ``[B, H, R, D]``, a view of ``[B, R, H, D]`` as projections have it."""
+    B, H, R, D = shape
+    return x.new_empty((B, R, H, D)).transpose(1, 2)
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: Any, grad_mass: Tensor | None) -> tuple:
-    q, k, v, out, stats, mass, *pairs = ctx.saved_tensors
-    if grad is None:
-        grad = torch.zeros_like(out)
-    grads = fused_attention_backward(
-        grad, grad_mass, q, k, v, out, stats, mass, *pairs, **ctx.settings,
-        grad_rows=ctx.wants[0], grad_columns=ctx.wants[1],
-    )  # fmt: skip
-    rows, columns, gain = (g if g.numel() else None for g in grads[3:])
-    return (*grads[:3], None, None, rows, columns, gain, *[None] * 6)
+class FusedAttention(torch.autograd.Function):
+    """Attention with terms, and its gradients with respect to q, k, v and the tables."""
+
+    @staticmethod
+    def forward(ctx: Any, code: list[int], floats: list[float], *tensors: Tensor | None) -> Tensor:
+        given, (q, k, v), tables = tensors[:4], tensors[4:7], tensors[7:]
+        saved = fused_attention(q, k, v, list(tables), list(given), code, floats)
+        ctx.code, ctx.floats = code, floats
+        ctx.save_for_backward(*tensors, *saved)
+        return saved[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tensors, wanted = ctx.saved_tensors, list(ctx.needs_input_grad[9:])
+        last = 7 + len(wanted)
+        given, qkv, tables = tensors[:4], tensors[4:7], tensors[7:last]
+        grads = fused_attention_backward(
+            grad, list(qkv), list(tables), list(given), list(tensors[last:]),
+            ctx.code, ctx.floats, wanted,
+        )  # fmt: skip
+        if torch.is_grad_enabled():
+            grads = NoSecond.apply(grad, *grads)
+        left = iter(grads[3:])
+        return (
+            None, None, None, None, None, None,
+            *grads[:3], *(next(left) if want else None for want in wanted),
+        )  # fmt: skip
 
 
-fused_attention.register_autograd(_backward, setup_context=_setup)
+class NoSecond(torch.autograd.Function):
+    """Raise at a second derivative."""
 
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in grads)
 
-def _no_second(ctx: Any, *grads: Any) -> None:
-    raise IrpeError(
-        "the triton backend has no second derivative: pass backend='reference' for a backward "
-        "pass that is differentiated itself (create_graph=True, gradient penalties, Hessians)"
-    )
-
-
-fused_attention_backward.register_autograd(_no_second)
-
-
-def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return x.to(dtype) if x is not None and x.dtype == torch.float32 else x
-
-
-_LIBRARY = torch.library.Library("irpe", "FRAGMENT")
-_KEYS = {"cuda": "AutocastCUDA", "cpu": "AutocastCPU"}
-
-
-def _autocast(device: str) -> Any:
-    def call(q: Tensor, k: Tensor, v: Tensor, *pairs: Any, **settings: Any) -> Any:
-        dtype = torch.get_autocast_dtype(device)
-        ids, turned, rows, columns, *rest = pairs
-        rows, columns = (
-            x if x is None or x.dim() == 2 else _cast(x, dtype) for x in (rows, columns)
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[None, ...]:
+        raise IrpeError(
+            "the triton backend has no second derivative: pass backend='reference' for a backward "
+            "pass that is differentiated itself (create_graph=True, gradient penalties, Hessians)"
         )
-        with torch._C._ExcludeDispatchKeyGuard(
-            torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _KEYS[device]))
-        ):
-            cast = (_cast(x, dtype) for x in (q, k, v))
-            return fused_attention(*cast, ids, turned, rows, columns, *rest, **settings)
-
-    return call
-
-
-for _device, _key in _KEYS.items():
-    _LIBRARY.impl("fused_attention", _autocast(_device), _key)

@@ -1,146 +1,304 @@
-"""A call with terms, as rows of numbers: all that is left to a kernel is to gather and to scatter.
+"""Plans: what the kernels read about the pairs of queries and keys, the same for equal shapes.
 
-What meets a query is one product ahead of the kernel, rows ``q table``; the value term is one
-product after it, ``mass table``. Both are torch's, and so are their gradients.
+A call is described by a list of integers (``encode``), which an operator of torch can take and
+torch.compile can trace. From this code the operator builds a ``Plan`` once, see ops.py; where
+positions were given, the maps of bucket ids are tensors of the call instead.
 
-Shapes: maps of N padded buckets each, laid side by side in rows of W = maps * N numbers.
+Shapes: maps of N padded buckets each, side by side in rows of W = maps * N numbers.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...buckets import BucketIds
+from ...buckets.ids import FUNCTIONS, number_of
+from ...cache import remembered
+from ...geometry import Geometry, Grid, Sequence
 from ...terms import Kind, Term
-from .strips import places, width
+from ..call import Call
+from . import strips
 
-TILE = 128  # the largest block of queries or keys of a kernel
+TILE = 128  # the largest block of queries or keys of a kernel: maps are padded to whole blocks
+KINDS: tuple[Kind, ...] = ("bias", "query", "key", "value")
+GEOMETRIES: tuple[type[Geometry], ...] = (Sequence, Grid)  # whole ones are described by their sizes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """Maps of a call, and its tables side by side.
+    """Tensors and settings that calls of equal shapes and terms share.
+
+    With strips, tokens are read by slot, see strips.py; without them a slot is a token.
 
     Args:
-        maps: distinct maps of ids; one serves both directions where opposite offsets allow it.
-        width: N. tables: for each kind ``[H | 1, W]`` or ``[H | 1, D, W]`` (value:
-            ``[H | 1, W, E]``). uses: for each kind a bit mask of the maps that it uses.
+        kinds: of the tables.
+        places: for each table the place in it of each of the W numbers, int64 ``[W]``; one past
+            its buckets where a number is 0.
+        is_causal: query i sees the keys j <= i + S - L.
+        width: N.
+        maps: number of maps, at least 1.
+        ids: bucket ids ``[maps, 1 | B, slots, streamed slots]`` where queries own the slots.
+        ids_turned: the same where keys own them.
+        order: token of each owned slot, int32 ``[slots]``; L in empty ones.
+        others: token of each streamed slot, likewise.
+        runs: row part of the bucket of an owned slot and a run, uint8 ``[slots, runs]``, where
+            queries own the slots and where keys do.
+        units: column part of the bucket of a unit and a column, uint8 ``[slots / 16, columns]``,
+            likewise.
+        row_use: bit mask of the maps that rows of queries use.
+        column_use: bit mask of the maps that rows of keys use.
+        mass_use: bit mask of the maps that value terms use.
+        side: numbers of a run; 0 without strips.
+        parts: of the streamed slots, 16 columns each.
+        part_slots: slots of a part. The last one holds the prefix tokens besides.
+        launchers: by shapes and strides, see launch.py.
     """
 
-    maps: tuple[BucketIds, ...]
+    kinds: tuple[Kind, ...]
+    places: tuple[Tensor, ...]
+    is_causal: bool
     width: int
-    tables: dict[Kind, Tensor]
-    uses: dict[Kind, int]
+    maps: int
+    ids: Tensor | None
+    ids_turned: Tensor | None
+    order: Tensor | None = None
+    others: Tensor | None = None
+    runs: tuple[Tensor, Tensor] | None = None
+    units: tuple[Tensor, Tensor] | None = None
+    row_use: int = 0
+    column_use: int = 0
+    mass_use: int = 0
+    side: int = 0
+    parts: int = 0
+    part_slots: int = 0
+    launchers: dict[tuple, Any] = field(default_factory=dict)
 
-    def ids(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Compact ids ``[maps, 1 | B, L', S']`` and transposed, padded to whole tiles."""
-        geometry = self.maps[0].geometry
+    @property
+    def combined(self) -> list[Kind]:
+        """The kinds that have a product with a table, in the order of ``KINDS``."""
+        uses = (None, self.row_use if "query" in self.kinds else 0, self.column_use, self.mass_use)
+        return [kind for kind, use in zip(KINDS, uses, strict=True) if use]
 
-        def build(turned: bool) -> Tensor:
-            parts = [m.compact(device) for m in self.maps]
-            batch = max(p.shape[0] for p in parts)
-            ids = torch.stack([p.expand(batch, -1, -1) for p in parts])
-            ids = ids.transpose(-2, -1) if turned else ids
-            return F.pad(ids, (0, -ids.shape[-1] % TILE, 0, -ids.shape[-2] % TILE))
+    def combine(self, tables: Seq[Tensor], kind: Kind, dtype: torch.dtype) -> Tensor:
+        """Return the sum of the tables of a kind in the order of W.
 
-        if any(m.geometry is not geometry for m in self.maps):
-            return build(False), build(True)
-        key = ("maps", tuple((m.function, m.by_key) for m in self.maps), device)
-        return (
-            geometry.remember((*key, False), lambda: build(False)),
-            geometry.remember((*key, True), lambda: build(True)),
-        )
+        Args:
+            tables: all tables of the call, of any floating-point dtype.
+            kind: one that a table has.
+            dtype: of the result.
+
+        Returns:
+            ``[H | 1, W]`` for bias, ``[H | 1, D, W]`` for query and key, ``[H | 1, W, E]``.
+        """
+        axis, total = 1 if kind == "value" else -1, None
+        for own, table, places in zip(self.kinds, tables, self.places, strict=True):
+            if own != kind:
+                continue
+            if not self.side:  # some numbers are 0
+                table = F.pad(table, (0, 0, 0, 1) if axis == 1 else (0, 1))
+            table = table.index_select(axis, places)
+            total = table if total is None else total.float() + table
+        assert total is not None
+        return total.to(dtype)
+
+    def reduce(self, grad: Tensor, table: Tensor, at: int, factor: float) -> Tensor:
+        """Return the gradient of one table.
+
+        Args:
+            grad: of what ``combine`` returns for its kind, with all heads.
+            table: its values are not read.
+            at: its index.
+            factor: of the result.
+        """
+        axis, spare = 1 if self.kinds[at] == "value" else table.dim() - 1, int(not self.side)
+        if table.shape[0] == 1:
+            grad = grad.sum(0, keepdim=True, dtype=torch.float32)
+        shape = list(table.shape)
+        shape[axis] += spare
+        total = torch.zeros(shape, dtype=torch.float32, device=grad.device)
+        # Some numbers are in several places.
+        total.index_add_(axis, self.places[at], grad.float(), alpha=factor)
+        if spare:
+            total = total.narrow(axis, 0, table.shape[axis]).contiguous()
+        return total.to(table.dtype)
 
 
-def plan_strips(terms: Sequence[Term]) -> Plan:
-    """Tables of the same kind, laid out as strips.py has it, add up."""
-    tables: dict[Kind, Tensor] = {}
-    for term in terms:
-        axis = 1 if term.kind == "value" else -1
-        table = _reversed(term, axis) if term.buckets.by_key else term.table
-        # In float32, for the gradient: some numbers stand in several places.
-        table = table.float().index_select(axis, places(term.buckets, table.device))
-        tables[term.kind] = table + tables[term.kind] if term.kind in tables else table
-    dtype = terms[0].table.dtype
-    tables = {kind: table.to(dtype) for kind, table in tables.items()}
-    return Plan((), width(terms[0].buckets), tables, dict.fromkeys(tables, 1))
+class Placed(NamedTuple):
+    """One term in a code: its map, and the place of its table in it."""
+
+    kind: int
+    slot: int  # its map
+    turned: int  # its table is for offsets opposite to the map's
+    by_key: int  # of the map
+    inner: int  # buckets without the one of prefix tokens
+    size: int  # buckets
+    number: int  # of the bucket function, see ``number_of``; -1 if it has none
 
 
-def plan(terms: Sequence[Term]) -> Plan:
-    """Sort terms by map and kind; tables of the same kind and map add up."""
+class Code(NamedTuple):
+    """The integers that describe a call."""
+
+    width: int
+    maps: int
+    on_grid: int
+    is_causal: int
+    geometry: int  # index in GEOMETRIES; -1: maps of ids are given
+    sizes: tuple[int, ...]  # two of the geometry, and its prefix
+    terms: tuple[Placed, ...]
+
+    def pack(self) -> list[int]:
+        """Return the list that an operator takes."""
+        return [*self[:5], *self.sizes, *(n for term in self.terms for n in term)]
+
+    @staticmethod
+    def unpack(packed: Seq[int]) -> "Code":
+        """Return what ``pack`` packed, or what ``short`` shortened."""
+        packed = SHORT[packed[0]] if len(packed) == 1 else packed
+        step = len(Placed._fields)
+        terms = tuple(Placed(*packed[n : n + step]) for n in range(8, len(packed), step))
+        width, maps, on_grid, is_causal, geometry, *sizes = packed[:8]
+        return Code(width, maps, on_grid, is_causal, geometry, tuple(sizes), terms)
+
+
+SHORT: list[tuple[int, ...]] = []
+_PLACES: dict[tuple[int, ...], int] = {}
+
+
+def short(packed: Seq[int]) -> list[int]:
+    """Return a code as one number, which costs a call less, for this process alone."""
+    code = tuple(packed)
+    if code not in _PLACES:
+        SHORT.append(code)
+        _PLACES[code] = len(SHORT) - 1
+    return [_PLACES[code]]
+
+
+def encode(call: Call) -> tuple[list[int], Tensor | None, Tensor | None]:
+    """Return a call's code, and its maps of ids where sizes do not describe its positions."""
+    terms = call.terms
+    numbers = [_number(term.buckets) for term in terms]
+    described = -1 not in numbers and _described(terms)
+    on_grid = described and strips.applicable(terms, call.q.dtype, call.is_causal)
     maps: list[BucketIds] = []
-    placed: list[tuple[Term, int, bool]] = []
-    for term in terms:
-        buckets, turned = term.buckets, False
-        opposite = getattr(buckets.function, "opposite", None)
-        if buckets.by_key and opposite is not None:
-            buckets = BucketIds(buckets.function, buckets.geometry)
-            turned = opposite == "reversed"
-        at = next((n for n, known in enumerate(maps) if _same(known, buckets)), len(maps))
-        if at == len(maps):
-            maps.append(buckets)
-        placed.append((term, at, turned))
-    wide = max([16, *(-(-m.size // 16) * 16 for m in maps)])
-    parts: dict[Kind, list[Tensor | None]] = {}
-    for term, at, turned in placed:
-        axis = 1 if term.kind == "value" else -1
-        table = _reversed(term, axis) if turned else term.table
-        spare = wide - term.buckets.size
-        table = F.pad(table, (0, 0, 0, spare) if axis == 1 else (0, spare))
-        slots = parts.setdefault(term.kind, [None] * len(maps))
-        held = slots[at]
-        join = torch.mul if term.kind == "gain" else torch.add
-        slots[at] = table if held is None else join(held, table)
-    tables, uses = {}, {}
-    for kind, slots in parts.items():
-        uses[kind] = sum(1 << m for m, slot in enumerate(slots) if slot is not None)
-        tables[kind] = _beside(slots, 1 if kind == "value" else -1)
-    return Plan(tuple(maps), wide, tables, uses)
+    placed = []
+    for term, number in zip(terms, numbers, strict=True):
+        buckets, turned, slot = term.buckets, term.buckets.by_key, 0
+        if not on_grid:
+            opposite = getattr(buckets.function, "opposite", None)
+            turned = False
+            if buckets.by_key and opposite is not None:  # one map for both directions
+                buckets, turned = buckets.oriented(False), opposite == "reversed"
+            slot = next((n for n, known in enumerate(maps) if _same(known, buckets)), len(maps))
+            if slot == len(maps):
+                maps.append(buckets)
+        sizes = (buckets.function.size, buckets.size)
+        flags = (int(turned), int(buckets.by_key))
+        placed.append(Placed(KINDS.index(term.kind), slot, *flags, *sizes, number))
+    # Rows of 16 numbers start at addresses that a GPU reads in one access.
+    width = max([16, *(-(-m.size // 16) * 16 for m in maps)])
+    if on_grid:
+        width = strips.width(terms[0].buckets)
+    whole, sizes3, ids, turned_ids = -1, (0, 0, 0), None, None
+    if described:
+        geometry = terms[0].buckets.geometry
+        whole = 1 if isinstance(geometry, Grid) else 0
+        rows, columns = (*geometry._sizes(), 0)[:2]
+        sizes3 = (rows, columns, geometry.prefix)
+    elif maps:
+        ids, turned_ids = padded_ids(maps, call.q.device)
+    code = Code(
+        width, max(len(maps), 1), int(on_grid), int(call.is_causal), whole, sizes3, tuple(placed)
+    )
+    return code.pack(), ids, turned_ids
 
 
-def rows(x: Tensor, table: Tensor) -> Tensor:
-    """``[B, H, R, D]`` times ``[H | 1, D, W]``, laid out as ``[H, B, R, W]``."""
-    B, H, R, D = x.shape
-    flat = x.transpose(0, 1).reshape(H, B * R, D)  # no copy of a projection's output
-    return torch.bmm(flat, table.expand(H, -1, -1)).view(H, B, R, table.shape[-1])
+def _described(terms: Seq[Term]) -> bool:
+    """Return whether all terms are for one whole geometry."""
+    if not terms:
+        return False
+    geometry = terms[0].buckets.geometry
+    plain = type(geometry) is Grid or type(geometry) is Sequence
+    return plain and not geometry.explicit and all(t.buckets.geometry == geometry for t in terms)
 
 
-def mixed(mass: Tensor, table: Tensor) -> Tensor:
-    """``[H, B, L, W]`` times ``[H | 1, W, E]``: ``[B, H, L, E]``."""
-    H, B, L, W = mass.shape
-    out = torch.bmm(mass.view(H, B * L, W), table.expand(H, -1, -1))
-    return out.view(H, B, L, table.shape[-1]).transpose(0, 1)
+def _number(buckets: BucketIds) -> int:
+    if buckets.number is not None:
+        return buckets.number
+    return -1 if torch.compiler.is_compiling() else number_of(buckets.function)
 
 
-def like(x: Tensor) -> Tensor:
-    """Empty ``[B, H, R, D]``, laid out as the projection that follows or precedes wants it."""
-    B, H, R, D = x.shape
-    return x.new_empty(B, R, H, D).transpose(1, 2)
+def plan_of(code: tuple[int, ...], device: torch.device) -> Plan:
+    """Return the plan of a code, built once; without ids where these are given."""
+    return remembered(("plan", code, device), lambda: _plan(Code.unpack(code), device))
+
+
+def _plan(code: Code, device: torch.device) -> Plan:
+    kinds = tuple(KINDS[term.kind] for term in code.terms)
+    fields: dict[str, Any] = {"ids": None, "ids_turned": None, "maps": code.maps}
+    owners: dict[int, BucketIds] = {}
+    if code.geometry >= 0:
+        rows, columns, prefix = code.sizes
+        of_grid = GEOMETRIES[code.geometry] is Grid
+        geometry = Grid(rows, columns, prefix) if of_grid else Sequence(rows, prefix)
+        for term in code.terms:
+            made = BucketIds(FUNCTIONS[term.number], geometry)
+            owners.setdefault(term.slot, made.oriented(bool(term.by_key)))
+    if code.on_grid:
+        fields |= strips.strips(owners[0], device)
+    elif owners:
+        maps = [owners[n] for n in range(code.maps)]
+        fields["ids"], fields["ids_turned"] = _padded_ids(maps, device)
+    places = []
+    for term in code.terms:
+        if code.on_grid:
+            function = FUNCTIONS[term.number]
+            own = strips.places(BucketIds(function, owners[0].geometry), device)
+        else:
+            own = torch.full((code.maps, code.width), term.size, device=device)
+            own[term.slot, : term.size] = torch.arange(term.size, device=device)
+            own = own.flatten()
+        if term.turned:  # for opposite offsets; the bucket of prefix tokens stays the last
+            own = torch.where(own < term.inner, term.inner - 1 - own, own)
+        places.append(own)
+    uses = dict.fromkeys(KINDS, 0)
+    for kind, term in zip(kinds, code.terms, strict=True):
+        uses[kind] |= 1 << term.slot
+    return Plan(
+        kinds=kinds, places=tuple(places), is_causal=bool(code.is_causal),
+        row_use=uses["bias"] | uses["query"], column_use=uses["key"], mass_use=uses["value"],
+        **{"width": code.width, **fields},
+    )  # fmt: skip
+
+
+def padded_ids(maps: Seq[BucketIds], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return compact ids ``[maps, 1 | B, L', S']`` and their transpose, padded to whole tiles."""
+    geometry = maps[0].geometry
+    if any(m.geometry != geometry for m in maps):
+        return _padded_ids(maps, device)
+    key = ("maps", tuple((m.function, m.by_key) for m in maps), device)
+    made: tuple[Tensor, Tensor] = geometry.remember(key, lambda: _padded_ids(maps, device))
+    return made
+
+
+def _padded_ids(maps: Seq[BucketIds], device: torch.device) -> tuple[Tensor, Tensor]:
+    parts = [m.compact(device) for m in maps]
+    batch = max(p.shape[0] for p in parts)
+    ids = torch.stack([p.expand(batch, -1, -1) for p in parts])
+
+    def padded(ids: Tensor) -> Tensor:
+        return F.pad(ids, (0, -ids.shape[-1] % TILE, 0, -ids.shape[-2] % TILE))
+
+    return padded(ids), padded(ids.transpose(-2, -1))
 
 
 def _same(a: BucketIds, b: BucketIds) -> bool:
-    return a.geometry is b.geometry and a.function == b.function and a.by_key == b.by_key
+    return a.geometry == b.geometry and a.function == b.function and a.by_key == b.by_key
 
 
-def _reversed(term: Term, axis: int) -> Tensor:
-    """A table for opposite offsets; the bucket of prefix tokens stays the last."""
-    size = term.buckets.function.size
-    return torch.cat(
-        (
-            term.table.narrow(axis, 0, size).flip(axis),
-            term.table.narrow(axis, size, term.buckets.size - size),
-        ),
-        axis,
-    )
-
-
-def _beside(slots: list[Tensor | None], axis: int) -> Tensor:
-    some = next(s for s in slots if s is not None)
-    heads = max(s.shape[0] for s in slots if s is not None)
-    full = [torch.zeros_like(some) if s is None else s for s in slots]
-    if len(full) == 1:
-        return full[0]
-    return torch.cat([s.expand(heads, *s.shape[1:]) for s in full], axis)
+def span(x: Tensor) -> int:
+    """Return one past the largest offset in the last two axes."""
+    return (x.shape[-2] - 1) * x.stride(-2) + (x.shape[-1] - 1) * x.stride(-1) + 1

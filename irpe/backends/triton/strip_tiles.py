@@ -2,20 +2,26 @@
 
 Owned tokens come in units of 16 patches of one grid column, streamed ones in runs of 16 patches of
 one grid row, see strips.py. The bucket of a pair is ``a * SIDE + c``: its row part a is the same
-for a token and a run, its column part c for a unit and a token. So SIDE neighbouring numbers serve
-a token and a run, and a matrix of zeros and ones, the same for all runs of a grid's columns, deals
-them out.
+for a token and a run, its column part c for a unit and a token. So a token and a run
+read SIDE neighbouring numbers, and a one-hot matrix, the same for all runs of the same columns,
+selects among them.
 
 Shapes: R owned and C streamed tokens of a tile, U = R / 16 units, K = C / 16 * SIDE.
 """
 
+import torch
 import triton
 import triton.language as tl
+
+from ..call import mask_floor
+
+FLOOR_16 = tl.constexpr(mask_floor(torch.float16))
+FLOOR_B16 = tl.constexpr(mask_floor(torch.bfloat16))
 
 
 @triton.jit
 def span(part, parts, end, part_slots, slots, SIDE: tl.constexpr):
-    """First slot of a part of the streamed tokens, and one past its last."""
+    """Return the first slot of a part of the streamed tokens, and one past its last."""
     first = 0
     if SIDE > 0:
         first = part * part_slots
@@ -25,7 +31,7 @@ def span(part, parts, end, part_slots, slots, SIDE: tl.constexpr):
 
 @triton.jit
 def token(slot, order, SIDE: tl.constexpr):
-    """Tokens of slots; with strips, past the end where a slot is empty."""
+    """Return tokens of slots; with strips, past the end where a slot is empty."""
     if SIDE > 0:
         slot = tl.load(order + slot)
     return slot
@@ -33,7 +39,7 @@ def token(slot, order, SIDE: tl.constexpr):
 
 @triton.jit
 def strip_onehot(units, own, part, step, C: tl.constexpr, SIDE: tl.constexpr, like):
-    """``[U, K, C]`` of the type of like: which number of a run's belongs to which token."""
+    """Return the one-hot matrices ``[U, K, C]``, of the type of like: numbers of runs to tokens."""
     onehot = 0
     if SIDE > 0:
         count: tl.constexpr = own.shape[0] // 16
@@ -48,7 +54,7 @@ def strip_onehot(units, own, part, step, C: tl.constexpr, SIDE: tl.constexpr, li
 
 @triton.jit
 def strip_runs(runs, own, start, step, C: tl.constexpr, SIDE: tl.constexpr):
-    """Row parts a ``[R, C / 16]`` of owned slots and the runs from a slot on."""
+    """Return the row parts a ``[R, C / 16]`` of owned slots and the runs from a slot on."""
     a = 0
     if SIDE > 0:
         run = start // 16 + tl.arange(0, C // 16)
@@ -58,7 +64,7 @@ def strip_runs(runs, own, start, step, C: tl.constexpr, SIDE: tl.constexpr):
 
 @triton.jit
 def strip_gather(tile, rows, at, onehot, runs, SIDE: tl.constexpr):
-    """``tile[r, c] + rows[at[r] + a * SIDE + c]``."""
+    """Return ``tile[r, c] + rows[at[r] + a * SIDE + c]``."""
     R: tl.constexpr = tile.shape[0]
     C: tl.constexpr = tile.shape[1]
     units: tl.constexpr = R // 16
@@ -66,8 +72,8 @@ def strip_gather(tile, rows, at, onehot, runs, SIDE: tl.constexpr):
     place = (at[:, None] + runs * SIDE)[:, :, None] + tl.arange(0, SIDE)[None, None, :]
     place = tl.reshape(place, [R, K])
     place = tl.max_contiguous(tl.multiple_of(place, [1, SIDE]), [1, SIDE])
-    # Minus infinity times zero is NaN; the lowest number closes a pair as well.
-    lowest: tl.constexpr = -65504.0 if onehot.dtype == tl.float16 else -3.38e38
+    # -inf times zero is NaN; the floor of masks hides a pair as well.
+    lowest: tl.constexpr = FLOOR_16 if onehot.dtype == tl.float16 else FLOOR_B16
     numbers = tl.load(rows + place).to(tl.float32)
     numbers = tl.maximum(numbers, lowest, propagate_nan=tl.PropagateNan.ALL).to(onehot.dtype)
     numbers = tl.reshape(numbers, [units, 16, K])

@@ -1,4 +1,6 @@
-"""Whole grids, ordered so that bucket ids part into rows and columns: what strip_tiles.py reads.
+"""Order the tokens of a whole grid so that a bucket id is a row part plus a column part.
+
+strip_tiles.py reads this order.
 
 A unit is 16 patches of one grid column, a run 16 patches of one grid row; prefix tokens make units
 and runs of their own. Owned tokens are ordered by units and streamed ones by runs, with empty slots
@@ -6,7 +8,7 @@ where a grid's sides are no multiples of 16.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,40 +17,15 @@ from ...buckets import BucketIds, ImageBuckets
 from ...geometry import Grid
 from ...terms import Term
 
-UNIT = 16
-TILE = 64  # slots of a block of owned or streamed tokens
-METHODS = ("product", "rows", "columns")
-# More work than on the general path, by empty slots: predicted to pay up to here, not measured.
+UNIT = 16  # a side of the smallest matrix product of a tensor core
+TILE = 64  # the largest block of owned or streamed slots of a kernel
+METHODS = ("product", "rows", "columns")  # their buckets have a row part and a column part
+# Factor of work through empty slots up to which strips are predicted (not measured) to be faster.
 WASTE = 1.75
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Strips:
-    """Slots of a grid's tokens.
-
-    Args:
-        order: token of each owned slot, int32 ``[slots]``; L in empty ones. others: of each
-            streamed one.
-        runs: row part of the bucket of an owned slot and a run, uint8 ``[2, slots, runs]``: for
-            offsets owned - streamed (queries own), and the other way round (keys own).
-        units: column part for a unit and a column, uint8 ``[2, slots / 16, columns]``.
-        ids: of the whole bucket, ``[2, 1, slots, streamed slots]``, likewise.
-        side: numbers of a run. parts: of the streamed tokens, 16 columns each, all of part_slots
-            slots; the last one has those of the prefix besides.
-    """
-
-    order: Tensor
-    others: Tensor
-    runs: Tensor
-    units: Tensor
-    ids: Tensor
-    side: int
-    parts: int
-    part_slots: int
-
-
 def applicable(terms: Sequence[Term], dtype: torch.dtype, is_causal: bool) -> bool:
-    """Whether the products serve a call: one whole grid and one index for all of its terms."""
+    """Return whether strips fit a call: one whole grid and one index for all of its terms."""
     if not terms or is_causal or dtype == torch.float32:
         return False
     grid, first = terms[0].buckets.geometry, terms[0].buckets.function
@@ -57,7 +34,7 @@ def applicable(terms: Sequence[Term], dtype: torch.dtype, is_causal: bool) -> bo
     index = first.index
     for term in terms:
         function = term.buckets.function
-        if term.kind == "gain" or term.buckets.geometry is not grid:
+        if term.buckets.geometry != grid:
             return False
         if not isinstance(function, ImageBuckets) or function.index != index:
             return False
@@ -65,7 +42,7 @@ def applicable(terms: Sequence[Term], dtype: torch.dtype, is_causal: bool) -> bo
             return False
     narrow, kinds = side(terms[0].buckets) == 8, {term.kind for term in terms}
     if 2 * index.bound + 1 > 16 or not (narrow or kinds <= {"bias", "query"}):
-        return False  # wide runs leave no registers for more
+        return False  # wide runs leave no registers for other kinds
     owned = _up(grid.width * _units(grid.height) + _units(grid.prefix), TILE // UNIT) * UNIT
     streamed = sum(_part_runs(grid)) * UNIT
     tokens = _up(grid.query_length, TILE)
@@ -73,7 +50,7 @@ def applicable(terms: Sequence[Term], dtype: torch.dtype, is_causal: bool) -> bo
 
 
 def side(buckets: BucketIds) -> int:
-    """Numbers of a run: column buckets, rounded up."""
+    """Return the numbers of a run: column buckets, rounded up."""
     return 8 if 2 * _function(buckets).index.bound + 1 <= 8 else 16
 
 
@@ -83,18 +60,13 @@ def _function(buckets: BucketIds) -> ImageBuckets:
 
 
 def width(buckets: BucketIds) -> int:
-    """Numbers of a row: row buckets, one for the prefix, times column buckets; a multiple of 16."""
+    """Return W: row buckets and one for the prefix, times side; a multiple of 16."""
     rows = 2 * _function(buckets).index.bound + 2
     return rows * side(buckets)
 
 
 def places(buckets: BucketIds, device: torch.device) -> Tensor:
-    """Id in a table for each of the numbers of a row, int64 ``[width]``, made once for a grid."""
-    key = ("places", buckets.function, device)
-    return buckets.geometry.remember(key, lambda: _places(buckets, device))
-
-
-def _places(buckets: BucketIds, device: torch.device) -> Tensor:
+    """Return the id in a table of each number of a row, int64 ``[W]``."""
     sides = 2 * _function(buckets).index.bound + 1
     at = torch.arange(width(buckets), device=device)
     row, column = at // side(buckets), (at % side(buckets)).clamp(max=sides - 1)
@@ -106,13 +78,8 @@ def _places(buckets: BucketIds, device: torch.device) -> Tensor:
     return torch.where(row < sides, ids, buckets.size - 1)
 
 
-def strips(buckets: BucketIds, device: torch.device) -> Strips:
-    """The slots of a grid, made once for it."""
-    grid, index = buckets.geometry, _function(buckets).index
-    return grid.remember(("strips", index, device), lambda: _strips(buckets, device))
-
-
-def _strips(buckets: BucketIds, device: torch.device) -> Strips:
+def strips(buckets: BucketIds, device: torch.device) -> dict[str, Any]:
+    """Return the slots of a grid's tokens as fields of ``Plan``."""
     grid, index = buckets.geometry, _function(buckets).index
     assert isinstance(grid, Grid)
     height, columns, prefix, length = grid.height, grid.width, grid.prefix, grid.query_length
@@ -155,19 +122,22 @@ def _strips(buckets: BucketIds, device: torch.device) -> Strips:
     others = torch.where(
         row_of_run.unsqueeze(1) >= 0, others, torch.where(before < prefix, before, length)
     )
-    # The whole id, for tokens that meet rows of streamed ones.
+    # The whole id, for reading the rows of streamed tokens.
     wide = runs.repeat_interleave(UNIT, 2) * side(buckets)
     ids = wide + units.index_select(2, place.flatten()).repeat_interleave(UNIT, 1)
-    return Strips(
-        order.to(torch.int32),
-        others.flatten().to(torch.int32),
-        runs.to(torch.uint8),
-        units.to(torch.uint8),
-        ids.to(torch.uint8).unsqueeze(1),
-        side=side(buckets),
-        parts=len(parts),
-        part_slots=_up(height, TILE // UNIT) * UNIT,
-    )
+    ids = ids.to(torch.uint8).unsqueeze(1)
+    return {
+        "order": order.to(torch.int32),
+        "others": others.flatten().to(torch.int32),
+        "runs": tuple(runs.to(torch.uint8)),
+        "units": tuple(units.to(torch.uint8)),
+        "ids": ids[:1],
+        "ids_turned": ids[1:],
+        "width": width(buckets),
+        "side": side(buckets),
+        "parts": len(parts),
+        "part_slots": _up(height, TILE // UNIT) * UNIT,
+    }
 
 
 def _units(n: int) -> int:
@@ -179,7 +149,7 @@ def _up(n: int, multiple: int) -> int:
 
 
 def _part_runs(grid: Grid) -> list[int]:
-    """Runs of each part, rounded up to whole tiles; those of the prefix in the last one."""
+    """Return the runs of each part, rounded up to whole tiles; prefix runs are in the last one."""
     step = TILE // UNIT
     plain = _up(grid.height, step)
     last = _up(grid.height + _units(grid.prefix), step)

@@ -1,24 +1,27 @@
-"""Pieces of kernels: what a tile of pairs needs, in either orientation.
+"""Parts of kernels that compute on a tile of pairs, in either orientation.
 
-A tile holds the pairs of the tokens *owned* by a program (its rows) and of tokens *streamed* past
-it (its columns). Forward and row pass own queries; the column pass owns keys. Tables come as rows
+A tile holds the pairs of the tokens *owned* by a program (its rows) and of *streamed* tokens
+(its columns). Forward and row pass own queries; the column pass owns keys. Tables come as rows
 of numbers, one number per bucket: the rows of an owned token are private to its program.
 
 Shapes: R owned and C streamed tokens, MAPS maps of bucket ids, N padded buckets of one map,
 W = MAPS * N numbers in a row. Sets of maps (OWN, STREAM, USED) are bit masks.
 """
 
+import torch
 import triton
 import triton.language as tl
 
+from ..call import mask_floor
 from .strip_tiles import strip_gather, strip_scatter
 
-LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E = tl.constexpr(1.4426950408889634)  # GPUs compute powers of 2
+MASK_FLOOR = tl.constexpr(mask_floor(torch.float32))  # logits are float32
 
 
 @triton.jit
 def load_rows(base, index, step, length, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows ``[R, BLOCK]`` of a matrix with unit last stride; zero past its edges."""
+    """Return rows ``[R, BLOCK]`` of a matrix with unit last stride; zero past its edges."""
     column = tl.arange(0, BLOCK)
     inside = index[:, None] < length
     if WIDTH != BLOCK:
@@ -28,7 +31,7 @@ def load_rows(base, index, step, length, WIDTH: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit
 def store_rows(base, values, index, step, length, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """The reverse of ``load_rows``."""
+    """Store rows: the reverse of ``load_rows``."""
     column = tl.arange(0, BLOCK)
     inside = index[:, None] < length
     if WIDTH != BLOCK:
@@ -39,7 +42,7 @@ def store_rows(base, values, index, step, length, WIDTH: tl.constexpr, BLOCK: tl
 
 @triton.jit
 def load_ids(ids, m, own, stream, ids_sm, ids_so):
-    """Bucket ids ``[R, C]`` of map m; maps are padded to whole tiles."""
+    """Return bucket ids ``[R, C]`` of map m; maps are padded to whole tiles."""
     return tl.load(ids + m * ids_sm + own[:, None] * ids_so + stream[None, :]).to(tl.int32)
 
 
@@ -48,7 +51,7 @@ def add_gathered(
     tile, rows, at, USED: tl.constexpr, ids, own, stream, ids_sm, ids_so,
     MAPS: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """``tile[r, c]`` + the sum over maps m of ``rows[at + m * N + id[r, c]]``, float32."""
+    """Return ``tile[r, c]`` + the sum over maps m of ``rows[at + m * N + id[r, c]]``, float32."""
     for m in tl.static_range(MAPS):
         if (USED >> m) & 1:
             index = load_ids(ids, m, own, stream, ids_sm, ids_so)
@@ -63,7 +66,7 @@ def scatter(
 ):  # fmt: skip
     """``rows[r, m * N + id[r, c]] += tile[r, c]``; rows are float32 and private to the program.
 
-    The tile is zero for streamed tokens past the end; owned ones past it (length) are left out.
+    The tile is zero for streamed tokens past the end; owned ones past it (length) are skipped.
     """
     inside = own < length
     for m in tl.static_range(MAPS):
@@ -111,12 +114,12 @@ def scatter_own(
 @triton.jit
 def pair_logits(
     owned, streamed, own_rows, own_at, OWN: tl.constexpr,
-    stream_rows, stream_at, STREAM: tl.constexpr, gain, GAIN: tl.constexpr,
+    stream_rows, stream_at, STREAM: tl.constexpr,
     ids, own, stream, ids_sm, ids_so,
-    MAPS: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
-    onehot, runs, SIDE: tl.constexpr, TURNED: tl.constexpr,
+    MAPS: tl.constexpr, N: tl.constexpr, onehot, runs,
+    SIDE: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """Logits ``[R, C]`` without masks, and their content part before the gain.
+    """Return logits ``[R, C]`` without masks.
 
     The gathered numbers enter the product as its accumulator: that keeps them in the layout of
     the matrix unit, where an addition afterwards would make the compiler compute the softmax twice.
@@ -137,24 +140,12 @@ def pair_logits(
             start, own_rows, own_at, OWN, ids, own, stream, ids_sm, ids_so, MAPS, N,
             onehot, runs, SIDE,
         )  # fmt: skip
-    if GAIN < 0:
-        logits = tl.dot(owned, tl.trans(streamed), start, input_precision=PRECISION)
-        content = logits
-    else:
-        content = tl.dot(owned, tl.trans(streamed), input_precision=PRECISION)
-        logits = content * load_gain(gain, GAIN, ids, own, stream, ids_sm, ids_so, N) + start
-    return logits, content
-
-
-@triton.jit
-def load_gain(gain, m: tl.constexpr, ids, own, stream, ids_sm, ids_so, N: tl.constexpr):
-    """Factors of the content logits, float32 ``[R, C]``."""
-    return tl.load(gain + (m * N + load_ids(ids, m, own, stream, ids_sm, ids_so))).to(tl.float32)
+    return tl.dot(owned, tl.trans(streamed), start, input_precision="ieee")
 
 
 @triton.jit
 def masked(logits, i, j, mask, mask_sl, mask_ss, L, S, MASK: tl.constexpr, CAUSAL: tl.constexpr):
-    """Logits with -inf where a pair is not seen; queries i and keys j broadcast to the tile."""
+    """Return logits, -inf where a pair is hidden; queries i and keys j broadcast to the tile."""
     seen = j < S
     if CAUSAL:
         seen = seen & (j <= i + (S - L))
@@ -165,16 +156,15 @@ def masked(logits, i, j, mask, mask_sl, mask_ss, L, S, MASK: tl.constexpr, CAUSA
         logits = tl.where(open != 0, logits, float("-inf"))
     if MASK == "float":
         added = tl.load(mask + i * mask_sl + j * mask_ss, mask=inside, other=0.0).to(tl.float32)
-        # Masks of the lowest number stay finite when they are added and scaled.
-        logits += tl.where(added == float("-inf"), added, tl.maximum(added, -1.0e38))
+        logits += tl.where(added == float("-inf"), added, tl.maximum(added, MASK_FLOOR))
     return logits
 
 
 @triton.jit
 def exponential(logits, shift, log_total, PRECISE: tl.constexpr):
-    """exp(logits - shift) / 2 ** log_total.
+    """Return exp(logits - shift) / 2 ** log_total.
 
-    Where precision is asked for the shift comes off first: a large logit then costs no digits.
+    PRECISE subtracts the shift first, so that large logits lose no digits.
     """
     if PRECISE:
         power = (logits - shift) * LOG2E - log_total
@@ -185,5 +175,5 @@ def exponential(logits, shift, log_total, PRECISE: tl.constexpr):
 
 @triton.jit
 def drop(tile, seed, bh, i, j, S, p, factor):
-    """Dropout with the same random number for a pair in every pass; factor is 1 / (1 - p)."""
+    """Drop pairs, with the same random number for a pair in every pass; factor is 1 / (1 - p)."""
     return tl.where(tl.rand(tl.load(seed) + bh, i * S + j) >= p, tile * factor, 0.0)

@@ -1,6 +1,6 @@
 """Blocks, warps and stages of each kernel: the ones that compile without spilling registers.
 
-``python benchmarks/variants.py`` compiles them all and says what they take.
+``python benchmarks/variants.py`` compiles them all and prints registers, spills and instructions.
 """
 
 from typing import Any, NamedTuple
@@ -20,13 +20,17 @@ class Variant(NamedTuple):
 def variant(
     kernel: str, dtype: torch.dtype, widest: int, options: dict[str, Any], capability: int
 ) -> Variant:
-    """The variant of a call.
+    """Return the variant of a kernel.
 
     Args:
-        kernel: its name. widest: the wider block of head dims, 16 to 128. options: the call's
-            constants. capability: 10 * major + minor of the GPU.
+        kernel: its name.
+        dtype: of q.
+        widest: the wider block of head dims, 16 to 128.
+        options: the kernel's constants.
+        capability: 10 * major + minor of the GPU.
     """
-    ampere, wide = capability < 90, widest > 64
+    # sm_120 multiplies matrices as sm_80 does, from as little shared memory as sm_86 has.
+    ampere, wide = not 90 <= capability < 120, widest > 64
     several = options["MAPS"] > 1
     if dtype == torch.float32:
         return Variant(16, 32, num_stages=1)
@@ -53,7 +57,7 @@ def variant(
 
 
 def _on_strips(kernel: str, widest: int, options: dict[str, Any], ampere: bool) -> Variant | None:
-    """Where the products want registers that gathers leave free."""
+    """Return a variant for strips, whose products need more registers; None: as without strips."""
     both = options["COLUMNS"]
     if widest > 64:
         if kernel == "row_pass":

@@ -1,5 +1,1 @@
 """timm's models."""
-
-from .places import sites
-
-__all__ = ["sites"]

@@ -1,1 +1,1 @@
-"""What each subcommand does: ``run(given)``, imported once its arguments are read."""
+"""The subcommands: each has ``run(given)`` and is imported after its arguments are read."""

@@ -1,15 +1,17 @@
-"""``irpe attention``: where a query patch of an image looks, in every head."""
+"""``irpe attention``: the attention of a query patch in every head."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
+from ...encodings import specs
 from ...errors import IrpeError
 from ...geometry import Grid
 from ..attention import watch
-from ..models import create, equip, load, prepared
+from ..models import attach_named, create, load, opened, prepared
 from ..pictures import save
 from ..terminal import table
 
@@ -17,22 +19,19 @@ from ..terminal import table
 def run(given: argparse.Namespace) -> None:
     """Print distances by layer and the heads of one layer, and draw it if a file is named."""
     picture = _open(given.image)
-    model = create(given.model, given.size, given.pretrained)
-    if given.rpe is not None:
-        equip(model, given.model, given.rpe)
-    if given.checkpoint is not None:
-        load(model, given.checkpoint)
+    name, model = _model(given)
     image, shown = prepared(model, picture, given.size)
-    grid = _grid(given.model, model, image)
+    grid = _grid(name, model, image)
     at = (grid.height // 2, grid.width // 2) if given.at is None else given.at
     if len(at) != 2:
         raise IrpeError(f"--at {at[0]} is no patch of an image: say ROW,COLUMN, as {at[0]},0")
     layers = watch(model, image, grid, at)
     number = given.layer or len(layers)
     if number > len(layers):
-        raise IrpeError(f"--layer {number}: {given.model} has {len(layers)} layers")
-    title = given.model + (f" with {given.rpe}" if given.rpe else "")
-    trained = given.checkpoint is not None or given.pretrained
+        raise IrpeError(f"--layer {number}: {name} has {len(layers)} layers")
+    kinds = sorted(set(specs(model).values()))
+    title = name + (f" with {', '.join(kinds)}" if kinds else "")
+    trained = given.checkpoint is not None or given.pretrained or Path(given.model).exists()
     print(f"{title}, {'trained' if trained else 'RANDOM'} weights")
     if not trained:
         print("say --checkpoint FILE, or --pretrained, for weights that mean something")
@@ -63,6 +62,24 @@ def run(given: argparse.Namespace) -> None:
         save(draw_layer(layers, number, shown, at, title), given.out)
 
 
+def _model(given: argparse.Namespace) -> tuple[str, Any]:
+    """Return the model's name, and the model with its encoding and weights."""
+    if Path(given.model).exists():
+        for option in ("rpe", "checkpoint", "pretrained", "model_kwargs"):
+            if getattr(given, option):
+                raise IrpeError(
+                    f"{given.model!r} is a file or a folder, which has its model, encoding and "
+                    f"weights: leave --{option.replace('_', '-')} out"
+                )
+        return opened(given.model, given.size)
+    model = create(given.model, given.size, given.pretrained, dict(given.model_kwargs))
+    if given.rpe is not None:
+        attach_named(model, given.model, given.rpe)
+    if given.checkpoint is not None:
+        load(model, given.checkpoint, given.size)
+    return given.model, model
+
+
 def _open(path: str) -> Any:
     try:
         with Image.open(path) as opened:
@@ -74,7 +91,7 @@ def _open(path: str) -> Any:
 
 
 def _grid(name: str, model: Any, image: Tensor) -> Grid:
-    """The model's patches and prefix tokens."""
+    """Return the model's patches and prefix tokens."""
     embed: Any = getattr(model, "patch_embed", None)
     if not hasattr(embed, "dynamic_feat_size"):
         raise IrpeError(f"{name} has no patches that stay on one grid: ViT, DeiT, BEiT, EVA do")

@@ -1,12 +1,13 @@
-"""``irpe buckets``: the bucket of each key, seen from one query."""
+"""``irpe buckets``: the bucket of each key for one query."""
 
 import argparse
 from itertools import groupby
 
-from ...buckets import bucket_functions
+from ...buckets.image import AXES
+from ...encodings import bucket_ids, parse
 from ...errors import IrpeError
-from ...geometry import Grid
-from ...spec import Spec, parse
+from ...geometry import Grid, Sequence, Volume
+from ...spec import Spec
 from ..pictures import figure, save
 from ..plots import bucket_maps, bucket_row, plot_bucket_row, plot_buckets
 from ..terminal import number_map, table
@@ -15,38 +16,51 @@ from ..terminal import number_map, table
 def run(given: argparse.Namespace) -> None:
     """Print the map, and draw it if a file is named."""
     spec = parse(given.spec)
-    size = bucket_functions(spec)[0].size  # raises for encodings without buckets
-    if 2 in spec.axes:
+    image = 2 in spec.axes
+    kind = Volume if len(given.grid) == 3 else Grid
+    # Raises for encodings without buckets.
+    _, size = bucket_ids(spec, kind(*[1] * len(given.grid)) if image else Sequence(1))
+    if image:
         _image(spec, size, given)
     else:
         _text(spec, size, given)
 
 
 def _image(spec: Spec, size: int, given: argparse.Namespace) -> None:
-    height, width = given.grid
-    at = (height // 2, width // 2) if given.at is None else given.at
-    if len(at) != 2:
-        raise IrpeError(f"--at {at[0]} is no patch of an image: say ROW,COLUMN, as {at[0]},0")
-    grid = Grid(height, width)
-    maps = bucket_maps(spec, grid, at)
-    print(f"{spec}: buckets of the keys around the query at {at[0]},{at[1]}")
-    for name, ids in zip(("rows", "columns") if len(maps) == 2 else ("",), maps, strict=True):
+    video = len(given.grid) == 3
+    at = tuple(side // 2 for side in given.grid) if given.at is None else given.at
+    if len(at) != len(given.grid):
+        form = "video: say FRAME,ROW,COLUMN" if video else "image: say ROW,COLUMN"
+        example = ",".join([str(at[0]), *["0"] * (len(given.grid) - 1)])
+        said = ",".join(map(str, at))
+        raise IrpeError(f"--at {said} is no patch of an {form}, as {example}")
+    if given.frame is not None and not video:
+        raise IrpeError("--frame is for three axes, as --grid 8x14x14")
+    grid = Volume(*given.grid) if video else Grid(*given.grid)
+    maps = bucket_maps(spec, grid, at, given.frame)
+    where = ",".join(map(str, at))
+    if video:
+        where += f", of frame {at[0] if given.frame is None else given.frame}"
+    print(f"{spec}: buckets of the keys around the query at {where}")
+    names = ("",) if len(maps) == 1 else AXES[-len(maps) :]
+    for name, ids in zip(names, maps, strict=True):
         used = ids.unique().numel()
         print(f"{name}{name and ': '}{used} of the table's {size} in use from here")
-        print("\n".join(number_map(ids.tolist(), at)))
+        print("\n".join(number_map(ids.tolist(), (at[-2], at[-1]))))
     if given.out:
-        side = min(0.3 * (1.5 if len(maps) == 2 else 1), 12 / max(height, width))
-        made = figure(max(3.5, 0.75 + side * width), max(3.0, 0.9 + side * height))
+        side = min(0.3 * (0.5 + 0.5 * len(maps)), 12 / max(grid.height, grid.width))
+        made = figure(max(3.5, 0.75 + side * grid.width), max(3.0, 0.9 + side * grid.height))
         axes = made.subplots()
-        plot_buckets(spec, grid, at, axes)
-        axes.set_title(f"{spec}\n{axes.get_title()}, query at {at[0]},{at[1]}", fontsize=10)
+        plot_buckets(spec, grid, at, axes, given.frame)
+        axes.set_title(f"{spec}\n{axes.get_title()}, query at {where}", fontsize=10)
         save(made, given.out)
 
 
 def _text(spec: Spec, size: int, given: argparse.Namespace) -> None:
     at: tuple[int, ...] = (given.length // 2,) if given.at is None else given.at
     if len(at) != 1:
-        raise IrpeError(f"--at {at[0]},{at[1]} is no token of a text: say one number, as {at[0]}")
+        said = ",".join(map(str, at))
+        raise IrpeError(f"--at {said} is no token of a text: say one number, as {at[0]}")
     row = bucket_row(spec, given.length, at[0]).tolist()
     print(f"{spec}: buckets of the keys around the query at {at[0]}")
     print(f"{len(set(row))} of the table's {size} in use from here\n")

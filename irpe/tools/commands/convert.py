@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 
 from ...errors import IrpeError
-from ..weights import TORCH, read_checkpoint, write_checkpoint
+from ...files.read import TORCH, read_checkpoint, write_checkpoint
 
 
 def run(given: argparse.Namespace) -> None:
-    """Read, write, and print what went over."""
+    """Read, write, and print what was written."""
     source, target = Path(given.source), Path(given.target)
     if target.exists():
         raise IrpeError(f"{given.target!r} is there already: remove it, or give another name")

@@ -1,15 +1,16 @@
-"""``irpe cost``: what an encoding adds to a model, counted and not timed."""
+"""``irpe cost``: parameters and multiply-adds that an encoding adds to a model."""
 
 import argparse
 from typing import Any
 
 import torch
 
+from ...encodings import parse
 from ...errors import IrpeError
-from ...hosts import detach
-from ...spec import parse
+from ...hosts import attach, detach
+from ...spec import Spec
 from ..complexity import activations, multiply_adds, parameters
-from ..models import create, equip, equipped_spec
+from ..models import attach_named, attached_spec, create, input_size
 from ..terminal import table
 
 _MIB = 4 / 2**20  # of float32
@@ -17,28 +18,44 @@ _MIB = 4 / 2**20  # of float32
 
 def run(given: argparse.Namespace) -> None:
     """Print the table."""
-    chosen = given.rpe or equipped_spec(given.model)
+    chosen = given.rpe or attached_spec(given.model)
     if chosen is None:
         raise IrpeError(f"{given.model} brings no encoding along: say one, as --rpe rope-axial")
     spec = parse(chosen)
-    model = create(given.model, given.size)
+    model = create(given.model, given.size, options=dict(given.model_kwargs))
     if given.rpe is not None:
-        equip(model, given.model, spec)
-    height, width = given.size or model.pretrained_cfg["input_size"][1:]
-    image = torch.zeros(1, model.pretrained_cfg["input_size"][0], height, width)
+        attach_named(model, given.model, spec)
+    channels, *own = input_size(model)
+    height, width = given.size or own
+    image = torch.zeros(1, channels, height, width)
     after = _counted(model, image)
     detach(model)
     before = _counted(model, image)
     rows: list[tuple[str, ...]] = [("", "plain", "with it", "added", "%")]
-    for (name, form, plain), (_, _, equipped) in zip(before, after, strict=True):
-        more = equipped - plain
+    for (name, form, plain), (_, _, encoded) in zip(before, after, strict=True):
+        more = encoded - plain
         share = f"{100 * more / plain:.2f}"
-        rows.append((name, *(f"{n:{form}}" for n in (plain, equipped, more)), share))
+        rows.append((name, *(f"{n:{form}}" for n in (plain, encoded, more)), share))
     print(f"{given.model}, one image of {height}x{width} pixels")
     print(f"plain, and with {spec}\n")
     print("\n".join(table(rows)))
+    uncounted = _uncounted(model, spec, image, multiply_adds(model, image))
+    if uncounted:
+        print(f"\nThe multiply-adds of {', '.join(uncounted)} are uncounted: fvcore counts no")
+        print("element-wise products, sums and gathers.")
     print("\nCounted by fvcore. Activations: what products and convolutions give out in a")
     print("forward pass, attention with its logits; a fused kernel keeps less.")
+
+
+def _uncounted(model: Any, spec: Spec, image: torch.Tensor, plain: int) -> list[str]:
+    """Return the parts of a spec that add no multiply-adds."""
+    found = []
+    for part in spec.parts:
+        attach(model, part)
+        if multiply_adds(model, image) == plain:
+            found.append(str(part))
+        detach(model)
+    return found
 
 
 def _counted(model: Any, image: torch.Tensor) -> list[tuple[str, str, float]]:

@@ -1,4 +1,4 @@
-"""``irpe explain``: the backend ``auto`` takes, on a device that need not be here."""
+"""``irpe explain``: the backend that ``auto`` takes, also for a device that is not present."""
 
 import argparse
 import textwrap
@@ -7,13 +7,10 @@ from typing import Any
 
 import torch
 
-from ...backends import triton
-from ...backends.choose import Facts
-from ...encodings import build, hooks
+from ...encodings import build, encodings_of, parse
 from ...errors import IrpeError
 from ...functional import reasoned, validated
 from ...geometry import Geometry, Grid, Sequence
-from ...spec import parse
 from ..terminal import WIDTH
 
 
@@ -33,18 +30,12 @@ def run(given: argparse.Namespace) -> None:
         )  # fmt: skip
         for name, module in made.items():
             setattr(owner, name, module)
-        terms = hooks(owner).terms(geometry)
+        terms = encodings_of(owner).terms(geometry)
     call = validated(q, q, q, terms, None, given.causal, 0.0, None)
-    here = given.device == "cpu" or torch.cuda.is_available()
-    facts = replace(
-        Facts.of(call),
-        device=given.device,
-        compiled=given.compile,
-        no_triton=triton.absent(torch.device(given.device)) if here else None,
-    )
-    for line in reasoned(call, facts, given.device).splitlines():
+    call = replace(call, device=torch.device(given.device), compiled=given.compile)
+    for line in reasoned(call).splitlines():
         print(textwrap.fill(line, WIDTH, subsequent_indent="    "))
-    if not here:
+    if given.device != "cpu" and not torch.cuda.is_available():
         print("There is no such device here: Triton and compute capability 8.0 are assumed.")
 
 

@@ -2,29 +2,38 @@
 
 import argparse
 
+from torch import Tensor
+
+from ...encodings import parse
+from ...encodings.rpe import RPE
 from ...errors import IrpeError
+from ...files.read import Checkpoint, read_checkpoint
 from ..pictures import save
-from ..tables import MEETS, draw_tables, read_tables, trained_grid
+from ..tables import PLACES, draw_tables, read_tables, trained_grid
 from ..terminal import table
-from ..weights import read_checkpoint
 
 
 def run(given: argparse.Namespace) -> None:
     """Print a line for each layer, and draw all maps if a file is named."""
     held = read_checkpoint(given.checkpoint)
-    spec = given.rpe or held.spec
-    if spec is None:
+    by_spec = {given.rpe: held.weights} if given.rpe else _by_spec(held)
+    if not by_spec:
         raise IrpeError(
             f"{given.checkpoint!r} does not say its encoding: say it, as "
             "--rpe rpe-1.9-product-ctx-1-k"
         )
     height, width = given.grid or trained_grid(held.weights) or (14, 14)
-    found = read_tables(held.weights, spec, (height, width))
-    print(f"{given.checkpoint}: {spec}, offsets of a grid of {height}x{width}")
+    found = [
+        kind
+        for spec, weights in by_spec.items()
+        for kind in read_tables(weights, spec, (height, width))
+    ]
+    title = ", ".join(map(str, by_spec))
+    print(f"{given.checkpoint}: {title}, offsets of a grid of {height}x{width}")
     for kind in found:
-        print(f"\n{kind.kind}, {MEETS[kind.kind]}: {kind.what}")
+        print(f"\n{kind.kind}, {PLACES[kind.kind]}: {kind.what}")
         rows: list[tuple[object, ...]] = [
-            ("layer", "head", "at 0,0", "mean", "least", "most", "most at row,col")
+            ("layer", "head", "at 0,0", "mean", "least", "most", "most at row,col", "unused")
         ]
         for layer, value in zip(kind.layers, kind.values, strict=True):
             for head, one in enumerate(value):
@@ -32,8 +41,29 @@ def run(given: argparse.Namespace) -> None:
                 numbers = (one[height - 1, width - 1], one.mean(), one.min(), one.max())
                 name = str(head + 1) if len(value) > 1 else "all"
                 place = f"{y - height + 1:+d},{x - width + 1:+d}"
-                rows.append((layer, name, *(f"{float(n):.4f}" for n in numbers), place))
+                unused = f"{int((one == 0).sum())} of {one.numel()}"
+                rows.append((layer, name, *(f"{float(n):.4f}" for n in numbers), place, unused))
         print("\n".join(table(rows, left=0)))
-    print("\nOffsets are the key's row,column minus the query's, in patches.")
+    print("\nOffsets are the key's row,column minus the query's, in patches. Unused: offsets whose")
+    print("bucket is exactly 0, as it began; nothing that reached the loss used it in training.")
     if given.out:
-        save(draw_tables(found, f"{given.checkpoint}\n{spec}"), given.out)
+        save(draw_tables(found, f"{given.checkpoint}\n{title}"), given.out)
+
+
+def _by_spec(held: Checkpoint) -> dict[str, dict[str, Tensor]]:
+    """Return the image encodings of a file, each with the weights of its attention modules."""
+    if not held.specs:
+        return {} if held.spec is None else {held.spec: held.weights}
+    found: dict[str, dict[str, Tensor]] = {}
+    for path, text in held.specs.items():
+        inside = f"{path}." if path else ""
+        for part in parse(text).parts:
+            if isinstance(part, RPE):
+                weights = found.setdefault(str(part), {})
+                weights.update({n: v for n, v in held.weights.items() if n.startswith(inside)})
+    if not found:
+        several = ", ".join(sorted(set(held.specs.values())))
+        raise IrpeError(
+            f"the file's encodings are {several}: none is an image encoding with tables"
+        )
+    return found

@@ -1,0 +1,57 @@
+"""Terms whose numbers are made for each pair of a tile: bias, slope, gain and channels.
+
+All tokens share their tables. The gradients of a tile come from autograd.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ...buckets import BucketIds
+from ...terms import Kind
+from .gather import cut
+from .tile import Tile
+
+Dense = Sequence[tuple[Kind, BucketIds, Tensor]]
+
+
+def pairs(terms: Dense, tile: Tile) -> tuple[Tensor | None, Tensor | None]:
+    """Return the product of gains, and the sum of biases and slopes.
+
+    Returns:
+        Each ``[1 | images, heads | 1, rows, keys]``; None without such terms.
+    """
+    gain = added = None
+    for kind, buckets, table in terms:
+        if kind == "slope":
+            far = cut(buckets.distances(table.device, table.dtype), tile)
+            far = far.unsqueeze(1) if far.dim() == 3 else far
+            one = _heads(table, tile).unsqueeze(-1) * far
+        elif kind in ("bias", "gain"):
+            # Not table[:, ids], whose gradient is slow.
+            ids, table = cut(buckets.dense(table.device), tile), _heads(table, tile)
+            flat = ids.reshape(-1, 1, ids.shape[-2:].numel()).expand(-1, len(table), -1)
+            one = table.expand(len(flat), -1, -1).gather(-1, flat).unflatten(-1, ids.shape[-2:])
+        if kind == "gain":
+            gain = one if gain is None else gain * one
+        elif kind != "channels":
+            added = one if added is None else added + one
+    return gain, added
+
+
+def by_channels(terms: Dense, q: Tensor, k: Tensor, tile: Tile) -> Tensor:
+    """Return ``q k^T``, each channel times its factors, of q and k ``[n, rows | keys, D]``."""
+    q, k = (x.unflatten(0, tile.shape[:2]) for x in (q, k))
+    weighed = k.unsqueeze(2)
+    for kind, buckets, table in terms:
+        if kind == "channels":
+            ids = cut(buckets.dense(q.device), tile)
+            # Its gradient is one index_add.
+            factor = _heads(table, tile).transpose(1, 2).index_select(1, ids.flatten())
+            factor = factor.unflatten(1, ids.shape)  # [heads | 1, (images,) rows, keys, D]
+            weighed = weighed * (factor.transpose(0, 1) if ids.dim() == 3 else factor)
+    return (weighed @ q.unsqueeze(-1)).squeeze(-1).flatten(0, 1)
+
+
+def _heads(table: Tensor, tile: Tile) -> Tensor:
+    return table[tile.heads] if len(table) > 1 else table

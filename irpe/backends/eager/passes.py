@@ -1,0 +1,362 @@
+"""A forward or a backward pass of attention with terms, tile after tile.
+
+A tile of logits is computed, turned into probabilities and used while it is in the cache. Small
+calls keep the probabilities for the backward pass; for others it recomputes each tile, and nothing
+of size ``[B, H, L, S]`` is in memory.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...buckets import BucketIds
+from ...terms import Kind
+from ..call import Call, project
+from .blocks import Blocks
+from .dense import by_channels, pairs
+from .gather import ByMap, put
+from .rows import Layout
+from .tile import Tile, Tiles
+
+SIZE = 2**19  # numbers of a tile for each thread: 2 MiB
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a call computes, beside its tensors.
+
+    Args:
+        call: the call, without its tensors.
+        terms: kind and buckets of each term.
+        layout: of the tokens; None: any.
+        kept: whether probabilities are kept for the backward pass.
+        threads: that share a tile, as many in both passes.
+        seed: of the dropout; None without.
+    """
+
+    call: Call
+    terms: Sequence[tuple[Kind, BucketIds]]
+    layout: Layout | None
+    kept: bool
+    threads: int
+    seed: int | None
+
+
+class Pass:
+    """A pass, in float32 or float64.
+
+    Args:
+        plan: of the call.
+        inputs: q, k, v of as many heads, and the tables of the terms.
+    """
+
+    def __init__(self, plan: Plan, inputs: Sequence[Tensor]) -> None:
+        self.plan, (q, k), call = plan, inputs[:2], plan.call
+        wide = torch.promote_types(q.dtype, torch.float32)
+        # Scaled and contiguous in one pass.
+        self.q = torch.mul(q.detach(), call.scale, out=q.new_empty(q.shape, dtype=wide))
+        self.k, self.v, *self.tables = (x.detach().to(wide).contiguous() for x in inputs[1:])
+        self.shape = (*q.shape[:3], k.shape[2])
+        # Numbers of terms: whose rows are added to the logits, or sum up probabilities.
+        self.rows, self.values = list[int](), list[int]()
+        self.dense: list[tuple[Kind, BucketIds, Tensor]] = []
+        for i, (kind, buckets) in enumerate(plan.terms):
+            if kind in ("query", "key") or (kind == "bias" and self.blocks(i) is not None):
+                self.rows.append(i)
+            elif kind == "value":
+                self.values.append(i)
+            else:
+                self.dense.append((kind, buckets, self.tables[i]))
+        self.channels = any(kind == "channels" for kind, *_ in self.dense)
+        size = q.numel() * k.shape[2] if plan.kept else SIZE * plan.threads
+        if self.channels:
+            size = SIZE * plan.threads // q.shape[3]
+        self.tiles = Tiles(replace(call, q=q, k=k), plan.layout, size, plan.threads, plan.kept)
+        self.draws: torch.Generator | None = None
+        if plan.seed is not None:
+            self.draws = torch.Generator(q.device).manual_seed(plan.seed)
+        self.rest = 1.0 - call.dropout_p
+        # What dropout keeps makes up for the rest, unless it keeps nothing.
+        self.growth = 1.0 / self.rest if self.rest else 1.0
+        self._memory: dict[str, Tensor] = {}
+
+    def forward(self, kept: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+        """Return the output ``[B, H, L, E]`` and, for each value term, mass by bucket.
+
+        Args:
+            kept: the probabilities of each tile are appended to it; None: they are not kept.
+        """
+        out = self.blank(self.q.new_empty(*self.shape[:3], self.v.shape[-1]))
+        masses, numbers = self._zeros(self.values), self._numbers()
+        for part in self.tiles.parts:
+            Work(self, part, numbers).forward(out, masses, kept)
+        for i, mass in zip(self.values, masses, strict=True):
+            out += project(mass, self.tables[i])
+        return out.mul_(self.growth) if self.growth != 1.0 else out, masses
+
+    def backward(
+        self, grad: Tensor, masses: Sequence[Tensor], kept: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """Return the gradients of q, k, v and the tables.
+
+        Args:
+            grad: of the output.
+            masses, kept: of the forward pass; kept is empty where tiles are recomputed.
+        """
+        upper = torch.mul(grad, self.growth, out=self.q.new_empty(grad.shape))
+        own = grad_q, grad_k, _ = [
+            self.blank(torch.empty_like(x)) for x in (self.q, self.k, self.v)
+        ]
+        of_masses = [project(upper, self.tables[i].transpose(1, 2)) for i in self.values]
+        sums, numbers, saved = self._zeros(self.rows), [] if kept else self._numbers(), iter(kept)
+        for part in self.tiles.parts:
+            Work(self, part, numbers).backward(upper, of_masses, own, sums, saved)
+        grads = {}
+        for i, total in zip(self.rows, sums, strict=True):
+            x, grad_x = (self.k, grad_k) if self.of_key(i) else (self.q, grad_q)
+            if self.plan.terms[i][0] == "bias":
+                grads[i] = total.sum((0, 2)).sum_to_size(self.tables[i].shape)
+                continue
+            total = total.mul_(self.plan.call.scale) if self.of_key(i) else total
+            grad_x += project(total, self.tables[i].transpose(1, 2))
+            grads[i] = _outer(x, total, self.tables[i])
+        for i, mass in zip(self.values, masses, strict=True):
+            grads[i] = _outer(mass, upper, self.tables[i])
+        grad_q *= self.plan.call.scale
+        return [*own, *(grads.get(i, table.grad) for i, table in enumerate(self.tables))]
+
+    def of_key(self, i: int) -> bool:
+        """Return whether a term's rows of numbers belong to keys."""
+        return self.plan.terms[i][0] == "key"
+
+    def blocks(self, i: int) -> tuple[Tensor, Tensor] | None:
+        """Return a term's blocks; None if it has none."""
+        layout, (_, buckets) = self.plan.layout, self.plan.terms[i]
+        return None if layout is None else layout.blocks(buckets, self.of_key(i))
+
+    def _numbers(self) -> list[Tensor]:
+        """Rows ``[B, H, L | S, N]`` that the logits gather from."""
+        numbers = []
+        for i in self.rows:
+            table = self.tables[i]
+            if self.plan.terms[i][0] == "bias":
+                numbers.append(table.unsqueeze(1).expand(*self.shape[:3], -1))
+            elif self.of_key(i):
+                numbers.append(project(self.k, table * self.plan.call.scale))
+            else:
+                numbers.append(project(self.q, table))
+        return numbers
+
+    def _zeros(self, terms: Sequence[int]) -> list[Tensor]:
+        """Rows of zeros for the sums of each term."""
+        B, H, L, S = self.shape
+        sizes = ((S if self.of_key(i) else L, self.plan.terms[i][1].size) for i in terms)
+        return [self.q.new_zeros(B, H, *size) for size in sizes]
+
+    def keep(self) -> Tensor:
+        """Return what dropout keeps, 1, else 0, ``[B, H, L, S]``; 1 where there is no tile."""
+        every = self.q.new_ones(self.shape)
+        for tile in itertools.chain(*self.tiles.parts):
+            own = every[tile.images, tile.heads, tile.rows]
+            kept = self.drawn(tile).view(tile.shape)
+            if tile.index is None:
+                own[..., : tile.count] = kept
+            else:
+                own.index_copy_(-1, tile.index, kept)
+        return every
+
+    def drawn(self, tile: Tile) -> Tensor:
+        """Return 1 for what dropout keeps of a tile, else 0; called once a tile, in their order."""
+        return self.space("keep", tile).bernoulli_(self.rest, generator=self.draws)
+
+    def space(self, name: str, tile: Tile) -> Tensor:
+        """Return memory ``[n, rows, keys]`` for a tile, the same for all tiles."""
+        nb, nh, rows, count = tile.shape
+        size = nb * nh * rows * count
+        if name not in self._memory or self._memory[name].numel() < size:
+            self._memory[name] = self.q.new_empty(size)
+        return self._memory[name][:size].view(nb * nh, rows, count)
+
+    def blank(self, x: Tensor) -> Tensor:
+        """Return x, filled with zeros unless one tile overwrites it."""
+        return x if self.tiles.one and not self.channels else x.zero_()
+
+
+class Work:
+    """One part of a pass.
+
+    Args:
+        given: the pass.
+        part: tiles of the same images, heads and keys.
+        numbers: rows that the logits gather from; empty where probabilities are kept.
+    """
+
+    def __init__(self, given: Pass, part: list[Tile], numbers: Sequence[Tensor]) -> None:
+        self.given, self.part, self.index, self.dense = given, part, part[0].index, given.dense
+        self.q, self.k, self.v = (self._own(x) for x in (given.q, given.k, given.v))
+        if self.index is not None:
+            self.k, self.v = (x.index_select(1, self.index) for x in (self.k, self.v))
+        self.rows = [self._way(i) for i in given.rows]
+        self.masses = [self._way(i) for i in given.values]
+        for way, x in zip(self.rows, numbers, strict=False):  # none where probabilities are kept
+            way.read(self._own(x))
+
+    def forward(self, out: Tensor, masses: Sequence[Tensor], kept: list[Tensor] | None) -> None:
+        """Write output ``[B, H, L, E]`` and mass by bucket ``[B, H, L, N]``."""
+        out = self._own(out)
+        for way, mass in zip(self.masses, masses, strict=True):
+            way.write(self._own(mass))
+        for tile in self.part:
+            probabilities = self._probabilities(tile, kept)
+            if self.given.draws is not None:
+                keep = self.given.drawn(tile)
+                probabilities = torch.mul(probabilities, keep, out=keep)
+            _product(out[:, tile.rows], probabilities, _first(self.v, tile), False)
+            for way in self.masses:
+                way.scatter(probabilities, tile)
+        for way in self.masses:
+            way.collect()
+
+    def backward(
+        self,
+        grad: Tensor,
+        of_masses: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        sums: Sequence[Tensor],
+        kept: Iterator[Tensor],
+    ) -> None:
+        """Write gradients of q, k and v, and of the rows of numbers.
+
+        Args:
+            grad, of_masses: gradients of the output and of the masses.
+            grads: of q, k and v, ``[B, H, L | S, D]``.
+            sums: gradients of the rows of numbers, ``[B, H, L | S, N]``.
+            kept: the probabilities of each tile; empty: they are recomputed.
+        """
+        given, several = self.given, not self.given.tiles.one
+        grad, own_q, own_k, own_v = self._own(grad), *(self._own(x) for x in grads)
+        if self.index is not None:
+            own_k, own_v = torch.zeros_like(self.k), torch.zeros_like(self.v)
+        for way, x in zip(self.masses, of_masses, strict=True):
+            way.read(self._own(x))
+        for way, x in zip(self.rows, sums, strict=True):
+            way.write(self._own(x))
+        for tile in self.part:
+            probabilities = next(kept, None)
+            if probabilities is None:
+                probabilities = self._probabilities(tile, None)
+            own, flow = grad[:, tile.rows], given.space("flow", tile)
+            dropped, keep = probabilities, None
+            if given.draws is not None:
+                keep = given.drawn(tile)
+                dropped = torch.mul(probabilities, keep, out=flow)
+            _product(_first(own_v, tile), dropped.transpose(1, 2), own, several)
+            for number, way in enumerate(self.masses):
+                way.gather(flow, tile, number > 0)
+            _product(flow, own, _first(self.v, tile).transpose(1, 2), bool(self.masses))
+            if keep is not None:
+                flow.mul_(keep)
+            # From here on the gradient of the logits.
+            torch.ops.aten._softmax_backward_data.out(
+                flow, probabilities, -1, flow.dtype, grad_input=flow
+            )
+            for way in self.rows:
+                way.scatter(flow, tile)
+            self._back_pairs(flow, tile)
+            q, k = self.q[:, tile.rows], _first(self.k, tile)
+            if given.channels:
+                q, k = (x.detach().requires_grad_() for x in (q, k))
+                with torch.enable_grad():
+                    content = by_channels(self.dense, q, k, tile)
+                content.backward(flow)
+                assert q.grad is not None and k.grad is not None
+                own_q[:, tile.rows] = q.grad
+                _first(own_k, tile).add_(k.grad)
+            else:
+                _product(own_q[:, tile.rows], flow, k, False)
+                _product(_first(own_k, tile), flow.transpose(1, 2), q, several)
+        for way in self.rows:
+            way.collect()
+        if self.index is not None:
+            self._own(grads[1]).index_copy_(1, self.index, own_k)
+            self._own(grads[2]).index_copy_(1, self.index, own_v)
+
+    def _back_pairs(self, flow: Tensor, tile: Tile) -> None:
+        """Sum up the gradients of dense tables, and multiply flow with gains."""
+        flow = flow.view(tile.shape)
+        with torch.enable_grad():
+            gain, added = pairs(self.dense, tile)
+        if added is not None and added.requires_grad:
+            added.backward(flow.sum_to_size(added.shape))
+        if gain is not None and gain.requires_grad:
+            content = self._content(self.given.space("content", tile), tile, False)
+            gain.backward((content.view(tile.shape) * flow).sum_to_size(gain.shape))
+        if gain is not None:
+            flow.mul_(gain.detach())
+
+    def _probabilities(self, tile: Tile, kept: list[Tensor] | None) -> Tensor:
+        """``[n, rows, keys]``, in memory that the next tile overwrites unless they are kept."""
+        nb, nh, length, count = tile.shape
+        if kept is None:
+            logits = self.given.space("logits", tile)
+        else:
+            logits = self.q.new_empty(nb * nh, length, count)
+            kept.append(logits)
+        gain, added = pairs(self.dense, tile)
+        begun = gain is not None
+        if gain is not None:
+            self._content(logits, tile, False).view(tile.shape).mul_(gain)
+        if added is not None:
+            put(logits.view(tile.shape), added, begun)
+            begun = True
+        for way in self.rows:
+            way.gather(logits, tile, begun)
+            begun = True
+        if gain is None:
+            self._content(logits, tile, begun)
+        dead = self.given.tiles.hide(logits, tile)
+        torch.softmax(logits, -1, out=logits)
+        if dead is not None:
+            logits.view(tile.shape).masked_fill_(dead, 0.0)
+        return logits
+
+    def _content(self, out: Tensor, tile: Tile, add: bool) -> Tensor:
+        q, k = self.q[:, tile.rows], _first(self.k, tile)
+        if self.given.channels:
+            put(out, by_channels(self.dense, q, k, tile), add)
+        else:
+            _product(out, q, k.transpose(1, 2), add)
+        return out
+
+    def _way(self, i: int) -> ByMap | Blocks:
+        plan, blocks = self.given.plan, self.given.blocks(i)
+        if plan.layout is None or blocks is None:
+            return ByMap(plan.terms[i][1], self.q.device)
+        return Blocks(plan.layout, blocks, self.given.of_key(i), self.part[0])
+
+    def _own(self, x: Tensor) -> Tensor:
+        """``[n, R, ...]`` of ``[B, H, R, ...]``."""
+        return x[self.part[0].images, self.part[0].heads].flatten(0, 1)
+
+
+def _product(out: Tensor, x: Tensor, y: Tensor, add: bool) -> None:
+    """``out = x @ y``, or add it; a product into memory with gaps goes head by head."""
+    if out.is_contiguous():
+        out.baddbmm_(x, y, beta=int(add))
+    else:
+        put(out, torch.bmm(x, y), add)
+
+
+def _first(x: Tensor, tile: Tile) -> Tensor:
+    """The keys of a tile in ``[n, keys, D]``."""
+    return x if x.shape[1] == tile.count else x[:, : tile.count]
+
+
+def _outer(x: Tensor, y: Tensor, table: Tensor) -> Tensor:
+    """Return the gradient of a table that took x ``[B, H, R, D]`` to y ``[B, H, R, N]``."""
+    if table.shape[0] == 1:
+        return (x.flatten(0, 2).t() @ y.flatten(0, 2)).unsqueeze(0)
+    return (x.transpose(-2, -1) @ y).sum(0)
