@@ -143,7 +143,7 @@ def test_torchs_attention_refuses_what_belongs_at_the_input():
         irpe.attach(model, "learned")
     irpe.attach(model, "rope-axial")
     x = torch.randn(6, 2, 24)
-    with pytest.raises(irpe.IrpeError, match="of 2 numbers"), irpe.located(irpe.Sequence(6)):
+    with pytest.raises(irpe.IrpeError, match="of 2 or 3 numbers"), irpe.located(irpe.Sequence(6)):
         model(x, x, x)
     with irpe.located(irpe.Grid(2, 3)):
         assert model(x, x, x)[0].shape == x.shape
