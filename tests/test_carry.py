@@ -117,6 +117,7 @@ WAYS = {
 }
 
 
+@pytest.mark.cases(3)
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("way", WAYS)

@@ -37,6 +37,7 @@ def figures(folder):
     }
 
 
+@pytest.mark.full
 def test_two_runs_agree_and_what_is_done_is_not_done_again(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     done = run("shared", "--quick", "--out", one)
@@ -95,6 +96,7 @@ def cells():
     )
 
 
+@pytest.mark.cases(16)
 @pytest.mark.parametrize("cell", cells(), ids=lambda cell: cell.key.replace(" | ", " "))
 def test_every_cell_builds_from_the_same_weights(cell):
     from ablation_runs import build

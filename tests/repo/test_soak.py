@@ -15,6 +15,7 @@ import irpe
 from irpe.cache import CACHE
 
 
+@pytest.mark.full
 def test_rounds_leave_nothing_alive(tmp_path):
     AcceleratorState._reset_state(True)
     record = soak.soak(0, tmp_path, rounds=3)
