@@ -77,6 +77,7 @@ def test_attached(case, check):
     getattr(hosting, check)(*CASES[case])
 
 
+@pytest.mark.full
 def test_export():
     hosting.exports(vit, on_image, (image(),))
     with irpe.located(GRID):

@@ -379,6 +379,7 @@ class Break(nn.Module):
         return x
 
 
+@pytest.mark.full
 @torch.no_grad()
 def test_a_graph_break_between_embedding_and_blocks():
     model = vit(depth=1).eval()

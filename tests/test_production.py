@@ -133,7 +133,7 @@ def session(program):
     return lambda x: torch.tensor(made.run(None, {made.get_inputs()[0].name: x.numpy()})[0])
 
 
-@pytest.mark.cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize(("name", "opset"), [("timm", 18), ("swin", 20)])
 def test_onnx_for_any_batch(name, opset):
     pytest.importorskip("onnxscript")

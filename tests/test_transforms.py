@@ -156,7 +156,7 @@ def compiles(model, training, sizes):
     return len(graphs)
 
 
-@pytest.mark.cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("training", [False, True])
 def test_deit_compiles_at_most_three_times_over_ten_sizes(training):
     assert 1 <= compiles(deit("rpe-1.9-product-ctx-1-qkv", depth=1), training, SIZES) <= 3

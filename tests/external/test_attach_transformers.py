@@ -107,7 +107,7 @@ def test_attached(family, check):
     getattr(hosting, check)(lambda seed: build(family, seed), run)
 
 
-@pytest.mark.cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("family", TRACED)
 def test_export(family):
     hosting.exports(lambda seed: build(family, seed), run, (), {"pixel_values": image()})
