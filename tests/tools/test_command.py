@@ -103,7 +103,7 @@ WRONG = {
     "other tables": (["tables", "tables.pth", "--rpe", "rpe-2.0-product-ctx-1-k"], "50.*81"),
     "tables of a bias": (["tables", "tables.pth", "--rpe", "rpe-1.9-product-bias-1-k"], "_bias"),
     "tables of another method": (["tables", "tables.pth", "--rpe", "rpe-1.9-cross-ctx-1-k"], "rp_"),
-    "tables of texts": (["tables", "tables.pth", "--rpe", "t5"], "t5.* is no image encoding"),
+    "tables of texts": (["tables", "tables.pth", "--rpe", "t5"], "t5.* is not of the form"),
     "missing checkpoint": (["convert", "none.pth", "b.safetensors"], "'none.pth' is not a file"),
     "nothing to convert": (["convert", "a.pth", "b.pt"], r"'a.pth' to 'b.pt'.*\.safetensors"),
     "not a checkpoint": (["convert", "text.pth", "b.safetensors"], "'text.pth' is trunc"),
