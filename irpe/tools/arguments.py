@@ -109,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
 
     one = add(
         "explain",
-        "print the backend that auto selects for a call of attention, and why",
+        "print the backend that auto selects for attention, and why",
         f"irpe explain {_RPE} --device cuda --dtype bfloat16",
     )
     one.add_argument("rpe", metavar="SPEC", nargs="?", help="the encoding; none: plain attention")
@@ -130,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
 
     one = add(
         "cost",
-        "print parameters, multiply-adds and memory of a model, plain and with an encoding",
+        "print parameters, multiply-adds and memory, with and without encoding",
         f"irpe cost deit_small_patch16_224 --rpe {_RPE} --size 224",
     )
     one.add_argument("model", help="a timm model name")
@@ -140,7 +140,7 @@ def parser() -> argparse.ArgumentParser:
 
     one = add(
         "tables",
-        "print the learned tables of a checkpoint, by layer and head, over offsets",
+        "print the learned tables of a checkpoint, by layer and head",
         "irpe tables runs/mine --out tables.png",
     )
     one.add_argument(
@@ -152,7 +152,7 @@ def parser() -> argparse.ArgumentParser:
 
     one = add(
         "attention",
-        "print the attention of a query patch, by head, and the bias of the encoding",
+        "print the attention of a query patch and the bias, by head",
         "irpe attention runs/mine cat.jpg --out attention.png",
     )
     one.add_argument(
@@ -170,7 +170,7 @@ def parser() -> argparse.ArgumentParser:
 
     one = add(
         "convert",
-        "convert a torch checkpoint to safetensors, or back, by the suffixes of the files",
+        "convert a torch checkpoint to safetensors, or back",
         "irpe convert released.pth model.safetensors",
     )
     one.add_argument("source", metavar="IN", help="a .pth, .pt, .bin or .safetensors file")

@@ -213,7 +213,7 @@ def test_cost_of_a_published_name(capsys):
     status, _, err = run(
         capsys, "cost", "deit_tiny_patch16_224_ctx_product_50_shared_k", "--rpe", "alibi"
     )
-    assert status == 2 and "carries rpe-1.9-product-ctx-1-k already" in err[0]
+    assert status == 2 and "has rpe-1.9-product-ctx-1-k already" in err[0]
 
 
 def test_explain_says_what_explain_says(capsys):
