@@ -150,7 +150,7 @@ other sizes, and 20 steps of training.
 | BEiT | transformers 5 | bias of each layer, interpolated at other sizes |
 | Swin, Swin V2 | transformers 5 | bias of a window, network |
 
-Not fused, and refused in one line: timm's swin_transformer_v2_cr, whose network drops channels for each pair of patches in
+Not fused, and refused in one line: timm's swin_transformer_v2_cr, whose network has dropout for each pair of patches in
 training; BEiT of transformers with one bias for all layers; encodings that rotate queries, beside decomposed vectors.
 """
 ORDINARY = """

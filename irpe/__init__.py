@@ -1,11 +1,11 @@
 """Relative position encodings for vision transformers, and for text.
 
-Data flows one way: geometry -> buckets -> terms -> attention. See ``irpe.parse`` for specs,
-``irpe.Grid``, ``irpe.Volume`` and ``irpe.Sequence`` for geometry, ``irpe.attention`` for the
-function, ``irpe.RPEAttention`` for a layer, ``irpe.build`` and ``irpe.encodings_of`` for a layer of
-your own, and ``irpe.attach`` to add an encoding to an existing model.
+Data flow: geometry -> buckets -> terms -> attention. See ``irpe.parse`` for specs, ``irpe.Grid``,
+``irpe.Volume`` and ``irpe.Sequence`` for geometry, ``irpe.attention`` for the function,
+``irpe.RPEAttention`` for a layer, ``irpe.build`` and ``irpe.encodings_of`` for your own layer, and
+``irpe.attach`` to add an encoding to an existing model.
 
-A name is imported when it is first used (PEP 562), so that ``irpe --help`` does without torch.
+Names are imported at first use (PEP 562), so that ``irpe --help`` does not import torch.
 """
 
 from importlib import import_module
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-# Modules and the public names that each holds. The imports above say the same to type checkers.
+# Modules and their public names. The imports above are for type checkers.
 _HOMES = {
     "backends": ("Call", "register_backend"),
     "buckets": ("BucketIds",),

@@ -1,4 +1,4 @@
-"""A cache of tensors, bounded in bytes: bucket ids and other results derived from geometries."""
+"""A cache of bucket ids and other tensors computed from geometries, bounded in bytes."""
 
 import dataclasses
 import threading
@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Bucket ids of DETR's 42x42 patches take 25 MB a map; a training run on mixed sizes uses several.
+# Bytes. A map of bucket ids of DETR's 42x42 patches takes 25 MB, and images have several sizes.
 LIMIT = 2**29
-# Counted for each value beside its tensors, so that many small values are bounded too.
+# Bytes counted for each value besides its tensors, so that the number of values is bounded too.
 OVERHEAD = 1024
 
 
 class Cache:
-    """Values by key; the least recently used ones are dropped above a number of bytes.
+    """Values by key; the least recently used ones are dropped if their bytes exceed a limit.
 
     Args:
-        limit: the most bytes that all values hold together. A value above it is not stored.
+        limit: maximum bytes of all values. A larger value is not stored.
     """
 
     def __init__(self, limit: int = LIMIT) -> None:
@@ -49,7 +49,7 @@ class Cache:
                 self.drop(next(iter(self._values)))
 
     def drop(self, key: Hashable) -> None:
-        """Remove a key if it is there."""
+        """Remove a key, if present."""
         with self._lock:
             _, size = self._values.pop(key, (None, 0))
             self.used -= size
@@ -68,8 +68,8 @@ _MISSING = object()
 def remembered(key: Hashable, build: Callable[[], Any], cache: Cache | None = None) -> Any:
     """Return the cached value of a key, or ``build()``, computed once.
 
-    A value is kept for calls on any stream: it is computed on the default one, and one that is
-    computed while a CUDA graph is captured is not kept, since its memory is the graph's.
+    Values are computed on the default CUDA stream, so that calls on any stream can use them. A
+    value that is computed while a CUDA graph is captured is not stored: the graph owns its memory.
     """
     cache = CACHE if cache is None else cache
     value = cache.get(key, _MISSING)
@@ -88,14 +88,14 @@ def capturing() -> bool:
 
 
 def on_side_stream() -> bool:
-    """Return whether the current stream of the GPU is not its default one."""
+    """Return whether the current CUDA stream is not the default stream."""
     if not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return False
     return torch.cuda.current_stream() != torch.cuda.default_stream()
 
 
 def _on_default_stream(build: Callable[[], Any]) -> Any:
-    # A thread of its own has the default stream, and no memory pool of a graph that warms up.
+    # A new thread uses the default stream and no memory pool of a graph.
     device, inference = torch.cuda.current_device(), torch.is_inference_mode_enabled()
     torch.cuda.current_stream().synchronize()
 
@@ -110,9 +110,9 @@ def _on_default_stream(build: Callable[[], Any]) -> Any:
 
 
 def clear_cache() -> None:
-    """Free the memory of everything that was derived from geometries, such as bucket ids.
+    """Clear the cache of tensors computed from geometries, such as bucket ids.
 
-    It is computed again when it is next needed. At most 512 MiB are held at any time.
+    They are recomputed when needed. The cache has at most 512 MiB.
     """
     CACHE.clear()
 

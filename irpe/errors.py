@@ -2,4 +2,4 @@
 
 
 class IrpeError(ValueError):
-    """Raised for wrong use of irpe. The message repeats the input and says what would work."""
+    """Raised for wrong use of irpe. The message repeats the input and states what is valid."""

@@ -1,4 +1,4 @@
-"""Fields of a spec: each checks its value, from Python or from a string, and has a default.
+"""Fields of a spec: each has a default, and checks values from Python or from a string.
 
 ::
 
@@ -22,12 +22,12 @@ Check = Callable[[str, object], Any]
 
 
 def choice(default: str | None, *valid: str, aliases: Mapping[str, str] | None = None) -> Any:
-    """Return a field that takes one of several words.
+    """Return a field whose value is one of several words.
 
     Args:
-        default: the value where none is given; None: no value.
-        valid: the words.
-        aliases: other spellings, and the word that each means.
+        default: the default; None: no value.
+        valid: the allowed words.
+        aliases: other spellings, mapped to allowed words.
     """
 
     def check(name: str, value: object) -> str:
@@ -41,20 +41,20 @@ def choice(default: str | None, *valid: str, aliases: Mapping[str, str] | None =
 
 
 def number(default: float | None, most: float = 1e6) -> Any:
-    """Return a field that takes a positive number.
+    """Return a field whose value is a positive number.
 
     Args:
-        default: the value where none is given; None: no value.
+        default: the default; None: no value.
         most: the largest number.
     """
     return checked(default, lambda name, value: positive(name, value, most))
 
 
 def numbers(default: tuple[float, ...] | None, most: float = 1e6) -> Any:
-    """Return a field that takes positive numbers, separated by colons in strings.
+    """Return a field whose value is a list of positive numbers, separated by colons in strings.
 
     Args:
-        default: the value where none is given; None: no value.
+        default: the default; None: no value.
         most: the largest number.
     """
 
@@ -68,14 +68,13 @@ def numbers(default: tuple[float, ...] | None, most: float = 1e6) -> Any:
 
 
 def count(default: int | None, least: int = 1, most: int = 2**20, always: bool = False) -> Any:
-    """Return a field that takes an integer.
+    """Return a field whose value is an integer.
 
     Args:
-        default: the value where none is given; None: no value.
+        default: the default; None: no value.
         least: the smallest value.
         most: the largest value.
-        always: write it into the string even if it is the default, because it sets the size of a
-            table.
+        always: whether strings include the default, for fields that set the size of a table.
     """
 
     def check(name: str, value: object) -> int:
@@ -92,10 +91,10 @@ def count(default: int | None, least: int = 1, most: int = 2**20, always: bool =
 
 
 def flag(default: bool | None) -> Any:
-    """Return a field that takes a bool, 0 or 1 in strings.
+    """Return a field whose value is a bool, 0 or 1 in strings.
 
     Args:
-        default: the value where none is given; None: no value.
+        default: the default; None: no value.
     """
 
     def check(name: str, value: object) -> bool:
@@ -109,13 +108,13 @@ def flag(default: bool | None) -> Any:
 
 
 def checked(default: Any, check: Check, always: bool = False) -> Any:
-    """Return a field with a check of your own.
+    """Return a field with your own check.
 
     Args:
-        default: the value where none is given.
-        check: called with the field's name and a value, a string if it was read from one; returns
-            the value to store, or raises IrpeError.
-        always: write it into the string even if it is the default.
+        default: the default.
+        check: a function of the field's name and a value, which is a string if it was parsed. It
+            returns the value to store, or raises IrpeError.
+        always: whether strings include the default.
     """
     return dataclasses.field(default=default, metadata={"check": check, "always": always})
 
@@ -124,7 +123,7 @@ def positive(name: str, value: object, most: float = 1e6) -> float:
     """Return a positive number as a float, from a number or its string (1e6, 0.5, 5e+5).
 
     Raises:
-        IrpeError: naming the value, for anything else and for numbers above ``most``.
+        IrpeError: if it is not a positive number, or above ``most``.
     """
     try:
         found = float(_float(value) if isinstance(value, str) else value)  # type: ignore[arg-type]
@@ -139,18 +138,18 @@ _NUMBER = re.compile(r"([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?", re.A
 
 
 def _float(text: str) -> float | None:
-    """Return the number in a text, as YAML and Python write it; None if it has none."""
+    """Return the number of a string, in the notation of YAML and Python; None if it is none."""
     return float(text) if _NUMBER.fullmatch(text) else None
 
 
 def spelled(value: object, keep_point: bool = False) -> str:
-    """Return the text of a field's value: no exponent, no needless ``.0``."""
+    """Return a field's value as a string without exponent and ``.0``."""
     if isinstance(value, bool):
         return str(int(value))
     if isinstance(value, tuple):
         return ":".join(spelled(one) for one in value)
     if not isinstance(value, float):
         return str(value)
-    # Decimal spells out small numbers: the minus of an exponent would read as a separator.
+    # Decimal writes no exponent, whose minus sign would be read as a separator.
     text = format(Decimal(repr(value)), "f")
     return text if keep_point or not text.endswith(".0") else text[:-2]

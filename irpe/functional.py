@@ -1,4 +1,4 @@
-"""Attention with position terms, and the gather it is built from.
+"""Attention with position terms, and the gather of bucketed values.
 
 Shapes: B batch, H heads, L queries, S keys, D head dim, N buckets.
 """
@@ -23,7 +23,7 @@ from .errors import IrpeError
 from .terms import KINDS, Term
 
 __all__ = ["attention", "explain", "lookup"]
-MOST = 4096  # calls whose validation is kept
+MOST = 4096  # validated calls to remember
 
 
 def attention(
@@ -42,29 +42,28 @@ def attention(
 
     Args:
         q: ``[B, H, L, D]``, not scaled.
-        k: ``[B, H | G, S, D]``; with G heads, each serves H / G consecutive heads of q.
+        k: ``[B, H | G, S, D]``; each of G heads is used by H / G consecutive heads of q.
         v: ``[B, H | G, S, E]``.
-        terms: what ``terms(geometry)`` of encodings return; add the tuples up.
+        terms: results of ``terms(geometry)`` of encodings; concatenate the tuples of several.
         mask: broadcastable to ``[B, H, L, S]``; bool (True: visible; key padding is
             ``[B, 1, 1, S]``) or floating point, added to the logits.
-        is_causal: query i sees the keys j <= i + S - L. May be combined with ``mask``.
-        dropout_p: probability that an attention probability is dropped, before the value term.
-        scale: D ** -0.5 if None.
-        backend: ``reference``, ``eager``, ``sdpa``, ``triton`` (a GPU), a registered one, or
-            ``auto``, whose choice ``irpe.explain`` prints. A named backend computes the call or
-            raises.
+        is_causal: query i attends to the keys j <= i + S - L. May be combined with ``mask``.
+        dropout_p: dropout probability of the attention probabilities, also in value terms.
+        scale: factor of the dot products; None: D ** -0.5.
+        backend: ``reference``, ``eager``, ``sdpa``, ``triton`` (on a GPU), a registered backend, or
+            ``auto``. ``irpe.explain`` returns the selection of ``auto``.
 
     Returns:
-        ``[B, H, L, E]`` of q's dtype. A query that sees no key gives 0, and zero gradients.
+        ``[B, H, L, E]`` of q's dtype. A fully masked query has output 0 and zero gradients.
 
     Raises:
-        IrpeError: for shapes, dtypes, devices or terms that do not fit together, an unknown
-            backend, or one that does not support the call.
+        IrpeError: if shapes, dtypes, devices or terms do not match, or the backend is unknown or
+            does not support the call.
     """
     key = _key(q, k, v, terms, mask, is_causal, dropout_p, scale, backend)
     try:
         known = None if key is None else KNOWN.get(key)
-    except TypeError:  # an argument without a hash, such as a list
+    except TypeError:  # an unhashable argument, such as a list
         key = known = None
     if key is not None and known is not None:  # validated before
         if key[1]:
@@ -88,9 +87,9 @@ def _key(
     q: Tensor, k: Tensor, v: Tensor, terms: tuple[Term, ...], mask: Tensor | None, is_causal: bool,
     dropout_p: float, scale: float | None, backend: str,
 ) -> tuple | None:  # fmt: skip
-    """Return what validation and the choice of a backend depend on; first the dtype computed in.
+    """Return the key of a call, see ``Call.key``; its first item is the dtype of the computation.
 
-    None where a graph is traced, or an argument is not of its type.
+    None if a graph is traced, or an argument has a wrong type.
     """
     if torch.compiler.is_compiling() or transformed():
         return None
@@ -129,15 +128,15 @@ def explain(
     dropout_p: float = 0.0,
     scale: float | None = None,
 ) -> str:
-    """Return which backend ``auto`` takes for a call of ``irpe.attention``, and why, as text.
+    """Return, as text, the backend that ``auto`` selects for a call, and the reasons.
 
-    Args and errors are those of ``irpe.attention``.
+    Arguments and errors are those of ``irpe.attention``.
     """
     return reasoned(validated(q, k, v, terms, mask, is_causal, dropout_p, scale))
 
 
 def reasoned(call: Call) -> str:
-    """Return what ``explain`` says of a call, whose device may be another than its tensors'."""
+    """Return the text of ``explain``; ``call.device`` may differ from the device of its tensors."""
     backend, reasons = choose(call)
     kinds = ", ".join(f"{t.kind} {list(t.table.shape)}" for t in call.terms) or "none"
     q = call.q
@@ -146,11 +145,16 @@ def reasoned(call: Call) -> str:
 
 
 def lookup(x: Tensor, ids: Tensor) -> Tensor:
-    """Gather: ``y[b, h, i, j] = x[b, h, i, ids[i, j]]``.
+    """Return the gather ``y[b, h, i, j] = x[b, h, i, ids[i, j]]``.
 
-    On a GPU it is a Triton operator for bfloat16, float16 and float32, whose gradient is summed in
-    float32 without atomics, to the same bits in every run. Elsewhere, for other dtypes and in an
-    exported or transformed graph it is torch's gather.
+    On a GPU it is a Triton operator for bfloat16, float16 and float32. Its gradient is summed in
+    float32 without atomics, so it is deterministic. On other devices, for other dtypes and in
+    exported or transformed graphs it is torch's gather.
+
+    Ids outside [0, N) raise torch's IndexError or RuntimeError on a CPU; on a GPU the result is
+    undefined. With ``IRPE_DEBUG=1`` in the environment, read at every call, they raise IrpeError
+    with the value and index; on a GPU this check synchronises. torch.compile skips the check on a
+    CPU; exports, traces and torch.func transforms always skip it.
 
     Args:
         x: ``[B, H, L, N]``, a number for each query and bucket; any dtype and strides.
@@ -160,12 +164,8 @@ def lookup(x: Tensor, ids: Tensor) -> Tensor:
         ``[B, H, L, S]`` of x's dtype, also under autocast; differentiable in x to any order.
 
     Raises:
-        IrpeError: for types, devices or shapes that do not fit together; and, if the environment
-            has ``IRPE_DEBUG=1`` (read at every call; a GPU then waits for the check), for an id out
-            of [0, N), with its value and place. Without it, torch raises an IndexError or a
-            RuntimeError for such an id on a CPU; on a GPU the result is undefined. The check needs
-            ids that have values: torch.compile skips it on a CPU, and exports, traces and
-            torch.func transforms skip it everywhere.
+        IrpeError: if types, devices or shapes do not match; with ``IRPE_DEBUG=1``, if an id is
+            outside [0, N).
     """
     if not isinstance(x, Tensor) or not isinstance(ids, Tensor):
         raise IrpeError(f"lookup takes tensors x and ids, not {_named(x)} and {_named(ids)}")
@@ -197,7 +197,7 @@ def validated(
     dropout_p: float,
     scale: float | None,
 ) -> Call:
-    """Return the call with its arguments checked; raise what ``attention`` raises."""
+    """Return the validated call; raise the errors of ``attention``."""
     check_shapes(q, k, v)
     if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0:
         raise IrpeError(f"dropout_p={dropout_p!r} is not a probability")
@@ -205,7 +205,7 @@ def validated(
         raise IrpeError(f"scale={scale!r} is not a number")
     if not isinstance(terms, tuple | list) or not all(isinstance(t, Term) for t in terms):
         raise IrpeError(
-            f"terms are a tuple, as an encoding's terms(geometry) returns; not {_named(terms)}"
+            f"terms must be a tuple, such as an encoding's terms(geometry), not {_named(terms)}"
         )
     dtype, casting = q.dtype, autocasting(q.device.type)
     if casting:
@@ -254,7 +254,7 @@ def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> None:
     if mask.dim() > 4 or any(m not in (1, n) for m, n in zip(sizes, full, strict=True)):
         raise IrpeError(f"mask {list(mask.shape)} does not broadcast to [B, H, L, S] {list(full)}")
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise IrpeError(f"mask is bool (True: seen) or floating point (added), not {mask.dtype}")
+        raise IrpeError(f"mask is bool (True: visible) or floating point (added), not {mask.dtype}")
     if mask.device != q.device:
         raise IrpeError(f"mask is on {mask.device}, but q on {q.device}")
 

@@ -1,7 +1,7 @@
-"""Geometries: positions of queries and keys, and the number of prefix tokens before them.
+"""Geometries: positions of queries and keys, and numbers of prefix tokens.
 
-Shapes: L queries and S keys, prefix tokens included; L' and S' without them; A axes (1 for text; 2
-for images: row, column; 3 for videos: frame, row, column).
+Shapes: L queries and S keys with prefix tokens; L' and S' without them; A axes (1 for text; 2 for
+images: row, column; 3 for videos: frame, row, column).
 """
 
 import itertools
@@ -15,22 +15,22 @@ from torch import Tensor
 from .cache import CACHE, remembered
 from .errors import IrpeError
 
-MOST = 2**31 - 1  # tokens in a row
+MOST = 2**31 - 1  # largest size of an axis
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
 class Geometry:
-    """Positions of the queries and of the keys of one attention call.
+    """Positions of the queries and keys of one attention call.
 
     Args:
-        query: positions ``[L', A]``, or ``[B, L', A]`` where samples differ: integers, or fractions
-            for encodings without tables.
-        key: positions of the keys; None: the queries themselves.
+        query: positions ``[L', A]``, or ``[B, L', A]`` if samples differ; integers, or floating
+            point for encodings without tables.
+        key: positions of the keys; None: those of the queries.
         prefix: number of tokens without a position (class token, registers) before the queries.
-        key_prefix: the same before the keys; None: as before the queries.
+        key_prefix: number of such tokens before the keys; None: ``prefix``.
 
     Raises:
-        IrpeError: for positions of a wrong shape or dtype, or a negative prefix.
+        IrpeError: if positions have a wrong shape or dtype, or a prefix is negative.
     """
 
     def __init__(
@@ -56,22 +56,22 @@ class Geometry:
         check_size("key_prefix", self.key_prefix, least=0)
 
     def _sizes(self) -> tuple[int, ...]:
-        """Sizes of the whole geometry, where no positions were given."""
+        """Return the size of each axis; for geometries without explicit positions."""
         raise NotImplementedError
 
     def _all_positions(self, device: torch.device) -> Tensor:
-        """Positions ``[L', A]`` of all tokens, where none were given."""
+        """Return the positions ``[L', A]`` of all tokens; without explicit positions."""
         raise NotImplementedError
 
     @property
     def axes(self) -> int:
-        """A: 1 for text, 2 for images, 3 for videos."""
+        """A, the number of axes: 1 for text, 2 for images, 3 for videos."""
         assert self._query is not None
         return self._query.shape[-1]
 
     @property
     def batch(self) -> int | None:
-        """B where samples have positions of their own, else None."""
+        """B if samples have different positions, else None."""
         if self._query is None or self._key is None:
             return None
         sizes = {p.shape[0] for p in (self._query, self._key) if p.dim() == 3 and p.shape[0] != 1}
@@ -81,12 +81,12 @@ class Geometry:
 
     @property
     def query_length(self) -> int:
-        """L, prefix included."""
+        """L, with prefix tokens."""
         return self.prefix + self._length(self._query)
 
     @property
     def key_length(self) -> int:
-        """S, prefix included."""
+        """S, with prefix tokens."""
         return self.key_prefix + self._length(self._key)
 
     def _length(self, positions: Tensor | None) -> int:
@@ -98,7 +98,7 @@ class Geometry:
         return length
 
     def positions(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return positions of queries ``[(B,) L', A]`` and keys ``[(B,) S', A]``, no prefix."""
+        """Return positions of queries ``[(B,) L', A]`` and keys ``[(B,) S', A]``."""
         if self._query is None:
             whole = self._all_positions(device)
             return whole, whole
@@ -108,13 +108,13 @@ class Geometry:
 
     @property
     def explicit(self) -> bool:
-        """Whether positions were given; else they count up from 0."""
+        """Whether positions are explicit; else they follow from sizes."""
         return self._query is not None
 
     def readable(self) -> tuple[Tensor, Tensor] | None:
-        """Return the positions that were given, where reading their values waits for nothing.
+        """Return explicit positions if their values can be read without synchronisation.
 
-        None where none were given, they are on another device, or a graph is traced.
+        None if positions are not explicit, not on a CPU, or a graph is traced.
         """
         if self._query is None or self._key is None:
             return None
@@ -130,34 +130,34 @@ class Geometry:
         return query.unsqueeze(-2) - key.unsqueeze(-3)
 
     def check(self, batch: int, queries: int, keys: int | None = None) -> None:
-        """Raise IrpeError where tokens do not match the positions.
+        """Raise IrpeError if the numbers of tokens do not match the positions.
 
         Args:
             batch: B.
             queries: L.
             keys: S; None: not checked.
         """
-        if torch.jit.is_tracing():  # sizes are tensors there, and comparing them is recorded
+        if torch.jit.is_tracing():  # sizes are tensors, and comparisons would be recorded
             return
         keys = self.key_length if keys is None else keys
         if self.query_length != queries or self.key_length != keys:
             raise IrpeError(
                 f"{self!r} has {self.query_length} queries and {self.key_length} keys, "
-                f"but the tokens are L={queries} and S={keys}"
+                f"but there are L={queries} and S={keys} tokens"
             )
         if self.batch not in (None, batch):
             raise IrpeError(f"positions for {self.batch} samples do not match a batch of {batch}")
 
     def remember(self, key: Hashable, build: Callable[[], Any]) -> Any:
-        """Return ``build()``, computed once for all geometries that equal this one.
+        """Return ``build()``, computed once for all equal geometries.
 
-        The value is kept in a cache that is bounded in bytes. Inference tensors are kept apart,
-        since they cannot be saved for a backward pass. Nothing is kept while a graph is traced,
-        whose tensors mean nothing outside of it.
+        The value is stored in a cache that is bounded in bytes. Inference tensors have separate
+        keys, since they cannot be saved for a backward pass. Nothing is stored while a graph is
+        traced.
         """
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return build()
-        if torch._C._get_dispatch_mode(_FAKE) is not None:  # it takes no real tensors
+        if torch._C._get_dispatch_mode(_FAKE) is not None:  # FakeTensorMode takes no real tensors
             return build()
         key = (key, torch.is_inference_mode_enabled())
         owner = self._by_value()
@@ -166,14 +166,14 @@ class Geometry:
         return remembered((owner, key), build, CACHE)
 
     def owner(self) -> Hashable:
-        """Return what equal geometries have in common: their sizes, or a number of its own."""
+        """Return a key that equal geometries share: their sizes, or a unique number."""
         value = self._by_value()
         if value is None:
             value = self.__dict__.setdefault("_identity", _Identity()).number
         return value
 
     def _by_value(self) -> tuple[str | int, ...] | None:
-        """What equal geometries have in common; None where positions were given."""
+        """Return type and sizes, which equal geometries share; None for explicit positions."""
         if self._query is not None:
             return None
         sizes = (*self._sizes(), self.prefix, self.key_prefix)
@@ -203,7 +203,7 @@ class Geometry:
 
 
 class _Identity:
-    """Numbers a geometry with given positions; what is cached of it goes when the geometry does."""
+    """A number for a geometry with explicit positions; its cached values are dropped with it."""
 
     _numbers = itertools.count()
 
@@ -216,20 +216,20 @@ class _Identity:
         return self.number
 
     def __del__(self) -> None:
-        for key in self.keys:  # the module's names may be gone when Python ends
+        for key in self.keys:  # self.cache: at exit, module globals may be gone
             self.cache.drop((self.number, key))
 
 
 class Patches(Geometry):
-    """Patches of an image or a video, in order of their positions, or a selection of them.
+    """All patches of an image or a video in row-major order, or a selection of them.
 
     Args:
-        sides: number of patches by the name of each axis, the slowest first.
+        sides: number of patches by name of each axis.
         prefix: number of tokens before the patches.
-        positions: integer positions of the tokens, None: those of all patches.
+        positions: integer positions of the tokens; None: those of all patches.
     """
 
-    places: str  # what a position holds
+    places: str  # meaning of a position, for error messages
 
     def __init__(self, sides: dict[str, int], prefix: int, positions: Tensor | None) -> None:
         for name, side in sides.items():
@@ -247,20 +247,23 @@ class Patches(Geometry):
             raise IrpeError(f"{what} are {self.places}, not {positions.shape[-1]} numbers")
 
     def select(self, indices: Tensor) -> Self:
-        """Return the geometry of the patches kept.
+        """Return the geometry of selected patches.
 
         Args:
-            indices: ``[L']`` or ``[B, L']``, counted in order of the patches without the prefix.
+            indices: integer ``[L']`` or ``[B, L']``, indices of the patches without the prefix.
+
+        Raises:
+            IrpeError: if indices have a wrong type, or this geometry is a selection already.
         """
         name = type(self).__name__.lower()
         if self._query is not None:
-            raise IrpeError(f"select() needs a whole {name}; this one holds a selection already")
+            raise IrpeError(f"select() needs a whole {name}; this one is a selection already")
         if not isinstance(indices, Tensor) or indices.dim() not in (1, 2):
             shape = list(indices.shape) if isinstance(indices, Tensor) else indices
             raise IrpeError(f"indices are a tensor [L'] or [B, L'], not {shape!r}")
         if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
             raise IrpeError(f"indices are integers, not {indices.dtype}")
-        rest, found = indices.long(), []  # short ones have no floor, or no room for the position
+        rest, found = indices.long(), []  # short dtypes have no floor, or overflow
         for side in self.sides[:0:-1]:
             above = torch.div(rest, side, rounding_mode="floor")
             found.append(rest - above * side)
@@ -271,7 +274,7 @@ class Patches(Geometry):
 
     @property
     def whole(self) -> bool:
-        """Whether all patches are there, in order."""
+        """Whether it has all patches, in order."""
         return self._query is None
 
     @property
@@ -301,11 +304,12 @@ class Grid(Patches):
         height: patches in a column (not pixels).
         width: patches in a row.
         prefix: number of tokens (class token, registers) before the patches.
-        positions: integer (row, column) of the tokens, ``[L', 2]`` or ``[B, L', 2]``, where they
-            are not the whole grid: patches dropped at random, images of several shapes in a batch.
+        positions: integer (row, column) of the tokens, ``[L', 2]`` or ``[B, L', 2]``, if they are
+            not the whole grid, for example with patch dropout or images of several shapes in a
+            batch.
 
     Raises:
-        IrpeError: for sizes that are not positive, or positions of a wrong shape or dtype.
+        IrpeError: if a size is not positive, or positions have a wrong shape or dtype.
     """
 
     places = "(row, column)"
@@ -320,19 +324,19 @@ class Grid(Patches):
 class Volume(Patches):
     """Patches of a video, frame by frame and row by row.
 
-    Token ``prefix + (frame * height + row) * width + column``. A frame is a step of the model's
-    patches in time: with tubelets of 2 pictures, 16 pictures make 8 frames.
+    Token ``prefix + (frame * height + row) * width + column``. A frame is a patch in time: with
+    tubelets of 2 pictures, 16 pictures make 8 frames.
 
     Args:
-        frames: patches in time.
+        frames: number of patches in time.
         height: patches in a column (not pixels).
         width: patches in a row.
         prefix: number of tokens (class token, registers) before the patches.
-        positions: integer (frame, row, column) of the tokens, ``[L', 3]`` or ``[B, L', 3]``, where
-            they are not the whole volume: patches dropped at random.
+        positions: integer (frame, row, column) of the tokens, ``[L', 3]`` or ``[B, L', 3]``, if
+            they are not the whole volume, for example with patch dropout.
 
     Raises:
-        IrpeError: for sizes that are not positive, or positions of a wrong shape or dtype.
+        IrpeError: if a size is not positive, or positions have a wrong shape or dtype.
     """
 
     places = "(frame, row, column)"
@@ -351,21 +355,20 @@ class Volume(Patches):
 
 
 class Sequence(Geometry):
-    """Tokens of a text at positions 0 to length - 1, or at given positions.
+    """Tokens of a text at positions 0 to length - 1, or at explicit positions.
 
     Args:
         length: number of tokens, without the prefix.
         prefix: number of tokens without a position, before the others.
-        positions: ``[length]`` or ``[B, length]`` where they are not 0 to length - 1. They may
-            have gaps, start anywhere and, for rotary and sinusoidal encodings, be fractions.
-        keys: positions of the keys, ``[S]`` or ``[B, S]``, where these are not the queries
-            (cached tokens, decoding).
-        key_prefix: number of tokens without a position before the keys; None: as before the
-            queries.
+        positions: ``[length]`` or ``[B, length]``; None: 0 to length - 1. Rotary and sinusoidal
+            encodings take floating point too.
+        keys: positions of the keys, ``[S]`` or ``[B, S]``, if they differ from the queries
+            (cached tokens, decoding); None: those of the queries.
+        key_prefix: number of tokens without a position before the keys; None: ``prefix``.
 
     Raises:
-        IrpeError: for a length that is not positive, or positions of another length, a wrong
-            shape or a 16-bit dtype.
+        IrpeError: if length is not positive, or positions have another length, a wrong shape or a
+            16-bit dtype.
     """
 
     def __init__(
@@ -412,13 +415,13 @@ class Sequence(Geometry):
 
 
 def check_size(name: str, size: object, least: int = 1) -> None:
-    """Raise IrpeError for a size that is no integer, too small, or larger than a tensor's."""
-    if torch.jit.is_tracing():  # sizes are tensors there
+    """Raise IrpeError unless a size is an integer from ``least`` to ``MOST``."""
+    if torch.jit.is_tracing():  # sizes are tensors
         return
     integer = isinstance(size, int | torch.SymInt | Integral) and not isinstance(size, bool)
     if not integer or size < least:  # type: ignore[operator]
         raise IrpeError(f"{name}={size!r} is not an integer of at least {least}")
-    if isinstance(size, int) and size > MOST:  # of symbols it would be a guard
+    if isinstance(size, int) and size > MOST:  # not of symbols: it would add a guard
         raise IrpeError(f"{name}={size} is more than {MOST}")
 
 
@@ -430,7 +433,7 @@ def _positions(name: str, positions: Tensor) -> Tensor:
         raise IrpeError(f"positions are integers or fractions, not {positions.dtype}")
     if positions.is_floating_point() and positions.element_size() < 4:
         raise IrpeError(
-            f"{name} are {positions.dtype}, which rounds large positions: give integers, or float32"
+            f"{name} are {positions.dtype}, which rounds large positions: use integers or float32"
         )
-    # Differences of small integers, above all of unsigned ones, would wrap around.
+    # Differences of short and unsigned integers would overflow.
     return positions if positions.is_floating_point() else positions.long()

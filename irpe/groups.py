@@ -23,24 +23,23 @@ def param_groups(
 
     Args:
         model: a model with encodings, or a module that contains one.
-        weight_decay: of the model's own parameters; vectors, biases and the parameters that
-            ``no_weight_decay()`` of any module names do not decay.
+        weight_decay: weight decay of the model's other parameters. Vectors, biases and the
+            parameters that any module's ``no_weight_decay()`` lists have none.
         lr: learning rate; None: the optimiser's.
-        table_weight_decay: of the encodings' tables; None: as for the model's own (the released
-            models decay their tables), or 0 if ``no_weight_decay()`` names the tables.
-        table_lr: learning rate of the tables, which ``layer_decay`` does not scale; None: as for
-            the model's own parameters.
-        layer_decay: factor of the learning rate from each layer to the one below it, as timm's
-            ``layer_decay``; needs ``lr``, and a model of timm's (``group_matcher``).
+        table_weight_decay: weight decay of the encodings' tables. None: ``weight_decay``, as in the
+            released models, or 0 if ``no_weight_decay()`` lists the tables.
+        table_lr: learning rate of the tables, which ``layer_decay`` does not scale; None: ``lr``.
+        layer_decay: factor of the learning rate from each layer to the one below it, as in timm;
+            needs ``lr`` and a timm model (``group_matcher``).
 
     Returns:
-        Groups with a ``name``: weights, no_decay, tables, and frequencies, which are learned but
-        never decay, as in their authors' code (``rope-mixed``). With ``layer_decay`` there is one
-        of each for every layer, ``layer_3_weights``.
+        Groups with a ``name``: weights, no_decay, tables, and frequencies (of ``rope-mixed``,
+        without weight decay as in the authors' code). With ``layer_decay``, each layer has its own
+        groups, such as ``layer_3_weights``.
 
     Raises:
-        IrpeError: if the model has no encoding; for ``layer_decay`` without ``lr``, or in a model
-            whose layers are unknown.
+        IrpeError: if the model has no encoding, or ``layer_decay`` is given without ``lr`` or for a
+            model without ``group_matcher``.
     """
     if not isinstance(model, nn.Module):
         raise IrpeError(f"a model is a torch.nn.Module, not {type(model).__name__}")
@@ -80,7 +79,7 @@ def param_groups(
 
 
 def _exempt(model: nn.Module) -> set[str]:
-    """Return the names that ``no_weight_decay()`` of the model or of a module in it lists."""
+    """Return the parameter names that ``no_weight_decay()`` of any module lists."""
     found = set()
     for path, module in model.named_modules():
         listed: Any = getattr(module, "no_weight_decay", None)
@@ -96,9 +95,9 @@ def _exempt(model: nn.Module) -> set[str]:
 
 
 def _scales(model: nn.Module, decay: float) -> dict[str, tuple[str, float]]:
-    """Return each parameter's group prefix and factor, by timm's own numbers of layers.
+    """Return each parameter's group prefix and learning rate factor, by timm's layer numbers.
 
-    Parameters outside timm's models are trained as the last layer is.
+    Parameters outside timm models are not in the result; their factor is 1.
     """
     scales: dict[str, tuple[str, float]] = {}
     for path, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Multi-head self-attention with a position encoding, for a transformer of your own."""
+"""Multi-head self-attention with a position encoding, for your own transformer."""
 
 import torch
 from torch import Tensor, nn
@@ -12,24 +12,24 @@ from .spec import LayerSize, Spec
 
 
 class RPEAttention(nn.Module):
-    """Self-attention over tokens whose positions are known.
+    """Multi-head self-attention with an encoding.
 
     Args:
-        dim: C, channels of the tokens.
-        num_heads: H, divides C.
-        rpe: an encoding's spec, or None for plain attention.
+        dim: C, number of channels of the tokens.
+        num_heads: H, a divisor of C.
+        rpe: spec of the encoding, or None for plain attention.
         prefix: number of prefix tokens (class token, registers) before the others.
-        causal: whether a query sees no later token.
-        axes: numbers that a position of an image (2) or a video (3) has.
+        causal: whether the attention is causal.
+        axes: number of axes of image (2) or video (3) positions; not used for texts.
         qkv_bias: whether the qkv projection has a bias.
-        attn_drop: probability of dropout on the attention probabilities.
-        proj_drop: probability of dropout on the output.
+        attn_drop: dropout probability of the attention probabilities.
+        proj_drop: dropout probability of the output.
         backend: see ``irpe.attention``.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Raises:
-        IrpeError: for sizes that do not fit together, or an encoding that is no part of attention.
+        IrpeError: if sizes do not match, or the encoding is added at a model's input.
 
     Example::
 
@@ -73,7 +73,7 @@ class RPEAttention(nn.Module):
         if spec.at_input:
             raise IrpeError(
                 f"{spec} is added at a model's input and not in its attention: "
-                "irpe.build makes it, and its embed(x, geometry) adds it"
+                "build it with irpe.build, and call its embed(x, geometry)"
             )
         encodings = build(
             spec,
@@ -91,7 +91,8 @@ class RPEAttention(nn.Module):
     def forward(
         self, x: Tensor, geometry: Geometry | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """
+        """Compute the attention of a batch of tokens.
+
         Args:
             x: ``[B, L, C]``.
             geometry: positions of the L tokens, such as ``irpe.Grid(14, 14, prefix=1)``.
@@ -99,6 +100,9 @@ class RPEAttention(nn.Module):
 
         Returns:
             ``[B, L, C]``.
+
+        Raises:
+            IrpeError: if x or the geometry does not fit.
         """
         if not isinstance(geometry, Geometry):
             raise IrpeError(f"geometry={geometry!r}: pass the grid, as irpe.Grid(14, 14, prefix=1)")
@@ -121,11 +125,11 @@ class RPEAttention(nn.Module):
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
     def _projected(self, x: Tensor, xq: Tensor, xk: Tensor) -> tuple[Tensor, ...]:
-        """q, k and v ``[B, H, L, D]``, of inputs that may differ."""
+        """Return q, k and v ``[B, H, L, D]`` of inputs that may differ."""
         if xq is x and xk is x:
             parts = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
             return parts.permute(2, 0, 3, 1, 4).unbind(0)
-        if not isinstance(self.qkv.weight, Tensor):  # quantised: it does not come in parts
+        if not isinstance(self.qkv.weight, Tensor):  # quantised: the weight cannot be split
             made = (self.qkv(y).chunk(3, -1)[n] for n, y in enumerate((xq, xk, x)))
             return tuple(y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in made)
         weights = self.qkv.weight.chunk(3)

@@ -1,8 +1,8 @@
 """Linear attention with rotary positions (Su et al., 2021, Eq. 19), and its recurrent form.
 
 Scaling one query, or all keys, does not change a ratio of sums. So each token's features are
-divided by its largest one, and sums are relative to the largest key so far: features far below the
-smallest float32 number still give the right weights.
+divided by its largest one, and sums are relative to the largest key so far. Features below the
+smallest float32 number then still have correct weights.
 
 Shapes: B batch, H heads, L queries, S keys, D features, E channels of values.
 """
@@ -19,7 +19,7 @@ from .encodings import Encoding
 from .errors import IrpeError
 from .geometry import Geometry
 
-CHUNK = 64  # queries and keys computed pair by pair; keys before them are summed
+CHUNK = 64  # queries and keys computed pair by pair; earlier keys are summed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,9 +27,9 @@ class LinearState:
     """The sums of linear attention over the keys so far, divided by ``exp(scale)``.
 
     Args:
-        top: sum of rotated features times values, ``[B, H, D, E]``, float32 or better.
-        bottom: sum of features that are not rotated, ``[B, H, D]``.
-        scale: logarithm of the largest feature of all keys, ``[B, H]``; -inf where there are none.
+        top: sum of rotated features times values, ``[B, H, D, E]``, float32 or float64.
+        bottom: sum of unrotated features, ``[B, H, D]``.
+        scale: logarithm of the largest feature of all keys, ``[B, H]``; -inf without keys.
     """
 
     top: Tensor
@@ -53,29 +53,29 @@ def attention(
     seen: Tensor | None = None,
     features: Callable[[Tensor], Tensor] = elu_features,
 ) -> Tensor:
-    """Compute attention in linear time: features of queries and keys in place of a softmax.
+    """Compute linear attention, with features of queries and keys instead of a softmax.
 
-    ``out_i = sum_j (R_i f(q_i)) . (R_j f(k_j)) v_j / sum_j f(q_i) . f(k_j)``: the numerator is
-    rotated, the denominator is not, lest it come close to zero. So weights may be negative, and
-    their sum need not be 1. Nothing of size L * S is built.
+    ``out_i = sum_j (R_i f(q_i)) . (R_j f(k_j)) v_j / sum_j f(q_i) . f(k_j)``. The denominator is
+    not rotated, so that it is not close to zero. So weights may be negative, and their sum need not
+    be 1. ``[L, S]`` is not materialised.
 
     Args:
         q: ``[B, H, L, D]``.
         k: ``[B, H | G, S, D]``.
         v: ``[B, H | G, S, E]``.
-        rotary: a rotary encoding, as ``irpe.build("rope", ...)["rope"]``, built for as many
-            channels as ``features`` returns. None: no positions.
-        geometry: where the tokens are; needed with ``rotary``.
-        is_causal: query i sees the keys j <= i + S - L.
-        seen: bool ``[B, S]``, False for keys that are padding.
-        features: what q and k become, nonnegative.
+        rotary: a rotary encoding, as ``irpe.build("rope", ...)["rope"]``, built for the number of
+            channels of the features. None: no positions.
+        geometry: positions of the tokens; required with ``rotary``.
+        is_causal: query i attends to the keys j <= i + S - L.
+        seen: bool ``[B, S]``, False for padding.
+        features: maps q and k to nonnegative features.
 
     Returns:
-        ``[B, H, L, E]`` of q's dtype; sums are kept in float32 or better. A query that sees no
-        key gives 0.
+        ``[B, H, L, E]`` of q's dtype; sums are float32 or float64. The output of a fully masked
+        query is 0.
 
     Raises:
-        IrpeError: for shapes that do not fit together.
+        IrpeError: if shapes do not match.
     """
     _check(q, k, v, seen)
     with without_autocast(q.device.type):
@@ -90,7 +90,7 @@ def attention(
             first = (x[:, :, :early] for x in (fk, rk, v, scale))
             state = _sums(*first)
             fk, rk, v, scale = (x[:, :, early:] for x in (fk, rk, v, scale))
-        elif early < 0:  # the first queries see nothing
+        elif early < 0:  # the first queries are fully masked
             fk, rk, v = (F.pad(x, (0, 0, -early, 0)) for x in (fk, rk, v))
             scale = F.pad(scale, (-early, 0), value=-torch.inf)
         out, _ = _running(fq, rq, fk, rk, v, scale, state=state)
@@ -110,15 +110,20 @@ def step(
     """Compute causal linear attention of the next tokens, after those in a state.
 
     Args:
-        q: of the new tokens alone, see ``attention``.
+        q: queries of the new tokens only, see ``attention``.
         k: likewise.
         v: likewise.
-        state: of the tokens before; None: there are none.
+        state: state after the previous tokens; None: there are none.
+        rotary: see ``attention``.
         geometry: positions of the new tokens, as
             ``irpe.Sequence(1, positions=torch.tensor([17]))``.
+        features: see ``attention``.
 
     Returns:
-        ``[B, H, L, E]``, and the state after these tokens. The state given is not changed.
+        ``[B, H, L, E]``, and the new state. The given state is not changed.
+
+    Raises:
+        IrpeError: if shapes do not match.
     """
     _check(q, k, v, None)
     if q.shape[-2] != k.shape[-2]:
@@ -132,7 +137,7 @@ def step(
             found = (list(state.top.shape), list(state.bottom.shape))
             if found != wanted:
                 raise IrpeError(
-                    f"the state holds sums of {found[0]} and {found[1]}, but q {list(q.shape)} "
+                    f"the state has sums of {found[0]} and {found[1]}, but q {list(q.shape)} "
                     f"and v {list(v.shape)} need {wanted[0]} and {wanted[1]}"
                 )
         rq, rk = _rotated(fq, fk, rotary, geometry)
@@ -141,9 +146,9 @@ def step(
 
 
 def _running(*tensors: Tensor, state: LinearState | None) -> tuple[Tensor, LinearState]:
-    """Causal attention of fq, rq, fk, rk, v ``[B, H, L, ...]`` and scale ``[B, H, L]``.
+    """Compute causal attention of fq, rq, fk, rk, v ``[B, H, L, ...]`` and scale ``[B, H, L]``.
 
-    Long texts are computed in pieces of as many chunks as a chunk has tokens.
+    Long texts are computed in pieces of CHUNK chunks.
     """
     outs = []
     for piece in zip(*(x.split(CHUNK * CHUNK, 2) for x in tensors), strict=True):
@@ -163,7 +168,7 @@ def _chunks(
     *,
     state: LinearState | None,
 ) -> tuple[Tensor, LinearState]:
-    """Causal attention chunk by chunk, with the sums of all chunks before; L = S."""
+    """Compute causal attention by chunks, with the sums of all chunks before; L = S."""
     L = fq.shape[-2]
     size = max(min(CHUNK, L), 1)
     pad = -L % size
@@ -181,7 +186,7 @@ def _chunks(
         torch.cat((state.scale.unsqueeze(2), sums.scale), 2),
     )
     before = sums.scale[:, :, :-1].unsqueeze(-1)
-    largest = scale.cummax(-1).values.maximum(before)  # of the keys that a query sees
+    largest = scale.cummax(-1).values.maximum(before)  # of the visible keys
     weights = _causal(scale, largest)
     far = (before - _finite(largest)).exp().unsqueeze(-1)
     top = (rq @ rk.transpose(-2, -1) * weights) @ v + far * (rq @ sums.top[:, :, :-1])
@@ -192,33 +197,33 @@ def _chunks(
 
 
 def _sums(fk: Tensor, rk: Tensor, v: Tensor, scale: Tensor) -> LinearState:
-    """Sums over keys ``[..., S, D]`` whose features were divided by ``exp(scale)`` ``[..., S]``."""
+    """Sum over keys ``[..., S, D]`` whose features were divided by ``exp(scale)`` ``[..., S]``."""
     largest = scale.amax(-1) if scale.shape[-1] else scale.new_full(scale.shape[:-1], -torch.inf)
     weights = (scale - _finite(largest).unsqueeze(-1)).exp().unsqueeze(-1)
     return LinearState((rk * weights).transpose(-2, -1) @ v, (fk * weights).sum(-2), largest)
 
 
 def _running_sums(top: Tensor, bottom: Tensor, scale: Tensor) -> LinearState:
-    """Running sums along axis 2, each with a scale of its own."""
+    """Return cumulative sums along axis 2, each with its own scale."""
     largest = scale.cummax(2).values
     weights = _causal(scale, largest)
     return LinearState((weights @ top.flatten(3)).view_as(top), weights @ bottom, largest)
 
 
 def _causal(scale: Tensor, largest: Tensor) -> Tensor:
-    """Factors ``[..., L, L]`` of keys of a scale, relative to the largest one of each query."""
+    """Return factors ``[..., L, L]`` of keys, relative to the largest scale of each query."""
     later = torch.ones(2 * largest.shape[-1:], dtype=torch.bool, device=scale.device).triu(1)
     relative = scale.unsqueeze(-2) - _finite(largest).unsqueeze(-1)
     return relative.masked_fill(later, -torch.inf).exp()
 
 
 def _finite(scale: Tensor) -> Tensor:
-    """0 where there is no key, so that differences are not NaN."""
+    """Replace -inf by 0, so that differences are not NaN."""
     return scale.masked_fill(scale == -torch.inf, 0.0)
 
 
 def _ratio(top: Tensor, bottom: Tensor) -> Tensor:
-    """0 where nothing is seen; gradients stay finite there."""
+    """Return top / bottom; 0 with finite gradients for fully masked queries."""
     empty = bottom == 0
     return (top / bottom.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
 
@@ -226,7 +231,7 @@ def _ratio(top: Tensor, bottom: Tensor) -> Tensor:
 def _featured(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, features: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features of q and k, v for as many heads, and the scale of k's features ``[B, H, S]``."""
+    """Return features of q and k, v for H heads, and the scale ``[B, H, S]`` of k's features."""
     wide = torch.promote_types(q.dtype, torch.float32)
     fq, _ = _scaled(q.to(wide), features)
     fk, scale = _scaled(k.to(wide), features)
@@ -240,9 +245,9 @@ def _featured(
 
 
 def _scaled(x: Tensor, features: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Features ``[B, H, R, D]`` divided by each token's largest, and its logarithm ``[B, H, R]``.
+    """Return features ``[B, H, R, D]`` divided by each token's largest, and its log ``[B, H, R]``.
 
-    The scale gets no gradient: a ratio does not depend on it.
+    The scale has no gradient, since the ratio does not depend on it.
     """
     if features is elu_features:
         logs = torch.where(x > 0, x.clamp(min=0.0).log1p(), x)
@@ -261,7 +266,7 @@ def _rotated(
     if not isinstance(rotary, Encoding) or not isinstance(geometry, Geometry):
         raise IrpeError(
             f"rotary={rotary!r} with geometry={geometry!r}: pass an encoding, as "
-            'irpe.build("rope", ...)["rope"], and where the tokens are'
+            'irpe.build("rope", ...)["rope"], and the positions of the tokens'
         )
     rq, rk = rotary.transform(fq, fk, geometry)
     if rq.shape != fq.shape or rotary.terms(geometry):
@@ -274,6 +279,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> None:
     if seen is None:
         return
     if not isinstance(seen, Tensor) or seen.dtype != torch.bool:
-        raise IrpeError(f"seen is a bool tensor [B, S], True for keys that count, not {seen!r}")
+        raise IrpeError(f"seen is a bool tensor [B, S], False for padding, not {seen!r}")
     if seen.shape not in ((k.shape[0], k.shape[2]), (1, k.shape[2])):
         raise IrpeError(f"seen {list(seen.shape)} does not match [B, S] of k {list(k.shape)}")

@@ -1,13 +1,13 @@
-"""Specs: an encoding's options as a frozen dataclass, and as an equivalent string.
+"""Specs: the options of an encoding as a frozen dataclass, and as an equivalent string.
 
-A name, and options behind commas; specs add up::
+A string has a name, then options separated by commas; a sum has several::
 
     rpe-2.0-product-ctx-1-k,index=clip
     rope,layout=half
     rope-axial + rpe-1.9-product-bias-1-k
 
-A default is left out of the string unless it sets the size of a table, so a string always means the
-same parameters.
+Default values are omitted from the string, unless they set the size of a table. So a string
+determines the shapes of the parameters.
 """
 
 import dataclasses
@@ -27,19 +27,18 @@ class LayerSize:
     """The layer that an encoding is built for.
 
     Args:
-        dim: C, channels of the tokens.
-        num_heads: H, the query heads.
-        head_dim: D, channels of a head.
-        prefix: number of prefix tokens (class token, registers) before the others. A table of
-            relative positions has one bucket for all pairs with one.
-        causal: whether no query sees a later key.
-        axes: numbers that a position of an image (2) or a video (3) has; texts do not read it.
-        device: of the parameters.
-        dtype: of the parameters.
+        dim: C, number of channels of the tokens.
+        num_heads: H, number of query heads.
+        head_dim: D, number of channels of a head.
+        prefix: number of prefix tokens (class token, registers). If it is not 0, tables of
+            relative positions have one more bucket, for all pairs with one.
+        causal: whether the attention is causal.
+        axes: number of axes of image (2) or video (3) positions; not used for texts.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Raises:
-        IrpeError: for sizes that are not positive integers, or a prefix that is not a number
-            of tokens.
+        IrpeError: if a size is not a positive integer, or ``prefix`` is negative.
     """
 
     dim: int
@@ -62,14 +61,14 @@ class LayerSize:
     @staticmethod
     def split(dim: int, num_heads: int) -> int:
         """Return D = C / H; raise IrpeError if H does not divide C."""
-        LayerSize(dim=dim, num_heads=num_heads, head_dim=1)  # integers, so that they divide
+        LayerSize(dim=dim, num_heads=num_heads, head_dim=1)  # checks both
         if dim % num_heads:
-            raise IrpeError(f"dim={dim} is no multiple of num_heads={num_heads}")
+            raise IrpeError(f"dim={dim} is not a multiple of num_heads={num_heads}")
         return dim // num_heads
 
     @property
     def made(self) -> dict[str, Any]:
-        """Device and dtype, as arguments of a parameter's factory."""
+        """Device and dtype, as keyword arguments."""
         return {"device": self.device, "dtype": self.dtype}
 
 
@@ -77,12 +76,12 @@ class Spec:
     """Base of all specs. A subclass is a frozen, keyword-only dataclass of ``irpe.fields``.
 
     Attributes:
-        names: first words of a string, and the fields that each word sets.
-        axes: numbers that a position may have: 1 for text, 2 for images, 3 for videos.
+        names: names that strings may start with, and the fields that each name sets.
+        axes: supported numbers of axes of positions: 1 for text, 2 for images, 3 for videos.
         at_input: whether it is added once, at the model's input, and not in attention.
-        neutral: a fresh encoding does not change the model's outputs.
-        grammar: of its strings, if they start with more than a name.
-        examples: lines of ``irpe specs``: a string, the formula, what it is for.
+        neutral: whether a new encoding does not change the model's outputs.
+        grammar: form of its strings, if they start with more than a name.
+        examples: lines of ``irpe specs``: (string, formula, description).
     """
 
     __slots__ = ()
@@ -99,7 +98,7 @@ class Spec:
 
     @property
     def parts(self) -> "tuple[Spec, ...]":
-        """The specs in this sum; itself if it is a single one."""
+        """The specs of a sum; for other specs, the spec itself."""
         return (self,)
 
     def __add__(self, other: object) -> "Sum":
@@ -116,15 +115,15 @@ class Spec:
         self.check()
 
     def check(self) -> None:
-        """Raise IrpeError if fields do not go together. Called when a spec is created."""
+        """Raise IrpeError if fields contradict each other. Called when a spec is created."""
 
     @classmethod
     def read_name(cls, name: str) -> Mapping[str, Any] | None:
-        """Return the fields that the first part of a string sets; None for another spec's name."""
+        """Return the fields that the first part of a string sets; None if it is unknown."""
         return cls.names.get(name)
 
     def write_name(self) -> str:
-        """Return the first part of the string: the name whose fields this spec has."""
+        """Return the first part of the string."""
         return next(
             name
             for name, fields in self.names.items()
@@ -133,7 +132,7 @@ class Spec:
 
     @classmethod
     def options(cls, name: str) -> list[dataclasses.Field]:
-        """Return the fields that options set where a string starts with a name."""
+        """Return the fields that can be options of a string with this name."""
         given = cls.names.get(name, {})
         return [f for f in dataclasses.fields(cls) if f.name not in given]  # type: ignore[arg-type]
 
@@ -152,10 +151,10 @@ class Sum(Spec):
     """Several encodings on one layer, ``a + b``.
 
     Args:
-        specs: the single ones, in the order in which they act; all different.
+        specs: the specs, in the order of application; all different.
 
     Raises:
-        IrpeError: for the same spec twice, or specs without a common number of axes.
+        IrpeError: if a spec occurs twice, or the specs have no number of axes in common.
     """
 
     specs: tuple[Spec, ...]
@@ -165,7 +164,7 @@ class Sum(Spec):
             if part in self.specs[:n]:
                 raise IrpeError(f"{part} is twice in {self}")
         if not self.axes:
-            raise IrpeError(f"{self}: no position has the axes of all of these")
+            raise IrpeError(f"{self}: these encodings have no number of axes in common")
 
     @property
     def parts(self) -> tuple[Spec, ...]:
@@ -184,7 +183,7 @@ class Sum(Spec):
         return all(part.neutral for part in self.specs)
 
     def build(self, size: LayerSize) -> dict[str, Any]:
-        """Return the modules of all; a name that is taken gets a number: rpe_k, rpe_k_2."""
+        """Return the modules of all specs; repeated names get a number: rpe_k, rpe_k_2."""
         made: dict[str, Any] = {}
         for part in self.specs:
             for name, module in part.build(size).items():
@@ -200,7 +199,7 @@ class Sum(Spec):
 
 
 def read_options(given: list[str], known: list[str]) -> dict[str, str]:
-    """Return ``["clip=64"]`` as a dict; raise IrpeError for names that are not known."""
+    """Return options such as ``["clip=64"]`` as a dict; raise IrpeError for unknown names."""
     fields: dict[str, str] = {}
     for option in given:
         name, equals, value = option.partition("=")

@@ -1,4 +1,4 @@
-"""Terms: what an encoding passes to attention, and all that encodings and backends share.
+"""Terms: the interface between encodings and attention.
 
 Shapes: B batch, H heads, L queries, S keys, D head dim, E channels of values, N buckets.
 ``n(i, j)`` is the bucket of query i and key j, ``far(i, j)`` their distance. With q scaled, the
@@ -23,12 +23,12 @@ Kind = Literal["bias", "slope", "query", "key", "value", "gain", "channels"]
 
 @dataclass(frozen=True, slots=True)
 class KindRules:
-    """What is legal for a kind of term.
+    """Rules of a kind of term.
 
     Args:
-        shape: axes of its table behind the one of heads: N buckets, D or E channels, or 1.
-        by_key: whether its buckets are by key; None: the term says it.
-        in_bias: whether it can be written as an additive bias on the logits.
+        shape: axes of the table after the heads: N buckets, D or E channels, or 1.
+        by_key: whether the buckets are by key; None: the term's argument decides.
+        in_bias: whether the term can be expressed as an additive bias.
     """
 
     shape: str
@@ -48,23 +48,23 @@ KINDS: dict[str, KindRules] = {
 
 
 class Term:
-    """A table, the place where it acts, and the buckets that index it. A term is always legal.
+    """A table, its role in attention, and the buckets that index it.
 
-    Terms of a kind add up; gains and channels multiply.
+    Several terms of a kind are added; gains and channels are multiplied.
 
     Args:
-        kind: where the table acts, see the formula above.
+        kind: role of the table, see the formula above.
         table: ``[H | 1, N]`` for bias and gain (a scale per bucket), ``[H | 1, D, N]`` for query,
             key and channels (a scale per channel and bucket), ``[H | 1, N, E]`` for value,
             ``[H | 1, 1]`` for slope (in any floating-point dtype: products with distances are
             computed in float32 or better).
         buckets: n(i, j).
-        by_key: for bias and gain: whether n(i, j) is the bucket of the offset key - query instead
-            of query - key. For the other kinds it follows from the kind: a key term is by key.
+        by_key: for bias and gain only: whether n(i, j) is the bucket of the offset key - query
+            instead of query - key. Key terms always use key - query, other kinds query - key.
 
     Raises:
-        IrpeError: for an unknown kind, a table that does not have these axes and N, or a by_key
-            that the kind does not leave open.
+        IrpeError: if the kind is unknown, the shape of the table is wrong, or the kind does not
+            allow by_key.
     """
 
     __slots__ = ("buckets", "kind", "table")
@@ -79,10 +79,10 @@ class Term:
             raise IrpeError(f"buckets are irpe.BucketIds, not {type(buckets).__name__}")
         if not isinstance(table, Tensor) or not table.is_floating_point():
             found = table.dtype if isinstance(table, Tensor) else type(table).__name__
-            raise IrpeError(f"the {kind} table is a tensor of floating point, not {found}")
+            raise IrpeError(f"the {kind} table is a floating point tensor, not {found}")
         if rules.by_key is not None and by_key not in (None, rules.by_key):
             raise IrpeError(
-                f"by_key={by_key} is not for a {kind} term, whose buckets are always by "
+                f"by_key={by_key} is not allowed for a {kind} term: its buckets are always by "
                 f"{'key' if rules.by_key else 'query'}"
             )
         sizes = {"N": buckets.size, "1": 1}

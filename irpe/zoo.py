@@ -1,7 +1,7 @@
 """The published DeiT models with image relative position encoding, in timm's registry.
 
-``import irpe.zoo``, then ``timm.create_model(name, pretrained=True)``. Names and weights are the
-authors' (Wu et al., ICCV 2021).
+``import irpe.zoo``, then ``timm.create_model(name, pretrained=True)``. Names and weights are those
+of the authors (Wu et al., ICCV 2021).
 """
 
 import argparse
@@ -18,8 +18,8 @@ from .hosts import attach
 
 URL = "https://github.com/wkcn/iRPE-model-zoo/releases/download/1.0/{name}.pth"
 
-# name -> spec. The number in a name counts the buckets in use at 14x14 with a class token, which is
-# less than the size of the table: it does not determine the ratio.
+# name -> spec. The number in a name is the number of buckets in use at 14x14 with a class token. It
+# is less than the number of buckets of the table, and does not determine the ratio.
 _PRODUCT, _SMALL = "patch16_224_ctx_product_50_shared", "deit_small_patch16_224_ctx"
 SPECS = {
     f"deit_tiny_{_PRODUCT}_k": "rpe-1.9-product-ctx-1-k",
@@ -39,12 +39,12 @@ _SIZES = {
 }
 
 
-class _Equipped:
-    """Mixin of a VisionTransformer: attaches its encoding when it is built.
+class _Attaching:
+    """A mixin for a VisionTransformer that attaches an encoding.
 
     Args:
         rpe: spec of the encoding.
-        table_decay: apply weight decay to tables, as in the released code. False adds them to
+        table_decay: whether tables have weight decay, as in the released code. False adds them to
             ``no_weight_decay()``, as in the paper's supplement.
         rpe_backend: see ``irpe.attention``.
     """
@@ -74,18 +74,18 @@ class _Equipped:
         }
 
 
-class RPEVisionTransformer(_Equipped, VisionTransformer):
+class RPEVisionTransformer(_Attaching, VisionTransformer):
     """timm's VisionTransformer with an encoding."""
 
 
-class RPEVisionTransformerDistilled(_Equipped, VisionTransformerDistilled):
+class RPEVisionTransformerDistilled(_Attaching, VisionTransformerDistilled):
     """timm's VisionTransformer with a distillation token and an encoding."""
 
 
 def _create(name: str, spec: str, pretrained: bool, distilled: bool, **kwargs: Any) -> Any:
     size = _SIZES[name.split("_")[1]]
     arguments = {"patch_size": 16, "depth": 12, **size, "rpe": spec, **kwargs}
-    # The released files also hold an argparse.Namespace; nothing else is allowed.
+    # The released files also contain an argparse.Namespace; no other class is allowed.
     with torch.serialization.safe_globals([argparse.Namespace]):
         return build_model_with_cfg(
             RPEVisionTransformerDistilled if distilled else RPEVisionTransformer,
@@ -107,7 +107,7 @@ def _register(name: str, spec: str, distilled: bool) -> None:
     setattr(sys.modules[__name__], name, register_model(entrypoint))
 
 
-# timm finds the configs of a model in its module, under this name, when the model is registered.
+# timm's register_model reads this variable of the module.
 default_cfgs = generate_default_cfgs(
     {f"{name}.in1k": _cfg(URL.format(name=name), license="apache-2.0") for name in SPECS}
     | {

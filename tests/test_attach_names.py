@@ -23,11 +23,11 @@ ATTACHED = (
 )  # fmt: skip
 REFUSED = {
     "cait_xxs24_224": "blocks.0.attn.*TalkingHeadAttn.*mixes heads",
-    "hiera_tiny_224": "blocks.0.attn.*MaskUnitAttention.*order of their own",
+    "hiera_tiny_224": "blocks.0.attn.*MaskUnitAttention.*ordered by mask units",
     "levit_128s": "stages.0.blocks.0.attn.*its own way",
-    "mobilenetv4_hybrid_medium": "MultiQueryAttention2d.*in no one place.*where=",
+    "mobilenetv4_hybrid_medium": "MultiQueryAttention2d.*pooled from several patches.*where=",
     "mvitv2_tiny": "MultiScaleAttention.*its own way",
-    "pvt_v2_b0": "stages.0.blocks.0.attn.*summaries of several patches",
+    "pvt_v2_b0": "stages.0.blocks.0.attn.*pooled from several patches",
     "volo_d1_224": "network.0.0.attn.*OutlookAttention.*where=",
 }
 

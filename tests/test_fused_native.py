@@ -252,7 +252,7 @@ def test_files_are_those_of_the_plain_model(tmp_path):
     [
         ("vit_tiny_patch16_224", {}, "no native encoding that can be fused"),
         ("resnet18", {}, "no attention"),
-        ("swinv2_cr_tiny_224", {}, "its bias drops channels for each pair of patches"),
+        ("swinv2_cr_tiny_224", {}, "its bias has dropout for each pair of patches"),
         ("davit_tiny", {}, "no native encoding that can be fused"),
     ],
 )

@@ -383,10 +383,10 @@ def test_int8_where_timm_reads_the_weight(name):
     """Refused in one line that says what to do; and that works."""
     family = FAMILIES[name]
     model = build(family).eval()
-    with pytest.raises(irpe.IrpeError, match="named qkv out of the quantisation"):
+    with pytest.raises(irpe.IrpeError, match="named qkv from quantisation"):
         irpe.attach(quantised(model), QKV, where=family.where)
     irpe.attach(model, QKV, where=family.where)
-    with pytest.raises(irpe.IrpeError, match="named qkv out of the quantisation"):
+    with pytest.raises(irpe.IrpeError, match="named qkv from quantisation"):
         run(quantised(model), family)
     other = quantised(model, qkv=False)
     assert layers_in_int8(other)

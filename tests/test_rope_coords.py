@@ -170,7 +170,7 @@ def test_recomputation_moves_as_the_forward_pass_did(recompute):
 def test_a_new_grid_in_a_recomputation_raises():
     layer, x = irpe.RPEAttention(32, 2, MOVES), torch.randn(1, 12, 32, requires_grad=True)
     out = checkpoint(lambda x: layer(x, irpe.Grid(3, 4)), x, use_reentrant=False)
-    with pytest.raises(irpe.IrpeError, match="make it outside"):
+    with pytest.raises(irpe.IrpeError, match="create it outside"):
         out.sum().backward()
 
 
@@ -249,7 +249,7 @@ def test_dropped_patches_are_those_of_the_whole():
     ("spec", "message"),
     [
         ("rope-axial,shift=0.5", "shift=0.5 needs coords=separate, max or min"),
-        ("rope-axial,coords=max,jitter=0.5", "jitter=0.5 is a largest factor, at least 1"),
+        ("rope-axial,coords=max,jitter=0.5", "jitter=0.5 must be at least 1"),
         ("rope-axial,coords=grid", "coords='grid' is not one of patches, separate, max, min"),
     ],
 )

@@ -186,7 +186,7 @@ assert main([*plugin, "explain", "my-rows"]) == 0
     out = run(folder, "script.py")
     assert "my-rows,reach=2             distance in rows\n    logit + b[h, |dy|]\n" in out
     assert "  my-rows     reach=\n" in out
-    assert "2 of the table's 2 in use from here\n[0]0\n 1 1\n 1 1\n" in out
+    assert "2 of the table's 2 in use for this query\n[0]0\n 1 1\n 1 1\n" in out
     assert "terms: bias [6, 4]" in out
 
 

@@ -353,7 +353,7 @@ def test_other_axes_than_built_for_raise(spec):
     layer = irpe.RPEAttention(40, 2, spec)
     with pytest.raises(irpe.IrpeError, match="built for 2 axes.*axes=3"):
         layer(torch.randn(1, 8, 40), irpe.Volume(2, 2, 2))
-    with pytest.raises(irpe.IrpeError, match="ranks are those of distances in a plane"):
+    with pytest.raises(irpe.IrpeError, match="method rank is for 2 axes only"):
         irpe.build("rpe-5.0-rank-ctx-1-k", dim=36, num_heads=2, axes=3)
     with pytest.raises(irpe.IrpeError, match="axes=4.*2 or 3"):
         irpe.build(spec, dim=36, num_heads=2, axes=4)

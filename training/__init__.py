@@ -1,4 +1,4 @@
-"""What the training scripts share: configuration, data, the loop, run directories, pictures.
+"""Code that the training scripts share: configuration, data, loop, run directories, pictures.
 
-Not part of the ``irpe`` package: the scripts import it from the repository's root.
+It is not part of the ``irpe`` package: the scripts import it from the repository's root.
 """

@@ -1,7 +1,7 @@
-"""Checkpoints: weights files, training states, and the files of a run written atomically.
+"""Checkpoints: weights files and training states, written atomically.
 
-A training state is one file with all that a run resumes from. Its name ends in a checksum of its
-content, so that a truncated or damaged file is recognised.
+A training state is one file, from which a run resumes. Its name ends in a checksum of its content,
+so that damaged files are recognised.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ _STATE = re.compile(r"state-epoch(\d+)-step(\d+)-([0-9a-f]{16})\.pt")
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that replaces ``path`` atomically on success."""
+    """Yield a temporary path, which replaces ``path`` atomically on success."""
     with _temporary(path) as temporary:
         yield temporary
         _rename(temporary, path)
 
 
 def save_weights(path: Path, model: nn.Module, about: dict[str, Any]) -> None:
-    """Write the state dict as safetensors, with ``about`` (its values as text) in the header.
+    """Write the state dict as safetensors, with ``about`` (values as text) in the header.
 
-    The header also holds what ``irpe.save`` writes, so that ``irpe.load`` attaches the encodings.
+    The header also has the metadata of ``irpe.save``, so that ``irpe.load`` attaches the encodings.
     """
     save_tensors(path, model.state_dict(), {**metadata(model), **about})
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
-    """Write tensors as safetensors, with ``about`` (its values as text) in the header."""
-    # Cloned, because safetensors refuses tensors that share memory.
+    """Write tensors as safetensors, with ``about`` (values as text) in the header."""
+    # Clone: safetensors refuses tensors that share memory.
     own = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     header = {key: str(value) for key, value in about.items()}
-    # save_file would write files that only their owner can read.
+    # save_file would create files that only their owner can read.
     content = safetensors.torch.save(own, metadata=header)
     with replacing(path) as temporary:
         temporary.parent.mkdir(exist_ok=True)
@@ -58,10 +58,11 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, 
 class States:
     """The training states in a folder: ``state-epoch2-step500-CHECKSUM.pt``.
 
-    The epoch counts finished epochs, the step counts the steps of the whole run.
+    The epoch counts finished epochs, the step counts the steps of the run.
 
     Args:
-        keep: how many states :meth:`save` leaves.
+        folder: folder of the states.
+        keep: number of states that :meth:`save` keeps.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
@@ -78,14 +79,15 @@ class States:
     def save(self, state: dict[str, Any]) -> Path:
         """Write ``state`` (tensors and plain containers), then remove the oldest states.
 
-        Raises :class:`UserError` where it cannot be written; the older states then remain.
+        Raises:
+            UserError: if it cannot be written; the older states then remain.
         """
         path = self.folder / f"state-epoch{state['epoch']}-step{state['step']}"
         with _temporary(path) as temporary:
             try:
                 self.folder.mkdir(exist_ok=True)
                 torch.save(state, temporary)
-            except RuntimeError as error:  # how torch reports a full disk
+            except RuntimeError as error:  # torch raises this for a full disk
                 raise OSError(0, one_line(error)) from error
             path = path.with_name(f"{path.name}-{checksum(temporary)}.pt")
             _rename(temporary, path)
@@ -94,9 +96,10 @@ class States:
         return path
 
     def newest(self) -> tuple[Path, dict[str, Any]]:
-        """Return path and content of the newest valid state; warn of newer ones.
+        """Return path and content of the newest valid state; warn of newer invalid ones.
 
-        Raises :class:`UserError` where none is valid.
+        Raises:
+            UserError: if no state is valid.
         """
         problems: list[str] = []
         for path in self.paths():
@@ -111,7 +114,7 @@ class States:
         raise UserError("; ".join(problems))
 
     def forget_after(self, path: Path) -> None:
-        """Rename states newer than ``path``, as none is valid; remove incomplete files."""
+        """Rename states newer than ``path``, which are damaged; remove incomplete files."""
         for newer in self.paths()[: self.paths().index(path)]:
             newer.rename(newer.with_name(f"{newer.name}.damaged"))
         for torn in self.folder.glob(".*.tmp"):
@@ -119,25 +122,26 @@ class States:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read a state after checking its checksum; only tensors and plain containers are built.
+    """Read a state of tensors and plain containers, after checking its checksum.
 
-    Raises :class:`UserError` for a damaged file, and for one that contains other classes.
+    Raises:
+        UserError: if the file is damaged or contains other classes.
     """
     match = _STATE.fullmatch(path.name)
     try:
         if match is not None and checksum(path) != match[3]:
-            raise ValueError("its checksum is not that of its name")
+            raise ValueError("its checksum differs from its name")
         check_torch_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
-            raise ValueError("it holds something else")
+            raise ValueError("it is not a mapping")
     except Refused as error:
         raise UserError(
             f"resume: {str(path)!r} refused: it builds {str(error)!r}, and only tensors "
             "and plain containers are allowed"
         ) from error
-    except Exception as error:  # torch reports a damaged archive in half a dozen ways
-        # torch's own message advises an unsafe load; it is left out.
+    except Exception as error:  # torch raises many exceptions for damaged archives
+        # Hide torch's message, which advises an unsafe load.
         reason = "" if isinstance(error, pickle.UnpicklingError) else f": {one_line(error):.120}"
         raise UserError(
             f"resume: {str(path)!r} is truncated or not a training state{reason}"
@@ -147,26 +151,26 @@ def read_state(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """Yield a path beside ``path``; what is left of it is removed afterwards."""
+    """Yield a temporary path in the same folder; remove the file afterwards."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
     except OSError as error:
         raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
     finally:
-        # A failed removal must not hide the original error.
+        # Do not hide the original error.
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
 def checksum(path: Path) -> str:
-    """Return 16 digits of the digest of a file's content."""
+    """Return 16 hexadecimal digits of the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _rename(temporary: Path, path: Path) -> None:
-    """Rename ``temporary`` to ``path``, with content and name flushed to the disk."""
+    """Rename ``temporary`` to ``path``, and flush content and name to the disk."""
     for flushed in (temporary, path.parent):
         number = os.open(flushed, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Checks during training: numbers that are not finite."""
+"""Checks for losses and gradients that are not finite."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from training.task import Context
 
 
 class FiniteCheck:
-    """Decides about each step whether its gradient may change the weights.
+    """Decides for each step whether its gradient is applied.
 
-    Up to ``run.max_skipped`` steps are skipped; the next one, or the first if that is 0, ends the
-    run. On a GPU without skipping, the numbers stay on the device and :meth:`check` reads them now
-    and then: the run ends a few steps late, but before anything is saved.
+    Up to ``run.max_skipped`` steps with a loss or gradient that is not finite are skipped; the next
+    one ends the run. On a GPU without skipping, the numbers stay on the device and :meth:`check`
+    reads them every few steps: the run ends a few steps late, but before anything is saved.
     """
 
     def __init__(self, context: Context) -> None:
         self.context, self.limit = context, context.config.run.max_skipped
         self.skipped = 0
-        # Reading a number waits for the GPU, so it is not done at every step there.
+        # Reading a number synchronises with the GPU.
         self.every_step = self.limit > 0 or context.accelerator.device.type == "cpu"
         self._clear()
 
@@ -41,18 +41,18 @@ class FiniteCheck:
 
     def add_norm(self, norm: Tensor) -> None:
         """Record the norm of a step's gradient."""
-        # fp16 overflows now and then; its scaler then skips the step and lowers the scale.
+        # fp16 gradients may overflow; the scaler then skips the step and reduces the scale.
         scaler = self.context.accelerator.scaler
         if scaler is None or scaler.get_scale() < 1:
             self._norm = self._norm + norm.detach().double()
 
     @property
     def failed(self) -> bool:
-        """Whether a number recorded since the last check is not finite; waits for a GPU."""
+        """Whether a number recorded since the last check is not finite; synchronises."""
         return not (math.isfinite(float(self._loss)) and math.isfinite(float(self._norm)))
 
     def skip(self, epoch: int, step: int) -> None:
-        """Skip the step, or end the run; in all processes if a number is not finite in one."""
+        """Skip the step, or end the run; all processes call it, if one has a bad number."""
         self.skipped += 1
         if self.skipped > self.limit:
             self._stop(epoch, step)
@@ -67,7 +67,7 @@ class FiniteCheck:
         )
         scaler = self.context.accelerator.scaler
         if scaler is not None and scaler.is_enabled():
-            scaler.update(scaler.get_scale())  # reset its record of this gradient
+            scaler.update(scaler.get_scale())  # resets the scaler's check of this gradient
         self._clear()
 
     def check(self, epoch: int, step: int) -> None:
@@ -79,12 +79,12 @@ class FiniteCheck:
     def _clear(self) -> None:
         self._recent: list[dict[str, Any]] = []
         self._batches: list[Any] = []
-        # Sums, as one number that is not finite makes the sum so.
+        # Sums: they are not finite if one number is not.
         self._loss: Tensor | float = 0.0
         self._norm: Tensor | float = 0.0
 
     def _warn(self, text: str) -> None:
-        if self.context.directory is not None:  # once, not in each process
+        if self.context.directory is not None:  # main process only
             self.context.progress.warn(text)
 
     def _reason(self) -> str:
@@ -96,18 +96,18 @@ class FiniteCheck:
         return "in another process the loss was not finite"
 
     def _save(self, epoch: int, step: int) -> str:
-        """Write the batches' names and tensors, and return a note that names the files."""
+        """Write names and tensors of the batches; return a note with the paths of the files."""
         directory, files = self.context.directory, []
         if directory is None:
             return ""
         if any(batch["names"] for batch in self._recent):
             directory.write_json("nonfinite.json", {"epoch": epoch, "batches": self._recent})
-            files.append(f"{directory / 'nonfinite.json'} names the images")
+            files.append(f"{directory / 'nonfinite.json'} lists the images")
         tensors = dict(_tensors(self._batches))
         if tensors:
             path = directory / f"nonfinite-step{step}.safetensors"
             save_tensors(path, tensors, {"epoch": epoch, "step": step})
-            files.append(f"{path} holds the batch")
+            files.append(f"{path} has the batch")
         return f" ({'; '.join(files)})" if files else ""
 
     def _stop(self, epoch: int, step: int) -> NoReturn:
@@ -120,7 +120,7 @@ class FiniteCheck:
 
 
 def gradient_norm(accelerator: Accelerator, model: nn.Module, clip: float | None) -> Tensor:
-    """Return the norm of the gradient; it is clipped to ``clip`` unless that is None."""
+    """Return the norm of the gradient, and clip it to ``clip`` unless that is None."""
     if clip is not None:
         norm = accelerator.clip_grad_norm_(model.parameters(), clip)
     else:
@@ -129,7 +129,7 @@ def gradient_norm(accelerator: Accelerator, model: nn.Module, clip: float | None
 
 
 def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors inside a batch of any type, with dotted names."""
+    """Yield the tensors of a batch of any type, with dotted names."""
     if isinstance(value, Tensor):
         yield name, value
         return

@@ -1,8 +1,8 @@
-"""YAML and command line into a typed dataclass, with errors of one line.
+"""Parse YAML and the command line into a typed dataclass, with one-line errors.
 
-jsonargparse parses and validates. In addition, the error for an unknown key names the nearest valid
-one and lists the valid keys; option names may have dashes for underscores; and a boolean option
-needs no value (``--eval-only``).
+jsonargparse parses and validates. In addition, the error for an unknown key lists the nearest and
+all valid keys, option names may have dashes instead of underscores, and a boolean option needs no
+value (``--eval-only``).
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ Config = TypeVar("Config")
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes tuples as lists, and nothing as a reference."""
+    """Writes tuples as lists, and no references."""
 
     ignore_aliases = staticmethod(lambda data: True)
 
 
 _Dumper.add_representer(tuple, lambda dumper, value: dumper.represent_list(value))
 _PAIR = re.compile(r"[A-Za-z_]\w*=")
-# Names in other training codes, with ours.
+# Names of options in other training codes, and the names here.
 _OTHER_NAMES = {
     "learning_rate": "lr",
     "num_workers": "workers",
@@ -51,11 +51,17 @@ _OTHER_NAMES = {
 
 
 def parse(kind: type[Config], argv: Sequence[str] | None, prog: str) -> Config:
-    """Parse ``argv`` (``None``: the process's own) into an instance of the dataclass ``kind``.
+    """Parse arguments into an instance of a dataclass.
 
-    ``--config FILE`` reads YAML; later options override earlier ones. The dataclass's docstring is
-    the head of ``--help``. Raises :class:`UserError` naming the key, the value and
-    what is valid.
+    ``--config FILE`` reads YAML; later options override earlier ones.
+
+    Args:
+        kind: the dataclass; its docstring is the description in ``--help``.
+        argv: the arguments; None: ``sys.argv[1:]``.
+        prog: name of the script.
+
+    Raises:
+        UserError: states the key, the value and what is valid.
     """
     tokens = _normalise(kind, list(sys.argv[1:] if argv is None else argv))
     files = [token.partition("=")[2] for token in tokens if token.startswith("--config=")]
@@ -81,11 +87,15 @@ def parse(kind: type[Config], argv: Sequence[str] | None, prog: str) -> Config:
 
 
 def check_used(config: Any, given: Collection[str] = ()) -> None:
-    """Raise for an option that has no effect with the others, by the ``rules`` of its dataclass.
+    """Raise for an option without effect, by the ``rules`` of the dataclass.
 
     Args:
-        given: options of the command line. Those of a file may lose their effect by one of these,
-            as with ``--ema.enabled false``.
+        config: the configuration.
+        given: options of the command line. Such an option may switch off options of a file without
+            an error, as ``--ema.enabled false``.
+
+    Raises:
+        UserError: if an option has no effect.
     """
     default = type(config)()
     for rule in getattr(type(config), "rules", ()):
@@ -106,12 +116,12 @@ def check_used(config: Any, given: Collection[str] = ()) -> None:
 
 
 def dump(config: Any) -> str:
-    """Return the dataclass ``config`` as YAML that :func:`parse` reads back to an equal one."""
+    """Return the dataclass ``config`` as YAML, which :func:`parse` reads."""
     return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, width=100)
 
 
 def keys(kind: type, prefix: str = "") -> dict[str, Any]:
-    """Return every dotted key of the dataclass ``kind`` with its type, sections included."""
+    """Return every dotted key of the dataclass ``kind`` with its type, with sections."""
     found: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(kind).items():
         found[prefix + name] = hint
@@ -124,7 +134,7 @@ def _normalise(kind: type, argv: list[Any]) -> list[str]:
     """Check option names, allow dashes in them, complete flags, and read ``key=value`` pairs."""
     valid, tokens = keys(kind), []
     for position, token in enumerate(argv):
-        if token is None:  # a pair that was read with its option
+        if token is None:  # a pair that an earlier option consumed
             continue
         if not token.startswith("--") or token == "--":
             tokens.append(token)
@@ -160,7 +170,7 @@ def _check_spaces(name: str, text: str) -> None:
         if value is None and ":" in str(key):
             first, _, rest = str(key).partition(":")
             raise UserError(
-                f"{name}: {text!r} lacks a space after the colon of {key!r}: write "
+                f"{name}: {text!r} needs a space after the colon of {key!r}: write "
                 f"{{{first}: {rest}}}, or {first}={rest} without braces"
             )
 
@@ -177,7 +187,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UserError(f"config file {path!r} must hold `key: value` lines, not {content!r:.60}")
+        raise UserError(f"config file {path!r} must have `key: value` lines, not {content!r:.60}")
     return content
 
 
@@ -194,7 +204,7 @@ def _check_mapping(kind: type, content: dict[str, Any], where: str, prefix: str 
 
 
 def _check_key(valid: dict[str, Any], name: str, where: str) -> None:
-    """Raise unless ``name`` is a valid key, or inside a free mapping such as model.kwargs."""
+    """Raise unless ``name`` is a valid key, or in a free mapping such as model.kwargs."""
     parent = name
     while parent and parent not in valid:
         parent = parent.rpartition(".")[0]
@@ -203,7 +213,7 @@ def _check_key(valid: dict[str, Any], name: str, where: str) -> None:
     section = parent if dataclasses.is_dataclass(valid.get(parent)) else ""
     inside = f"{section}." if section else ""
     siblings = [key for key in valid if key.startswith(inside) and "." not in key[len(inside) :]]
-    # A misplaced key (`mixup` for `aug.mixup`) is a nearer miss than any spelling.
+    # A key without its section (`mixup` for `aug.mixup`) is the most likely mistake.
     last = name.rpartition(".")[2]
     last = _OTHER_NAMES.get(last, last)
     near = [key for key in valid if key.rpartition(".")[2] == last]
@@ -216,7 +226,7 @@ def _check_key(valid: dict[str, Any], name: str, where: str) -> None:
 
 
 def _explain(kind: type, message: str) -> str:
-    """Rewrite a jsonargparse message as one line that names key, value and what is expected."""
+    """Return a jsonargparse message as one line with key, value and the expected type."""
     message = one_line(message)
     key = re.search(r'[Kk]ey "([\w.]+)"', message)
     name = key.group(1) if key else ""
@@ -236,7 +246,7 @@ def _explain(kind: type, message: str) -> str:
 
 
 def describe(hint: Any) -> str:
-    """Say in words what values a type allows."""
+    """Describe the values of a type in words."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     names[type(None)] = "null"
     if hint in names:

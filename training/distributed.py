@@ -1,4 +1,4 @@
-"""Devices, memory and processes: accelerate's setup, agreement of processes, FSDP2, recomputing."""
+"""Devices and processes: accelerate's setup, agreement of processes, FSDP2, recomputing."""
 
 from __future__ import annotations
 
@@ -32,20 +32,18 @@ from training.report import check_trackers
 
 Value = TypeVar("Value")
 _ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-_MOST_WORKERS = 8  # more rarely load faster, and each takes memory
+_MOST_WORKERS = 8  # more workers are rarely faster, and each uses memory
 _STREAM_WORKERS = 4
 _FULL = StateDictOptions(full_state_dict=True)
-# How gloo, NCCL and torch's store report a lost connection.
+# Messages of gloo, NCCL and torch's store about a lost connection.
 _LOST = re.compile(r"(?i)gloo|nccl|connection (closed|reset|refused)|broken pipe|tcpstore")
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
-    """Create the accelerator.
-
-    The loop accumulates gradients itself, and loaders are not passed to ``prepare``.
+    """Create the accelerator; the loop accumulates gradients itself.
 
     Raises:
-        UserError: for fp16 without a GPU, and for FSDP and the like by ``accelerate launch``.
+        UserError: for fp16 without a GPU, and for unsupported options of ``accelerate launch``.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -64,33 +62,33 @@ def _check_launcher() -> None:
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
             # On a CPU accelerate silently uses DDP instead of FSDP.
             raise UserError(
-                f"accelerate launch asks for {name}, which these scripts do not train with (on a "
-                "CPU it would be DDP all the same); leave it out for DDP, or shard with torchrun "
-                "and run.shard: true (FSDP2)"
+                f"accelerate launch asks for {name}, which these scripts do not support; leave it "
+                "out for DDP, or shard with torchrun and run.shard: true (FSDP2)"
             )
     alone = "MASTER_ADDR" in os.environ and not any(
         name in os.environ for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
     )
     if alone and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
         raise UserError(
-            "accelerate launch starts one process on a CPU, whatever --num_processes says; "
+            "accelerate launch ignores --num_processes on a CPU and starts one process; "
             "use torchrun --nproc_per_node"
         )
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps != "1":
         raise UserError(
             f"accelerate launch asks for {steps} accumulated batches, which would divide the loss "
-            "once more; set grad_accum_steps instead"
+            "twice; set grad_accum_steps instead"
         )
 
 
 def loader_workers(given: int | None, *, digits: bool, streams: bool = False) -> int:
-    """Return how many processes load images for this process: ``given``, or chosen for the host.
+    """Return the number of loader processes of this process.
 
     Args:
-        given: the option data.workers.
-        digits: the data set is embedded, and read faster than it could be sent.
-        streams: the order of samples depends on the number, so it must not depend on the host.
+        given: the option data.workers; None: by the number of CPU cores of the host.
+        digits: whether the data set is embedded; loader processes would be slower.
+        streams: whether the data set is a stream, whose order depends on the number; the default
+            is then the same on every host.
     """
     if given is not None:
         return given
@@ -104,7 +102,11 @@ def loader_workers(given: int | None, *, digits: bool, streams: bool = False) ->
 
 
 def per_process_batch(accelerator: Accelerator, batch_size: int, accumulate: int) -> int:
-    """Return the images of one forward pass of one process; the batch must divide evenly."""
+    """Return the batch size of one forward pass of one process.
+
+    Raises:
+        UserError: if ``batch_size`` is not a multiple of processes times ``accumulate``.
+    """
     parts = accelerator.num_processes * accumulate
     if batch_size < 1 or accumulate < 1 or batch_size % parts:
         raise UserError(
@@ -125,8 +127,8 @@ def from_main_process(accelerator: Accelerator, value: Value) -> Value:
 class Processes:
     """Agreement between the processes of a run after each step.
 
-    It uses gloo even where gradients use NCCL: no GPU synchronisation is needed, and a killed
-    process is noticed at once, as its connection closes.
+    It uses gloo also when gradients use NCCL: gloo needs no GPU synchronisation, and raises
+    immediately when a process is killed.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -145,7 +147,7 @@ class Processes:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Raise :class:`Interrupted` where the connection to another process is lost."""
+        """Raise :class:`Interrupted` if the connection to another process is lost."""
         try:
             yield
         except RuntimeError as error:
@@ -153,12 +155,12 @@ class Processes:
                 raise
             raise Interrupted(
                 f"another process of this job ended or cannot be reached ({one_line(error):.120}); "
-                "the job ends; its command with --resume auto resumes from the newest checkpoint"
+                "the job ends; the same command with --resume auto resumes it"
             ) from error
 
 
 def recompute(layers: Iterable[nn.Module]) -> None:
-    """Recompute the activations of each layer in the backward pass; no parameter is renamed."""
+    """Recompute the activations of each layer in the backward pass; parameter names stay."""
     for layer in layers:
         layer.forward = functools.partial(_run, layer.forward)
 
@@ -166,12 +168,12 @@ def recompute(layers: Iterable[nn.Module]) -> None:
 def _run(forward: Callable[..., Any], *given: Any, **named: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*given, **named)
-    # use_reentrant supports neither keyword arguments nor gradients of captured tensors.
+    # use_reentrant=True supports neither keyword arguments nor gradients of captured tensors.
     return checkpoint(forward, *given, use_reentrant=False, **named)
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """Return the repeated layers: modules of a list or sequence that have attention as a child."""
+    """Return the layers: modules in a ModuleList or Sequential with attention as a child."""
     found: dict[nn.Module, None] = {}
     for parent in model.modules():
         for layer in parent.children() if isinstance(parent, nn.ModuleList | nn.Sequential) else ():
@@ -182,19 +184,23 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 class Sharded:
-    """A sharded copy (FSDP2) of a model, beside the whole model in every process.
+    """A sharded copy (FSDP2) of a model; every process also has the whole model.
 
-    Evaluations, averages and files use the whole model, as without sharding; so processes may
-    evaluate different numbers of batches. Every process must call each method.
+    Evaluations, averages and files use the whole model, so processes may evaluate different numbers
+    of batches. Every process must call each method.
+
+    Args:
+        whole: the model.
+        accelerator: prepares the copy.
+        config: options of the run.
 
     Attributes:
-        whole: the given model.
-        model: the sharded copy to train, prepared by accelerate.
+        model: the sharded copy to train.
     """
 
     def __init__(self, whole: nn.Module, accelerator: Accelerator, config: RunConfig) -> None:
         self.whole, self.main = whole, accelerator.is_main_process
-        for value in whole.state_dict().values():  # as DDP: all start from the same weights
+        for value in whole.state_dict().values():  # as in DDP, start from the same weights
             dist.broadcast(value, 0)
         model = copy.deepcopy(whole)
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
@@ -203,16 +209,16 @@ class Sharded:
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for layer in reversed(layers_of(model)):  # inner layers before outer ones
             fully_shard(layer, mesh=mesh, mp_policy=policy)
-        # Parameters outside of layers stay in fp32, under autocast.
+        # No policy: parameters outside layers stay in fp32, under autocast.
         fully_shard(model, mesh=mesh)
-        # DETR's outputs are views. No loss here writes into an output.
+        # DETR returns views, and no loss writes to outputs in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
-        # evaluation_mode: accelerate adds autocast, but not DDP.
+        # With evaluation_mode, accelerate adds autocast, but not DDP.
         self.model = accelerator.prepare_model(model, evaluation_mode=True)
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Copy the sharded weights into the whole model; buffers are the main process's."""
+        """Copy the sharded weights, and the buffers of the main process, to the whole model."""
         full = get_model_state_dict(self.model, options=_FULL)
         self.whole.load_state_dict(full)
         for value in self.whole.buffers():
@@ -224,28 +230,28 @@ class Sharded:
         set_model_state_dict(self.model, self.whole.state_dict(), options=_FULL)
 
     def full(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Return an optimiser's state as that of an unsharded optimiser, on the CPU.
+        """Return the state of an optimiser, unsharded and on the CPU.
 
-        Only the main process gets its tensors.
+        Only the main process gets the tensors.
         """
         state = optimizer.state_dict()
-        # Copies: these dicts are the optimiser's own.
+        # Copy: these dicts belong to the optimiser.
         state["state"] = {index: dict(kept) for index, kept in state["state"].items()}
         for index, parameter in _numbered(optimizer).items():
             for name, value in state["state"].get(index, {}).items():
                 if isinstance(value, Tensor) and value.dim():
                     if not isinstance(value, DTensor) or value.shape != parameter.shape:
                         raise UserError(
-                            "run.shard: this optimiser has state of another shape than the "
-                            "weights, which cannot be saved; use one with a number for each "
-                            "weight, such as adamw or sgd"
+                            "run.shard: the state of this optimiser differs in shape from the "
+                            "weights and cannot be saved; use another optimiser, such as adamw "
+                            "or sgd"
                         )
                     full = value.full_tensor()
                     state["state"][index][name] = full.cpu() if self.main else None
         return state
 
     def load_full(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Load what :meth:`full` returned, or the state of a run without sharding."""
+        """Load the result of :meth:`full`, or the state of a run without sharding."""
         parameters = _numbered(optimizer)
         values = {
             index: {name: _shard_like(value, parameters[index]) for name, value in kept.items()}
@@ -255,7 +261,7 @@ class Sharded:
 
 
 def _numbered(optimizer: torch.optim.Optimizer) -> dict[int, Tensor]:
-    """Return the parameters by their numbers in the optimiser's state."""
+    """Return the parameters by index in the optimiser's state."""
     return dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
 
 
@@ -264,5 +270,5 @@ def _shard_like(value: Any, wanted: Tensor) -> Any:
     if not isinstance(wanted, DTensor) or not isinstance(value, Tensor) or value.dim() == 0:
         return value
     value = value.to(wanted.device, wanted.dtype)
-    # All processes have the same value, so none is sent.
+    # src_data_rank=None: all processes have the value, so nothing is sent.
     return distribute_tensor(value, wanted.device_mesh, wanted.placements, src_data_rank=None)

@@ -1,4 +1,4 @@
-"""Errors that the user can correct, signals, and how scripts report them."""
+"""User errors, signals, and the exit status of scripts."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ import irpe
 
 
 class UserError(Exception):
-    """An input cannot be used; the message repeats it and says what would work."""
+    """An invalid input; the message repeats it and states what is valid."""
 
     status = 2
 
 
 class Interrupted(UserError):
-    """Something outside of the run failed: the same command may succeed when it resumes."""
+    """A failure outside the run: the same command may succeed when it resumes."""
 
     status = 75  # "temporary failure" in sysexits.h
 
 
 class Stopped(BaseException):
-    """A signal ended the run. Not an Exception, so that ``except Exception`` does not catch it."""
+    """A signal ended the run. A BaseException, so that ``except Exception`` does not catch it."""
 
     def __init__(self, number: int, note: str = "") -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}{note}")
@@ -42,8 +42,8 @@ class Stopped(BaseException):
 class Signals:
     """Context manager that stores a signal in ``caught`` instead of ending the process.
 
-    A second SIGINT interrupts as usual, unless it comes within two seconds: launchers forward the
-    Ctrl-C that the terminal has already sent.
+    A second SIGINT raises KeyboardInterrupt, unless it comes within two seconds: launchers forward
+    the Ctrl-C that the terminal has sent already.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():  # others must not
+        if threading.current_thread() is threading.main_thread():  # others cannot set handlers
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._note)
         return self
@@ -64,7 +64,7 @@ class Signals:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raise :class:`Stopped` at once at a signal, during work that changes no state."""
+        """Raise :class:`Stopped` immediately at a signal, for work that changes no state."""
         if self.caught is not None:
             raise Stopped(self.caught)
         self._at_once = True
@@ -83,23 +83,23 @@ class Signals:
 
 
 def one_line(text: object) -> str:
-    """Return ``text`` with every run of white space, line breaks included, as one space."""
+    """Return ``text`` with every run of white space replaced by one space."""
     return " ".join(str(text).split())
 
 
 def script(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
-    """Turn ``main(argv)`` into a function that returns an exit status.
+    """Return ``main(argv)`` wrapped into a function that returns an exit status.
 
-    A :class:`UserError` or ``irpe.IrpeError`` becomes the single line ``error: ...`` on standard
-    error and status 2 (75 for an :class:`Interrupted`), and so does a full or read-only disk;
-    :class:`Stopped` becomes status 128 and the signal's number, as 143 for SIGTERM; Ctrl-C 130.
-    Any other exception is a bug and keeps its traceback.
+    A :class:`UserError`, ``irpe.IrpeError`` and a full or read-only disk print one line
+    ``error: ...`` on standard error and return 2 (75 for :class:`Interrupted`). :class:`Stopped`
+    returns 128 plus the signal's number, as 143 for SIGTERM; Ctrl-C returns 130. Other exceptions
+    are bugs and are not caught.
     """
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # for names it cannot print
+            if isinstance(stream, io.TextIOWrapper):  # for names that it cannot encode
                 stream.reconfigure(errors="backslashreplace")
         try:
             main(argv)
@@ -126,6 +126,6 @@ def script(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
 
 
 def _leave_group() -> None:
-    """Destroy the process group; its threads might abort this process at its exit."""
+    """Destroy the process group, whose threads may abort this process at exit."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -1,7 +1,7 @@
 """The training loop: steps, evaluation, checkpoints and records, for any task.
 
-No random state outlives a step: the generators are seeded from (seed, step, process). So a run can
-be stopped after any step, and one state holds all that the next step depends on.
+Generators are seeded from (seed, step, process) at every step. So a run can be stopped after any
+step, and a state needs no random state.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from training.saving import Checkpointer
 from training.seeding import derive
 from training.task import Context
 
-_CHECK_EVERY = 10  # steps, where reading a number waits for a GPU
+_CHECK_EVERY = 10  # steps between checks on a GPU, where each check synchronises
 
 
 class Loop:
     """Trains the model of a context on its task.
 
     Attributes:
-        epoch: finished epochs.
-        within: finished steps of the next epoch.
-        step: finished steps in all.
+        epoch: number of finished epochs.
+        within: number of finished steps of the current epoch.
+        step: number of finished steps of the run.
     """
 
     def __init__(self, context: Context) -> None:
@@ -40,16 +40,20 @@ class Loop:
         self.signals, self.processes = Signals(), Processes(context.accelerator)
         self.step = self.epoch = self.within = 0
         self.best = math.inf if self.task.lower else -math.inf
-        self.totals: dict[str, Tensor] = {}  # of this process and epoch: count and sums
-        self.spent = [0.0, 0.0]  # by this epoch before the run was resumed, see clock()
+        self.totals: dict[str, Tensor] = {}  # count and sums of this process in this epoch
+        self.spent = [0.0, 0.0]  # clock() of this epoch before the run was resumed
         self._begin = clock()
-        self._stale = False  # whether the sharded model has newer weights than the whole one
+        self._stale = False  # whether the sharded model has newer weights than the whole model
         self._stop_signal = 0  # the signal after which all processes stop
 
     def fit(self) -> dict[str, Any]:
-        """Train all remaining epochs; return the last one's record, {} if none remains.
+        """Train all remaining epochs.
 
-        Raises :class:`Stopped` after a signal; a state is saved.
+        Returns:
+            The record of the last epoch; {} if no epoch remains.
+
+        Raises:
+            Stopped: after a signal, when a state is saved.
         """
         record: dict[str, Any] = {}
         progress = self.context.progress
@@ -72,7 +76,7 @@ class Loop:
         self.best, self.finite.skipped = state["best"], state["skipped"]
         self.spent = state["spent"]
         own, rows = accelerator.process_index, state["totals"]["rows"]
-        if len(rows) != accelerator.num_processes:  # then only their sum matters
+        if len(rows) != accelerator.num_processes:  # process 0 gets the sum
             rows = torch.cat(
                 [rows.sum(0, keepdim=True), torch.zeros_like(rows[:1]).expand(own, -1)]
             )
@@ -81,7 +85,7 @@ class Loop:
         self.context.progress.skip(self.step)
 
     def _epoch(self) -> dict[str, Any]:
-        """Train the rest of an epoch, evaluate, and save what is due; return its record."""
+        """Train the rest of an epoch, evaluate, and save; return its record."""
         run = self.context
         self._begin = clock()
         trained = self._train_epoch()
@@ -114,10 +118,10 @@ class Loop:
     def _evaluate(self) -> list[dict[str, Any]]:
         """Return the metrics of the model and of its averaged weights."""
         run = self.context
-        position = self._position()  # an evaluation changes nothing, so it may be interrupted
+        position = self._position()  # evaluation changes no state, so signals may interrupt it
         self._gather()
         models = [run.model] if run.ema is None else [run.model, run.ema.module]
-        # With sharding a state needs all processes, which cannot agree during an evaluation.
+        # With sharding, saving a state needs all processes, which cannot agree while evaluating.
         at_once = contextlib.nullcontext() if run.sharded else self.signals.at_once()
         try:
             with at_once:
@@ -164,8 +168,8 @@ class Loop:
                 batch = next(batches)
             except StopIteration:
                 raise UserError(
-                    f"the data ended after {self.step} steps, before the epoch did: "
-                    "the data set is shorter than it says"
+                    f"the data ended after {self.step} steps, before the end of the epoch: "
+                    "the data set is shorter than its length"
                 ) from None
             last = part == accumulate - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(run.trained):
@@ -211,7 +215,7 @@ class Loop:
         }
 
     def _save(self, record: dict[str, Any]) -> None:
-        """Log the record and write the files that are due at the end of an epoch."""
+        """Log the record and write the files of the end of an epoch."""
         run, last = self.context, self.epoch == self.context.epochs
         best = self.task.best
         score = record.get(f"ema_{best}", record.get(best, math.nan))
@@ -219,7 +223,7 @@ class Loop:
         self.best = score if improved else self.best
         due = last or self.epoch % run.config.run.save_every == 0
         about = {"epoch": self.epoch, best: f"{score:.6g}"}
-        # The state is written last: the other files then belong to it.
+        # Write the state last, so that a resumed run has all other files.
         if run.directory is not None:
             self.checkpoints.attempt(lambda: run.directory.log(record), last)
         run.accelerator.log(record, step=self.step)
@@ -241,7 +245,7 @@ class Loop:
         self.checkpoints.save_state(position, must=must)
 
     def _position(self) -> dict[str, Any]:
-        """Return what a state holds besides the weights; all processes contribute to it."""
+        """Return the parts of a state besides weights and optimiser; all processes must call it."""
         run, names = self.context, sorted(self.totals)
         self.finite.check(self.epoch + 1, self.step)
         rows = torch.zeros(run.accelerator.num_processes, 0)
@@ -270,7 +274,7 @@ class Loop:
         self._save_state(position)
         self._update("stopped")
         if together:
-            self.processes.max()  # a launcher may kill the others as soon as one has ended
+            self.processes.max()  # wait: launchers kill the other processes when one ends
         note, directory = "", self.context.directory
         if directory is not None:
             note = (

@@ -1,4 +1,4 @@
-"""Optimiser, schedule and moving average, all of them timm's."""
+"""timm's optimisers, schedules and moving average."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from training.options import EmaConfig, OptimConfig, SchedConfig
 
 
 def learning_rate(config: OptimConfig, batch_size: int) -> float:
-    """Return the learning rate for ``batch_size`` images a step: given, or by the linear rule."""
+    """Return ``lr`` of the config, or the linear rule's learning rate for ``batch_size``."""
     if config.lr is not None:
         return config.lr
     return config.lr_base * batch_size / config.lr_base_size
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig, batch_size: int) -> torch.optim.Optimizer:
-    """Create the optimiser. Vectors and the model's own exemptions do not decay.
+    """Create the optimiser. Vectors and ``no_weight_decay()`` of the model have no weight decay.
 
-    With ``table_decay: false`` the parameters whose names contain ``lookup_table_`` are exempt too.
-    With ``table_lr`` the tables of all encodings have groups of their own (``irpe.param_groups``).
+    With ``table_decay: false``, parameters whose names contain ``lookup_table_`` have none either.
+    With ``table_lr``, the tables of all encodings have separate groups (``irpe.param_groups``).
     """
     if config.opt not in list_optimizers():
         raise UserError(
@@ -48,7 +48,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig, batch_size: int) -> to
             layer_decay=config.layer_decay,
         )
         return _create(groups, config, options)
-    # timm reads the exempt parameters from the model, so the tables are added there.
+    # timm reads the names without weight decay from the model.
     listed = getattr(model, "no_weight_decay", set)
     exempt = set(listed())
     if not config.table_decay:
@@ -71,7 +71,7 @@ def _create(parameters: Any, config: OptimConfig, options: dict[str, Any]) -> to
 def make_schedule(
     optimizer: torch.optim.Optimizer, config: SchedConfig, epochs: int, steps_per_epoch: int
 ) -> tuple[Scheduler, int]:
-    """Create the schedule, advanced by ``step_update(step)``; return it and the epochs in all."""
+    """Return a schedule, for ``step_update(step)``, and the number of epochs with cooldown."""
     return create_scheduler_v2(
         optimizer,
         num_epochs=epochs,

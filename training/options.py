@@ -1,4 +1,4 @@
-"""The options that every training script has; each script adds its own to them."""
+"""The options that all training scripts share."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import yaml
 
 
 class Rule(NamedTuple):
-    """Options that have an effect only together with another one.
+    """Options that have an effect only if another option has certain values.
 
     Args:
         options: dotted names, separated by spaces.
-        needs: what gives them one: an option's name, then ": ", " not " or " above " and a value,
-            or several, as in "sched.sched: step or poly".
-        note: more about that, for the error.
-        test: the condition itself, where ``needs`` does not say it all.
+        needs: the condition: an option's name, then ": ", " not " or " above " and a value or
+            several, as in "sched.sched: step or poly".
+        note: a further explanation, for the error.
+        test: the condition as a function, if ``needs`` cannot express it.
     """
 
     options: str
@@ -29,7 +29,7 @@ class Rule(NamedTuple):
 
     @property
     def switch(self) -> str:
-        """The option that they depend on."""
+        """Name of the option in the condition."""
         return re.split(r"[: ]", self.needs)[0]
 
     def used(self, config: Any) -> bool:
@@ -42,7 +42,7 @@ class Rule(NamedTuple):
         return value > values[0] if relation == " above" else (value in values) == (relation == ":")
 
 
-# Options, where a script has them, by what is wrong with a value that does not pass the test.
+# Problem -> (test of a value, names of options). Scripts have only some of these options.
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "is not at least 1": (
         lambda x: x >= 1,
@@ -83,76 +83,76 @@ class OptimConfig:
     lr: float | None = None
     """learning rate; null: lr_base x batch_size / lr_base_size"""
     lr_base: float = 5e-4
-    """learning rate at a batch of lr_base_size images"""
+    """learning rate for a batch of lr_base_size images"""
     lr_base_size: int = 512
-    """batch that lr_base is meant for"""
+    """batch size for lr_base"""
     weight_decay: float = 0.05
-    """weight decay; vectors (biases, norms) and what the model lists are exempt"""
+    """weight decay; not for vectors (biases, norms) and the model's no_weight_decay()"""
     table_decay: bool = True
-    """whether relative position tables decay too, as in the released training code"""
+    """whether relative position tables have weight decay, as in the released training code"""
     table_lr: float | None = None
-    """learning rate of relative position tables, which begin at zero; null: as for other weights"""
+    """learning rate of relative position tables; null: as for other weights"""
     betas: tuple[float, float] | None = None
-    """Adam's two betas; null: the optimiser's own"""
+    """Adam's betas; null: the optimiser's default"""
     eps: float | None = None
-    """Adam's epsilon; null: the optimiser's own"""
+    """Adam's epsilon; null: the optimiser's default"""
     momentum: float = 0.9
     """momentum of optimisers that have one"""
     layer_decay: float | None = None
     """factor on the learning rate from each layer to the one below; null: none"""
     clip_grad: float | None = None
-    """largest norm of the gradient; null: no clipping"""
+    """maximum norm of the gradient; null: no clipping"""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """further keyword arguments of the optimiser"""
 
 
 @dataclass(kw_only=True)
 class SchedConfig:
-    """Schedule of the learning rate, by its name in timm; it advances every step."""
+    """Learning rate schedule, by its name in timm; it is updated at every step."""
 
     sched: Literal["cosine", "tanh", "step", "multistep", "poly", "constant"] = "cosine"
     """shape of the schedule"""
     warmup_epochs: float = 5
-    """epochs of linear growth from warmup_lr"""
+    """epochs of linear warm-up from warmup_lr"""
     warmup_lr: float = 1e-6
     """learning rate of the first step"""
     min_lr: float = 1e-5
     """learning rate of the last step"""
     decay_epochs: float = 30
-    """epochs between two falls (step)"""
+    """epochs between two decays (step)"""
     decay_milestones: list[int] = field(default_factory=lambda: [90, 180, 270])
-    """epochs of the falls (multistep)"""
+    """epochs of the decays (multistep)"""
     decay_rate: float = 0.1
-    """factor of a fall (step, multistep), power (poly)"""
+    """factor of a decay (step, multistep), power (poly)"""
     cooldown_epochs: int = 0
     """epochs at min_lr after the end, added to epochs"""
 
 
 @dataclass(kw_only=True)
 class EmaConfig:
-    """Moving average of the weights, evaluated beside them."""
+    """Moving average of the weights, which is evaluated too."""
 
     enabled: bool = False
-    """keep a moving average"""
+    """compute a moving average"""
     decay: float = 0.99996
-    """share of the old average kept at each step"""
+    """decay of the average at each step"""
     warmup: bool = False
-    """let the decay grow from 0 over the first steps"""
+    """increase the decay from 0 over the first steps"""
 
 
 @dataclass(kw_only=True)
 class ImagesConfig:
-    """How images are read."""
+    """Reading of images."""
 
     on_bad_image: Literal["skip", "fail"] = "skip"
-    """an image that is absent or does not decode: skip it, counted and named, or stop"""
+    """for an image that is missing or does not decode: skip and report it, or stop"""
     exif: bool = False
-    """apply the EXIF orientation of images, which timm's and COCO's readers do not: sizes and boxes
-    of annotations are then those of the turned images"""
+    """apply the EXIF orientation of images, unlike timm's and COCO's readers; sizes and boxes of
+    annotations must then be those of the rotated images"""
     workers: int | None = None
-    """processes that load images, of each process of the job; 0: load in the main process; null:
-    the CPU cores that the job may use on this host, shared among its processes, at most 8; none
-    for the digits; 4 for streams (wds, hfids, tfds), whose order depends on the number"""
+    """loader processes for each process of the job; 0: load in the main process; null: the
+    available CPU cores of the host divided by its processes, at most 8; 0 for the digits; 4 for
+    streams (wds, hfids, tfds), whose order depends on the number"""
 
 
 @dataclass(kw_only=True)
@@ -162,31 +162,31 @@ class RunConfig:
     output: str = "runs"
     """folder of the run directories"""
     experiment: str | None = None
-    """name of the run directory; null: made from the model, the encoding and the seed"""
+    """name of the run directory; null: model, encoding and seed"""
     save_every: int = 1
     """epochs between two checkpoints; the last epoch is always saved"""
     save_steps: int | None = None
-    """steps between two further checkpoints, within epochs too; null: none"""
+    """steps between two additional checkpoints; null: none"""
     keep: int = 2
-    """newest training states to keep, beside the best weights"""
+    """number of training states to keep, besides the best weights"""
     on_save_error: Literal["stop", "continue"] = "stop"
-    """a checkpoint that cannot be written, as on a full disk: stop, or continue with the one
-    before; the last epoch's must be written"""
+    """if a checkpoint cannot be written, as on a full disk: stop, or continue with the previous
+    one; the checkpoint of the last epoch must be written"""
     max_skipped: int = 0
-    """steps that may be skipped because their loss or gradient is not finite; 0: stop at the
-    first; more: every step waits for the GPU"""
+    """maximum number of steps to skip because their loss or gradient is not finite; if not 0, every
+    step synchronises with the GPU"""
     eval_every: int = 1
     """epochs between two evaluations; the last epoch is always evaluated"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """number format of the forward pass (autocast); fp16 needs a GPU"""
     device: Literal["auto", "cpu"] = "auto"
-    """cpu: leave a GPU unused"""
+    """cpu: do not use a GPU"""
     compile: bool = False
     """compile the model with torch.compile"""
     shard: bool = False
     """shard weights, gradients and optimiser state over the processes (FSDP2)"""
     threads: int | None = None
-    """CPU threads of torch; null: as many as torch chooses"""
+    """CPU threads of torch; null: torch's default"""
     trackers: list[str] = field(default_factory=list)
     """experiment trackers that get each epoch's record, as [tensorboard, wandb]; their files are in
     the run directory"""
@@ -196,14 +196,14 @@ class RunConfig:
 
 @dataclass(kw_only=True)
 class ScriptConfig:
-    """The options of every script, beside its own."""
+    """The options that all scripts share."""
 
     grad_accum_steps: int = 1
-    """forward passes that one step is split into"""
+    """number of forward passes of one step"""
     seed: int = 0
-    """seed of everything random"""
+    """seed of all random numbers"""
     plugins: list[str] = field(default_factory=list)
-    """modules to import first, which register encodings of your own, as [mine] for mine.py"""
+    """modules to import first, which register your encodings, as [mine] for mine.py"""
     eval_only: bool = False
     """evaluate the checkpoint (or published weights) and stop"""
     checkpoint: str | None = None
@@ -211,7 +211,7 @@ class ScriptConfig:
     resume: str | None = None
     """resume an interrupted run: its folder, or auto for the newest of this name"""
     allow_changed_data: bool = False
-    """resume although the data changed since the state was saved; the changes are printed"""
+    """resume even if the data changed since the state was saved; the changes are printed"""
     sched: SchedConfig = field(default_factory=SchedConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     run: RunConfig = field(default_factory=RunConfig)

@@ -12,14 +12,14 @@ Style = Literal["auto", "bar", "lines", "none"]
 
 
 class Progress:
-    """A bar with metrics, throughput and the remaining time of the whole run.
+    """A bar with metrics, throughput and the remaining time of the run.
 
     Args:
         steps: optimiser steps of the run.
         epochs: epochs of the run.
-        style: "bar" with lines above it; "lines" alone, for log files; "none"; "auto" is a bar on
-            a terminal and lines elsewhere.
-        unit: what the throughput counts.
+        style: "bar" with lines above it; "lines", for log files; "none"; or "auto", a bar on a
+            terminal and lines elsewhere.
+        unit: the unit of the throughput.
     """
 
     def __init__(self, steps: int, epochs: int, style: Style, unit: str = "images") -> None:
@@ -38,7 +38,7 @@ class Progress:
 
     def skip(self, steps: int) -> None:
         """Count ``steps`` as done, in a resumed run."""
-        self.steps -= steps  # the throughput is that of this process
+        self.steps -= steps  # the remaining time uses the steps of this process
         self._bar.initial = self._bar.n = steps
 
     def resume_clock(self) -> None:
@@ -46,7 +46,7 @@ class Progress:
         self._last = time.perf_counter()
 
     def step(self, epoch: int, units: int, metrics: dict[str, str] | None) -> None:
-        """Advance by one step of ``units`` units; ``metrics`` are shown behind the bar."""
+        """Advance by one step of ``units`` units; ``metrics`` are shown after the bar."""
         now = time.perf_counter()
         self._units, self._seconds = self._units + units, self._seconds + now - self._last
         self._last, self._done = now, self._done + 1
@@ -58,12 +58,12 @@ class Progress:
 
     @property
     def pace(self) -> float:
-        """Units of this process per second of training, evaluation not counted."""
+        """Units of this process per second of training, without evaluation."""
         return self._units / max(self._seconds, 1e-9)
 
     @property
     def time_left(self) -> str:
-        """Time left of the run at its pace so far, evaluation counted, as h:mm:ss or m:ss."""
+        """Estimated remaining time of the run with evaluations, as h:mm:ss or m:ss."""
         elapsed = time.perf_counter() - self._begin
         left = elapsed / max(self._done, 1) * (self.steps - self._done)
         return tqdm.format_interval(left)
@@ -74,7 +74,7 @@ class Progress:
             tqdm.write(text, file=sys.stderr)
 
     def warn(self, text: str) -> None:
-        """Print a warning, whatever the style."""
+        """Print a warning, in every style."""
         tqdm.write(f"warning: {text}", file=sys.stderr)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What a run reports: curves of its metrics, pictures of its tables, experiment trackers."""
+"""Reports of a run: curves of metrics, pictures of tables, experiment trackers."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ SERIES = (
     ("ema_{}", "held out, averaged weights", EMA),
 )
 TERMS = ("rpe_q", "rpe_k", "rpe_v")
-_GRID = (14, 14)  # of tables whose model does not say which it has
-# Metrics that are shares of 1.
+_GRID = (14, 14)  # default grid of tables
+# Metrics that are fractions.
 SHARES = {
     form.format(name)
     for name in ("top1", "top5", "both_ends", "exact", "f1", "AP", "AP50")
@@ -54,8 +54,8 @@ DETECTOR = {
 def draw_curves(records: list[dict[str, Any]], path: Path, title: str, panels: Panels) -> None:
     """Draw the metrics in ``records`` of :class:`training.loop.Loop` against epochs.
 
-    Each in training, held out, and of averaged weights. Shares are drawn in percent, losses from 0.
-    Panels without a metric in any record are left out, and so are points that a record lacks.
+    Each panel has the metric in training, held out, and of averaged weights. Fractions are in
+    percent, axes of losses start at 0. Panels without any value are omitted.
     """
     names = {name for record in records for name in record}
     panels = {p: x for p, x in panels.items() if names & {form.format(p) for form, _, _ in SERIES}}
@@ -67,7 +67,7 @@ def draw_curves(records: list[dict[str, Any]], path: Path, title: str, panels: P
         axes.set_axis_off()
     for axes, (name, label) in zip(grid, panels.items(), strict=False):
         _draw_panel(axes, name, label, records)
-    # A panel may lack a series that another has.
+    # Series differ between panels.
     lines = {line.get_label(): line for axes in grid for line in axes.get_lines()}
     known = [lines[label] for _, label, _ in SERIES if label in lines]
     grid[0].legend(handles=known, frameon=False)
@@ -90,7 +90,7 @@ def _draw_panel(axes: Any, name: str, title: str, records: list[dict[str, Any]])
         if not there:
             continue
         epochs = [record["epoch"] for record in there]
-        # A value that was not finite is null in the records.
+        # Records have null for values that are not finite.
         values = [math.nan if record[key] is None else float(record[key]) for record in there]
         values = [100 * value if name in SHARES else value for value in values]
         marker = "o" if len(there) < 3 else None
@@ -112,10 +112,9 @@ def _draw_panel(axes: Any, name: str, title: str, records: list[dict[str, Any]])
 
 
 def draw_tables(model: nn.Module, path: Path) -> bool:
-    """Draw the model's tables to ``path``; return False, drawing nothing, if it has none.
+    """Draw the model's tables to ``path`` as ``irpe tables`` does; return False if it has none.
 
-    A map over the offsets of its grid for each layer and head, as ``irpe tables`` draws them.
-    Entries that are zero are grey: nothing that reached the loss used that bucket.
+    Zeros are grey: training did not use these buckets.
     """
     found: dict[RPE, dict[str, Tensor]] = defaultdict(dict)
     for name, module in model.named_modules():
@@ -140,7 +139,7 @@ def check_trackers(names: Sequence[str]) -> None:
             raise UserError(
                 f"run.trackers: {name!r} is unknown; valid: {', '.join(LOGGER_TYPE_TO_CLASS)}"
             )
-        if name in LoggerType.list() and name not in there:  # others are registered by a plugin
+        if name in LoggerType.list() and name not in there:  # plugins register others
             raise UserError(f"run.trackers: {name!r} needs the package {name}; pip install {name}")
 
 
@@ -150,7 +149,10 @@ def start_trackers(
     """Start trackers that write into the run directory ``folder``, on the main process.
 
     Args:
-        config: options by their dotted names; values that are no numbers are stored as text.
+        accelerator: accelerate's object, which gets the trackers.
+        names: accelerate's names of the trackers.
+        folder: the run directory.
+        config: options by dotted names; values that are not numbers are stored as text.
     """
     accelerator.log_with = filter_trackers(names, str(folder))
     accelerator.project_configuration.set_directories(str(folder))

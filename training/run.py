@@ -1,4 +1,4 @@
-"""What every script does around its task: parse, evaluate or train, directory, pictures."""
+"""The main function of every script: parse options, evaluate or train, draw pictures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from training.run_directory import flat, open_run, read_records
 from training.task import Context, Task
 from training.weights import difference
 
-_WARMUP = 0.2  # share of a run that is shorter than its warm-up
+_WARMUP = 0.2  # warm-up of runs that are shorter than their warm-up, as a fraction of the run
 
 
 def main_of(
@@ -32,7 +32,9 @@ def main_of(
     """Return the ``main(argv)`` of the script ``prog``.
 
     Args:
-        kind: dataclass of its options. open_task: opens data and model as they say.
+        kind: dataclass of its options.
+        open_task: opens data and model from the options.
+        prog: name of the script.
     """
 
     @script
@@ -45,14 +47,14 @@ def main_of(
 
 
 def start(config: Any, open_task: Callable[[Any, Accelerator], Task]) -> Any:
-    """Evaluate, or train, as ``config`` says; return the metrics, or the last epoch's record."""
+    """Evaluate or train; return the metrics, or the record of the last epoch."""
     values = flat(dataclasses.asdict(config))
     for problem, (fits, names) in RANGES.items():
         for name in names.split():
             if values.get(name) is not None and not fits(values[name]):
                 raise UserError(f"{name}: {values[name]} {problem}")
     if config.eval_only and config.checkpoint is None and not values.get("model.pretrained"):
-        raise UserError("eval_only needs checkpoint: FILE, or published weights")
+        raise UserError("eval_only needs checkpoint: FILE or model.pretrained: true")
     accelerator = make_accelerator(config.run)
     task = open_task(config, accelerator)
     task.model.to(accelerator.device)
@@ -60,13 +62,13 @@ def start(config: Any, open_task: Callable[[Any, Accelerator], Task]) -> Any:
 
 
 def train(task: Task) -> dict[str, Any]:
-    """Train, write a run directory, and return the last epoch's record."""
+    """Train, write a run directory, and return the record of the last epoch."""
     begin = time.perf_counter()
     config, accelerator, model = task.config, task.accelerator, task.model
     main = accelerator.is_main_process
     if config.run.shard and accelerator.num_processes < 2:
         raise UserError(
-            "run.shard: true needs several processes, and this is one; start them with "
+            "run.shard: true needs several processes, and there is one; start them with "
             "torchrun --nproc_per_node=N"
         )
     sharded = Sharded(model, accelerator, config.run) if config.run.shard else None
@@ -76,7 +78,7 @@ def train(task: Task) -> dict[str, Any]:
         sched = dataclasses.replace(sched, warmup_epochs=config.epochs * _WARMUP)
         if main:
             print(
-                f"note: sched.warmup_epochs: {config.sched.warmup_epochs:g} is all of epochs: "
+                f"note: sched.warmup_epochs: {config.sched.warmup_epochs:g} is not below epochs: "
                 f"{config.epochs}; this run warms up for {sched.warmup_epochs:g}"
             )
     schedule, epochs = make_schedule(optimizer, sched, config.epochs, task.steps)
@@ -128,7 +130,7 @@ def train(task: Task) -> dict[str, Any]:
             if skipped:
                 directory.write_json("skipped.json", skipped)
                 path = directory / "skipped.json"
-                print(f"{len(skipped)} images did not decode; {path} names them")
+                print(f"{len(skipped)} images did not decode; {path} lists them")
             directory.update("finished", epoch=loop.epoch, step=loop.step, steps=loop.step)
             draw_tables(averaged, directory / "tables.png")
             seconds = time.perf_counter() - begin
@@ -143,7 +145,7 @@ def _resume(loop: Loop, state: dict[str, Any]) -> None:
     say, main = run.progress.say, run.accelerator.is_main_process
     differing = difference(before["about"], run.task.about)
     if differing is not None:
-        raise UserError(f"resume: the run was started on other classes: {differing}")
+        raise UserError(f"resume: the run was started with other classes: {differing}")
     check_unchanged(
         before["data"],
         run.data,
@@ -153,8 +155,8 @@ def _resume(loop: Loop, state: dict[str, Any]) -> None:
     if before["epochs"] != run.epochs:
         state["schedule"] = run.schedule.state_dict()
         say(
-            f"the run is extended from {before['epochs']} to {run.epochs} epochs; from here on the "
-            f"learning rate is that of a run of {run.epochs} epochs"
+            f"the run is extended from {before['epochs']} to {run.epochs} epochs; the learning "
+            f"rate is now that of a run of {run.epochs} epochs"
         )
     if run.directory is not None:
         run.directory.write_text("config.yaml", configuration.dump(run.config))
@@ -164,7 +166,7 @@ def _resume(loop: Loop, state: dict[str, Any]) -> None:
 
 
 def _draw_curves(context: Context) -> None:
-    """Draw ``curves.png``; an error must not hide the one that ended the run."""
+    """Draw ``curves.png``. Do not hide the error that ended the run."""
     directory = context.directory
     if directory is not None and (records := read_records(directory.path)):
         path = directory / "curves.png"

@@ -1,7 +1,7 @@
-"""Run directories: config, metrics, checkpoints, pictures, a lock, and which one to resume.
+"""Run directories: config, metrics, checkpoints, pictures, a lock, and the run to resume.
 
-Every random decision uses a seed derived from its coordinates (training/seeding.py), so a run that
-is resumed after any step computes what an uninterrupted run would have computed.
+Every random decision uses a seed derived from its coordinates (training/seeding.py), so a resumed
+run computes the same as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from training.errors import UserError, one_line
 
 _LOCK = ".lock"
 _INTERVAL = 10.0  # seconds between two updates of progress.json
-# Options that may differ in a resumed run: none changes what is computed (sharding rounds).
+# Options that may differ in a resumed run: they do not change results, except rounding (shard).
 _FREE = ("resume", "allow_changed_data", *(f"run.{name}" for name in (
     "progress", "threads", "trackers", "output", "experiment",
     "save_every", "save_steps", "keep", "on_save_error", "max_skipped",
@@ -40,17 +40,17 @@ class RunDirectory:
     """The directory of one run, locked until :meth:`close`.
 
     Raises:
-        UserError: where it cannot be written, or another process has locked it.
+        UserError: if it cannot be written, or another process has locked it.
     """
 
     def __init__(self, path: Path) -> None:
         self._lock = _locked(path)
         self.path, self.metrics_path = path, path / "metrics.jsonl"
-        self._waiting = ""  # lines that could not be written to a full disk yet
+        self._waiting = ""  # lines that are not written yet, since the disk was full
         self._updated = -math.inf
 
     def close(self, failed: bool = False) -> None:
-        """Unlock the directory; remove one that a failed start left with its config alone."""
+        """Unlock the directory; if the run failed and wrote only the config, remove it."""
         if failed and {path.name for path in self.path.iterdir()} <= {"config.yaml", _LOCK}:
             (self.path / "config.yaml").unlink(missing_ok=True)
             self._lock.release()
@@ -64,7 +64,8 @@ class RunDirectory:
     def log(self, record: dict[str, Any]) -> None:
         """Append one JSON object as a line to ``metrics.jsonl``; non-finite numbers become null.
 
-        Raises :class:`UserError` where it cannot be written; it is then written with the next one.
+        Raises:
+            UserError: if it cannot be written; the next call then writes it.
         """
         clean = {k: None if x in (math.inf, -math.inf) or x != x else x for k, x in record.items()}
         self._waiting += json.dumps(clean, allow_nan=False) + "\n"
@@ -83,7 +84,7 @@ class RunDirectory:
         self._waiting = ""
 
     def forget_after(self, epoch: int) -> None:
-        """Remove the records of epochs after ``epoch``, which will be trained again."""
+        """Remove the records of epochs after ``epoch``, which are trained again."""
         kept = [record for record in read_records(self.path) if record["epoch"] <= epoch]
         lines = [json.dumps(record, allow_nan=False) + "\n" for record in kept]
         self.write_text("metrics.jsonl", "".join(lines))
@@ -91,7 +92,7 @@ class RunDirectory:
     def write_text(self, name: str, text: str) -> None:
         """Write a small text file into the directory."""
         with replacing(self.path / name) as temporary:
-            # File names that are not UTF-8 contain surrogates.
+            # Surrogates: file names that are not UTF-8.
             temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def write_json(self, name: str, content: Any) -> None:
@@ -101,8 +102,8 @@ class RunDirectory:
     def update(self, status: str, **where: Any) -> None:
         """Write status, time and ``where`` to ``progress.json``.
 
-        While the status is "running", at most every ten seconds. Errors of a full disk are left to
-        the files that matter.
+        With status "running", this writes at most every ten seconds. Errors are ignored: more
+        important files raise them too.
         """
         now = time.monotonic()
         if status == "running" and now - self._updated < _INTERVAL:
@@ -114,7 +115,7 @@ class RunDirectory:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return what a run in the directory ``path`` logged, without an incomplete last line."""
+    """Return the records of the run in the directory ``path``, without an incomplete last line."""
     metrics = path / "metrics.jsonl"
     if not metrics.exists():
         return []
@@ -144,22 +145,23 @@ def running(path: Path) -> bool:
 def open_run(
     accelerator: Accelerator, config: Any, name: str
 ) -> Iterator[tuple[RunDirectory | None, dict[str, Any] | None]]:
-    """Open the run's directory, new or to resume, and lock it until the end.
+    """Open a run directory, new or to resume, and lock it until the end.
 
-    A directory in which only the config was written is removed after an error. In a resumed one
-    the caller writes the config, after its own checks.
+    After an error, a directory with only the config is removed. In a resumed run the caller writes
+    the config after its checks.
 
     Args:
-        config: of a script; its ``resume`` is null, "auto" (the newest run of this name that is
-            neither finished nor in progress; a new run if there is none) or a run directory.
-        name: of the run, unless ``config.run.experiment`` gives one.
+        accelerator: joins the processes.
+        config: configuration of a script; its ``resume`` is null, "auto" (the newest run of this
+            name that is neither finished nor in progress, else a new run) or a run directory.
+        name: name of the run, if ``config.run.experiment`` is null.
 
     Yields:
-        The directory, on the main process, and the state to resume from, None for a new run.
+        The directory on the main process, else None; and the state to resume from, or None.
 
     Raises:
-        UserError: in every process, for a directory that cannot be written, has no valid state,
-            or whose run has another configuration or is in progress.
+        UserError: in every process, if the directory cannot be written or has no valid state, or
+            its run has another configuration or is in progress.
     """
     name = (config.run.experiment or name).replace("/", "_").replace(":", "_")
     directory, problem, found, state = None, None, None, None
@@ -210,7 +212,7 @@ def _find(config: Any, name: str) -> Path | None:
         path = Path(config.resume)
         if not States(path / "checkpoints").paths():
             raise UserError(
-                f"resume: {config.resume!r} holds no checkpoints/state-*.pt; give the directory of "
+                f"resume: {config.resume!r} has no checkpoints/state-*.pt; give the directory of "
                 "a run that has saved one, or auto"
             )
         if finished(path) and not _extended(config, _read_config(path)):
@@ -258,22 +260,20 @@ def _check_same(config: Any, path: Path) -> None:
 
 
 def _extended(config: Any, before: dict[str, Any]) -> bool:
-    """Return whether a run is resumed for more epochs than it was started for."""
-    # The windows of a language model are drawn from a plan of all steps.
+    """Return whether a run is resumed with more epochs than it was started with."""
+    # Runs of a language model cannot be extended: their plan depends on all steps.
     planned = getattr(config, "task", None) == "language"
     epochs = before.get("epochs")
     return not planned and isinstance(epochs, int) and config.epochs > epochs
 
 
 def _locked(path: Path) -> SoftFileLock:
-    """Lock a run directory for this process.
-
-    The lock of a dead process of this host is replaced.
+    """Lock a run directory for this process; replace the lock of a dead process of this host.
 
     Raises:
-        UserError: for a lock of a living process, or of another host.
+        UserError: if a living process, or another host, has locked it.
     """
-    # A soft lock: loader processes inherit a system lock, and may outlive this process.
+    # Not a system lock: loader processes inherit it, and may outlive this process.
     lock = SoftFileLock(path / _LOCK, timeout=0, is_singleton=False, thread_local=False)
     try:
         lock.acquire()
@@ -290,7 +290,7 @@ def _locked(path: Path) -> SoftFileLock:
         ) from None
     except OSError as error:
         raise UserError(f"cannot write {str(path / _LOCK)!r}: {error.strerror}") from error
-    # A file open for writing keeps a file system from being remounted read-only.
+    # A file open for writing would block remounting the file system read-only.
     descriptor = os.open(path / _LOCK, os.O_RDONLY)
     os.dup2(descriptor, lock._context.lock_file_fd)
     os.close(descriptor)
@@ -298,7 +298,7 @@ def _locked(path: Path) -> SoftFileLock:
 
 
 def _make(output: Path, name: str) -> Path:
-    """Create a directory; a name that exists gets the next free number."""
+    """Create a directory; if the name exists, append the next free number."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         for number in itertools.count(1):
@@ -306,7 +306,7 @@ def _make(output: Path, name: str) -> Path:
             with contextlib.suppress(FileExistsError):
                 path.mkdir()
                 break
-        # Permission bits are not enough (root, read-only mounts, quotas): try to write.
+        # Try to write: permission bits do not show read-only mounts and quotas.
         probe = path / ".probe"
         probe.write_bytes(b"0")
         os.unlink(probe)

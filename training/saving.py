@@ -1,4 +1,4 @@
-"""Write and restore everything that a training step depends on."""
+"""Write and restore weights and training states."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from training.task import Context
 
 
 class Checkpointer:
-    """Writes and restores everything that a training step depends on."""
+    """Writes and restores weights and training states."""
 
     def __init__(self, context: Context) -> None:
         self.context, options, folder = context, context.config.run, context.directory
@@ -22,7 +22,7 @@ class Checkpointer:
     def save_state(self, position: dict[str, Any], *, must: bool = False) -> None:
         """Write ``position``, weights and optimiser state, on the main process.
 
-        With sharding every process must call it.
+        With sharding, every process must call this method.
         """
         run = self.context
         optimizer = (
@@ -45,7 +45,7 @@ class Checkpointer:
             self._saved = name
 
     def save_weights(self, about: dict[str, Any], best: bool, last: bool, *, must: bool) -> None:
-        """Write the weights as the best and as the last ones, on the main process."""
+        """Write the best and the last weights, on the main process."""
         run = self.context
         if run.directory is None:
             return
@@ -67,8 +67,8 @@ class Checkpointer:
             run.model.load_state_dict(state["model"])
         except RuntimeError as error:
             raise UserError(
-                f"resume: the run's state does not fit the model, as of another vocabulary or "
-                f"number of classes: {one_line(error).rpartition(': ')[2]}"
+                f"resume: the run's state does not fit the model, which may have another "
+                f"vocabulary or number of classes: {one_line(error).rpartition(': ')[2]}"
             ) from error
         if run.sharded is None:
             run.optimizer.load_state_dict(state["optimizer"])
@@ -82,12 +82,12 @@ class Checkpointer:
             scaler.load_state_dict(state["scaler"])
 
     def attempt(self, write: Callable[[], Any], must: bool) -> bool:
-        """Write a file; an error ends the run, or is a warning, by run.on_save_error."""
+        """Write a file; errors are raised, or warnings, depending on run.on_save_error."""
         try:
             write()
         except UserError as error:
             if must or not self.keep_training:
                 raise
-            self.context.progress.warn(f"{error}; training continues with the checkpoint before")
+            self.context.progress.warn(f"{error}; training continues with the previous checkpoint")
             return False
         return True

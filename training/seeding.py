@@ -1,9 +1,9 @@
 """Seeds for every random decision.
 
-The state of one long-lived generator would make results depend on the number of workers, on the
-order of the work and on where a run was interrupted. So every random decision here starts from
-a seed derived from its coordinates: (seed, epoch, sample) for augmentation, (seed, step) for
-mixing, (seed, step, process) for dropout.
+With one generator for all decisions, results would depend on the number of workers, the order of
+work and the step of an interruption. So every random decision uses a seed derived from its
+coordinates: (seed, epoch, sample) for augmentation, (seed, step) for mixing, (seed, step, process)
+for dropout.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 
 def derive(*coordinates: int | str) -> int:
-    """Return a 63-bit seed that is a fixed, well mixed function of ``coordinates``."""
+    """Return a 63-bit seed, a hash of ``coordinates``."""
     text = "/".join(map(str, coordinates)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
@@ -27,7 +27,7 @@ def derive(*coordinates: int | str) -> int:
 def forked(seed: int) -> Iterator[None]:
     """Seed Python's, NumPy's and torch's CPU generators, and restore them on leaving."""
     python, tensor = random.getstate(), torch.random.get_rng_state()
-    # NumPy's generator is replaced: copying its state costs ten times as much.
+    # Replacing NumPy's generator is ten times faster than copying its state.
     array = np.random.get_bit_generator()
     random.seed(seed)
     np.random.set_bit_generator(np.random.MT19937(seed))

@@ -1,4 +1,4 @@
-"""What a task provides to the training loop, and the objects that the loop works with."""
+"""The interface of a task to the training loop, and the objects that the loop uses."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _SHOWN = 5
 
 @dataclass
 class Step:
-    """What a task computed for one batch.
+    """The results of a task for one batch.
 
     Attributes:
         loss: the mean over the batch.
-        count: samples in the batch.
-        sums: further metrics, summed over the samples: shares or, named ``loss_...``, losses.
-        names: the samples' names, to find a bad one.
-        units: what the throughput counts; None: the samples.
+        count: number of samples in the batch.
+        sums: further metrics, summed over the samples: fractions or, named ``loss_...``, losses.
+        names: names of the samples, for reports of bad ones.
+        units: number of units for the throughput; None: ``count``.
     """
 
     loss: Tensor
@@ -48,20 +48,24 @@ class Step:
 
 
 class Task:
-    """What a script trains: a model, the batches of an epoch, the loss of one, the evaluation.
+    """A model, the batches of an epoch, their loss, and the evaluation.
 
     Args:
-        config: of the script.
-        name: of the run directory.
+        config: configuration of the script.
+        accelerator: accelerate's object for devices and processes.
+        model: the model.
+        name: name of the run directory.
         about: header of the weights files; its classes must stay the same in a resumed run.
 
     Attributes:
-        best, lower: the metric that decides which checkpoint is the best, and whether its lowest
-            value is the best.
-        unit: what the throughput counts.
-        line, result: formats of an epoch's line, in parts, and of the verdict, filled with the
-            values of a record; shares are in percent. A part whose value is absent is left out.
-        panels: what to draw. advice: what may help where the loss is not finite.
+        best: name of the metric that selects the best checkpoint.
+        lower: whether lower values of ``best`` are better.
+        unit: the unit of the throughput.
+        line: parts of the line of an epoch, formatted with the values of a record; fractions are
+            in percent. Parts without a value are omitted.
+        result: format of the result of an evaluation.
+        panels: metrics to draw.
+        advice: remedies for a loss that is not finite.
         note: printed when training starts.
         bad: images that do not decode; None for a task without images.
         steps: optimiser steps of an epoch.
@@ -90,7 +94,7 @@ class Task:
 
     @property
     def clip_grad(self) -> float | None:
-        """The largest norm of the gradient; None: no clipping."""
+        """Maximum norm of the gradient; None: no clipping."""
         return self.config.optim.clip_grad
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Any]:
@@ -106,21 +110,21 @@ class Task:
         raise NotImplementedError
 
     def report(self) -> Any:
-        """Evaluate the model, print the verdict and return the metrics."""
+        """Evaluate the model, print the result and return the metrics."""
         (metrics,) = self.evaluate([self.model])
         if self.accelerator.is_main_process:
             print(self.verdict(metrics))
         return metrics
 
     def carried(self) -> Any:
-        """Return what the next step depends on besides the weights; it is saved in a state."""
+        """Return the task's part of a training state."""
         return None
 
     def restore(self, carried: Any) -> None:
-        """Restore what :meth:`carried` returned, in a resumed run."""
+        """Restore the result of :meth:`carried` in a resumed run."""
 
     def skipped(self) -> None:
-        """Reset what the last step left behind, as its loss or gradient was not finite."""
+        """Reset the state of the last step, whose loss or gradient was not finite."""
 
     def digest(self) -> Digest:
         """Return the digest of the training data."""
@@ -130,7 +134,7 @@ class Task:
         """Write the task's own files of the trained model, in all processes."""
 
     def describe(self, record: dict[str, Any], epochs: int) -> str:
-        """Describe an epoch by its record."""
+        """Return the line of an epoch, from its record."""
         values = self.shown(record)
         parts = [f"epoch {record['epoch']:{len(str(epochs))}}/{epochs}, step {record['step']}"]
         for part in self.line:
@@ -139,12 +143,12 @@ class Task:
         return "  |  ".join(parts)
 
     def verdict(self, record: dict[str, Any]) -> str:
-        """Describe the result of an evaluation, of the averaged weights where there are some."""
+        """Return the result of an evaluation as text; of averaged weights, if there are any."""
         averaged = {key[4:]: value for key, value in record.items() if key.startswith("ema_")}
         return self.result.format_map(self.shown({**record, **averaged}))
 
     def shown(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Return the values of a record as people read them."""
+        """Return the values of a record for printing: fractions in percent."""
         return {
             key: math.nan if value is None else 100 * value if key in SHARES else value
             for key, value in record.items()
@@ -155,12 +159,13 @@ class ImageTask(Task):
     """A task on images, or other samples, that loaders read.
 
     Args:
-        sources: what the loaders read, with lists ``left_out`` of what they leave out.
-        loaders: of this process, for training, unless it is only evaluated, and evaluation.
-        given: of :class:`Task`.
+        sources: sources of the loaders, which may have lists ``left_out`` of unused files.
+        loaders: this process's loaders of training, unless evaluation only, and evaluation.
+        bad: images that do not decode, or None.
+        given: the arguments of :class:`Task`.
 
     Attributes:
-        sums: names of what :meth:`measure` sums up.
+        sums: names of the results of :meth:`measure`.
     """
 
     bad: BadImages
@@ -192,10 +197,10 @@ class ImageTask(Task):
             yield batch.to(self.accelerator.device)
 
     def evaluate(self, models: list[nn.Module]) -> list[dict[str, Any]]:
-        """Return the means of :attr:`sums` and ``count`` of each model, held out.
+        """Return the held-out means of :attr:`sums` and ``count`` of each model.
 
-        The images are read once for all models. Each process evaluates its own part, and only the
-        sums are exchanged: parts may be unequal.
+        The images are read once for all models. Each process evaluates its part, and only sums are
+        exchanged, so parts may differ in size.
         """
         device, size = self.accelerator.device, len(self.sums) + 1
         sums = torch.zeros(len(models), size, dtype=torch.float64, device=device)
@@ -225,20 +230,20 @@ class ImageTask(Task):
             directory.write_json("left_out.json", self.left_out)
 
     def check(self, batch: Any) -> None:
-        """Check a batch that is not empty, before it is copied to a device."""
+        """Check a non-empty batch before it is copied to a device."""
 
     def missed(self, bad: Sequence[BadImage]) -> None:
-        """Leave images out of an evaluation."""
+        """Exclude images from an evaluation."""
 
     def measure(self, model: nn.Module, batch: Any, number: int) -> list[Tensor]:
-        """Return the sums of a held-out batch, of the model with this number."""
+        """Return :attr:`sums` of a held-out batch; ``number``: index of the model."""
         raise NotImplementedError
 
 
 def loader_of(
     config: Any, accelerator: Accelerator, dataset: Dataset, *, training: bool, **more: Any
 ) -> DataLoader:
-    """Return this process's loader of a data set; ``more`` are options of ``make_loader``."""
+    """Return this process's loader of a data set; ``more``: options of ``make_loader``."""
     batch = per_process_batch(accelerator, config.batch_size, config.grad_accum_steps)
     shares = {"rank": accelerator.process_index, "world": accelerator.num_processes}
     return make_loader(
@@ -273,11 +278,16 @@ class Context:
     """The objects and settings of one training run.
 
     Attributes:
-        task: its model is, with sharding, updated from ``trained`` when needed.
+        task: the task; with sharding, its model is updated from ``trained`` when needed.
         trained: the model that accelerate prepared, or the sharded copy.
-        directory: None on all processes but the main one.
-        epochs: of the run, cooldown included.
-        data: digest of the training data, in states.
+        optimizer: the optimiser.
+        schedule: the learning rate schedule.
+        ema: the averaged weights, or None.
+        sharded: the sharded model, or None.
+        directory: the run directory; None except on the main process.
+        progress: the progress bar.
+        epochs: epochs of the run, with cooldown.
+        data: digest of the training data.
     """
 
     task: Task

@@ -1,4 +1,4 @@
-"""Load a checkpoint, strictly for evaluation, with allowed differences for fine-tuning."""
+"""Load a checkpoint: strictly for evaluation, with allowed differences for fine-tuning."""
 
 from __future__ import annotations
 
@@ -27,21 +27,24 @@ def start_from(
     training: bool,
     by_name: Iterable[str] | None = None,
 ) -> str:
-    """Load the weights of ``file`` into ``model``; return one line that says what was taken.
+    """Load the weights of ``file`` into ``model``; return a line about the loaded tensors.
 
-    The main process prints it in training. Evaluation is strict. Training keeps the model's own
-    values of a classifier of another shape or of other classes and of tables that the file lacks,
-    ignores its tables where the model has none, and resizes absolute embeddings.
+    Evaluation is strict. Training keeps the model's values of a classifier of another shape or of
+    other classes and of tables that are not in the file, ignores tables that are not in the model,
+    resizes absolute embeddings, and prints the line on the main process.
 
     Args:
-        classes: what :func:`identity` returned for the data.
+        model: the model.
+        file: see ``irpe.load``.
+        classes: :func:`identity` of the data.
         heads: the modules of ``model`` that depend on the classes.
-        by_name: for models of text, whose encodings a config may change (a rotary scaling, a table
-            that is interpolated): compare names and shapes alone, and let these parts differ.
+        training: whether the model is trained, not only evaluated.
+        by_name: the parts that may differ, for models of text. Only names and shapes are compared
+            then, since a config may change encodings (rotary scaling, interpolated tables).
 
     Raises:
-        irpe.IrpeError: for weights that do not fit.
-        UserError: in evaluation, for weights of other classes.
+        irpe.IrpeError: if the weights do not fit.
+        UserError: in evaluation, if the weights have other classes.
     """
     differing = difference(read_checkpoint(file).about, classes)
     if differing is not None and not training:
@@ -81,10 +84,10 @@ def _load_by_name(model: nn.Module, file: str, parts: frozenset[str]) -> str:
 
 
 def identity(classes: Any) -> dict[str, str]:
-    """Return the classes for the header of a weights file: nothing where they are not known.
+    """Return the classes for the header of a weights file; {} if they are unknown.
 
     Args:
-        classes: names by number, as a list; or a detection data set's names by category id.
+        classes: a list of names; or for detection, a dict of names by category id.
     """
     if not classes:
         return {}
@@ -96,7 +99,7 @@ def identity(classes: Any) -> dict[str, str]:
 def difference(
     file: dict[str, Any], data: dict[str, Any], sides: tuple[str, str] = ("before", "now")
 ) -> str | None:
-    """Say how the classes of a file, or a state, differ from the data's; None if they do not."""
+    """Describe how the classes of a file or state differ from the data's; None if they do not."""
     for key in ("classes", "categories"):
         if key not in file or key not in data or file[key] == data[key]:
             continue
@@ -121,12 +124,12 @@ def difference(
 
 
 def check_same_classes(train: Any, held_out: Any) -> None:
-    """Raise where two splits, see :func:`identity`, number their classes differently."""
+    """Raise if two splits number their classes differently; for arguments see :func:`identity`."""
     differing = difference(identity(train), identity(held_out), ("in training", "held out"))
     if differing is not None:
         raise UserError(
             f"the training and the held-out data have different classes: {differing}; "
-            "data.class_map can number folders alike"
+            "data.class_map can set the numbers of folders"
         )
 
 

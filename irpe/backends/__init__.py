@@ -1,4 +1,4 @@
-"""Backends: ways to compute attention with terms. They import the reference and nothing else."""
+"""Backends: implementations of attention with terms, and the registry."""
 
 from . import eager, reference, sdpa, triton
 from .call import Call

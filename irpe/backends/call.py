@@ -1,4 +1,4 @@
-"""One attention call, validated, and the arithmetic that backends share."""
+"""A validated attention call, and functions that backends share."""
 
 import contextlib
 import os
@@ -21,16 +21,16 @@ class Call:
         q: ``[B, H, L, D]``, not scaled.
         k: ``[B, H | G, S, D]``.
         v: ``[B, H | G, S, E]``.
-        terms: of q's dtype and device; a slope's table of any floating-point dtype. A backend that
-            was registered with ``planned`` gets tables as they are kept, under autocast too.
-        mask: as ``irpe.attention`` takes it.
-        is_causal: query i sees the keys j <= i + S - L.
-        dropout_p: a probability.
-        scale: a number.
-        device: where the call runs: q's device, or one that ``irpe explain`` asks about.
+        terms: tables have q's device and dtype, except slopes, which may have any floating-point
+            dtype. Under autocast, a backend with ``planned`` gets tables of their stored dtype.
+        mask: see ``irpe.attention``.
+        is_causal: query i attends to the keys j <= i + S - L.
+        dropout_p: probability of attention dropout.
+        scale: factor of the dot products.
+        device: q's device, or the device that ``irpe explain`` is asked about.
         compiled: whether torch.compile is on.
         traced: whether export, a trace, forward mode or a torch.func transform is on.
-        key: equal for calls that differ in the values of tensors alone; None: unknown.
+        key: equal for calls that differ only in the values of tensors; None: unknown.
     """
 
     q: Tensor
@@ -47,7 +47,7 @@ class Call:
     key: Hashable = None
 
     def cast(self) -> "Call":
-        """Return the call with tables of q's dtype, which autocast asks for."""
+        """Return the call with tables cast to q's dtype, for autocast."""
         dtype = self.q.dtype
         if all(t.kind == "slope" or t.table.dtype == dtype for t in self.terms):
             return self
@@ -61,7 +61,7 @@ class Call:
 
     @property
     def kinds(self) -> frozenset[str]:
-        """The kinds of its terms."""
+        """The kinds of the terms."""
         return frozenset(term.kind for term in self.terms)
 
     @property
@@ -77,19 +77,19 @@ class Call:
         return self.k.repeat_interleave(groups, 1), self.v.repeat_interleave(groups, 1)
 
     def merged_mask(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return one mask for ``mask`` and ``is_causal``, and the rows that see no key.
+        """Return one mask for ``mask`` and ``is_causal``, and the fully masked rows.
 
         Returns:
             The mask, bool (True: visible) or of q's dtype (added to the logits), broadcastable to
-            ``[B, H, L, S]`` and open in rows that see no key; and these rows as a bool tensor
+            ``[B, H, L, S]``, with fully masked rows made visible; and these rows as a bool tensor
             broadcastable to ``[B, H, L, 1]``. Both None without a mask.
 
-        A softmax over nothing is NaN and so is its gradient: such rows attend to everything and
-        their output is set to zero afterwards, which leaves zero gradients.
+        The softmax of a fully masked row and its gradient are NaN. So such rows attend to all keys
+        and the caller sets their output to zero, which makes their gradients zero.
         """
         mask = self.mask
         length, keys = self.q.shape[-2], self.k.shape[-2]
-        # A single query is the last one, as in decoding: it sees all keys.
+        # A single query attends to all keys.
         if self.is_causal and (torch.jit.is_tracing() or length != 1):
             rows = torch.arange(length, device=self.q.device).unsqueeze(-1)
             causal = torch.arange(keys, device=self.q.device) <= rows + (keys - length)
@@ -112,40 +112,40 @@ class Call:
 
 
 def mask_floor(dtype: torch.dtype) -> float:
-    """Return the lowest finite number of an additive mask, half the lowest one of a dtype.
+    """Return the lowest finite value of an additive mask: half the lowest value of a dtype.
 
-    Masks often hide a key by the lowest number itself. Plus a negative logit it would be -inf, and
-    the softmax of a row of them NaN. The other half is left to the logit.
+    Masks often contain the lowest value itself. Its sum with a negative logit is -inf, and the
+    softmax of a row of -inf is NaN.
     """
     return torch.finfo(dtype).min / 2
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise IrpeError unless these are the queries, keys and values of one attention call."""
+    """Raise IrpeError unless q, k and v are valid arguments of one attention call."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise IrpeError(f"{name} is a tensor [B, H, L, D], not {type(tensor).__name__}")
         if not tensor.is_floating_point():
-            raise IrpeError(f"{name} is of floating point, not {tensor.dtype}")
+            raise IrpeError(f"{name} must be floating point, not {tensor.dtype}")
     if not q.dim() == k.dim() == v.dim() == 4:
         problem = "q, k and v are [B, H, L, D], not"
     elif k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        problem = "q [B, H, L, D], k and v [B, H, S, D] do not fit together:"
+        problem = "the shapes of q [B, H, L, D], k and v [B, H, S, D] do not match:"
     elif k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        problem = f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key heads:"
+        problem = f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads:"
     else:
         return
     raise IrpeError(f"{problem} q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}")
 
 
 def expanded(table: Tensor, ids: Tensor) -> Tensor:
-    """Return ``[H | 1, N]`` at ids ``[(B,) L, S]``: ``[1 | B, H | 1, L, S]``."""
+    """Return values ``[1 | B, H | 1, L, S]`` of a table ``[H | 1, N]`` at ids ``[(B,) L, S]``."""
     values = table[:, ids]
     return values.transpose(0, 1) if ids.dim() == 3 else values.unsqueeze(0)
 
 
 def added(term: Term, q: Tensor) -> Tensor:
-    """Return what a bias or slope adds to the logits, ``[1 | B, H | 1, L, S]`` of q's dtype."""
+    """Return the additive bias of a bias or slope term, ``[1 | B, H | 1, L, S]`` of q's dtype."""
     if term.kind == "bias":
         return expanded(term.table, term.buckets.dense(q.device))
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -155,11 +155,11 @@ def added(term: Term, q: Tensor) -> Tensor:
 
 
 def project(x: Tensor, table: Tensor) -> Tensor:
-    """Return ``[B, H, R, D] @ [H | 1, D, N]``; a shared table makes one product for all heads."""
+    """Return ``[B, H, R, D] @ [H | 1, D, N]``, with one matrix product for a shared table."""
     return x @ (table[0] if table.shape[0] == 1 else table)
 
 
-# Read once, since torch 2.11 cannot compile the call; other types, such as meta, have none.
+# Device types with autocast. Read once: torch 2.11 cannot compile the call.
 _AUTOCAST = {d for d in ("cpu", "cuda", "xpu", "mps", "mtia") if torch.amp.is_autocast_available(d)}
 
 
@@ -169,7 +169,7 @@ def autocasting(device: str) -> bool:
 
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
-    """Return a context without autocast, for code that chooses its own precision."""
+    """Return a context that disables autocast."""
     if autocasting(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
@@ -177,7 +177,7 @@ def without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
 
 def exporting() -> bool:
     """Return whether torch.export is on."""
-    # Not torch.compiler.is_exporting(): in torch 2.11 it is True while it compiles.
+    # In torch 2.11, torch.compiler.is_exporting() is also True under torch.compile.
     return torch.compiler._is_exporting_flag
 
 
@@ -197,7 +197,7 @@ def debugging() -> bool:
 
 
 def check_ids(ids: Tensor, size: int) -> None:
-    """Raise IrpeError for the first id, row by row, that is not in [0, size)."""
+    """Raise IrpeError that states the first id outside [0, size)."""
     wide = ids.to(torch.int64)
     wrong = ((wide < 0) | (wide >= size)).nonzero()
     if wrong.shape[0]:

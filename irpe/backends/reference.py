@@ -1,6 +1,6 @@
-"""Attention with terms in plain torch: any dtype, any device, differentiable to any order.
+"""Attention with terms in plain torch, for any dtype and device, differentiable to any order.
 
-This is the specification; every other backend is tested against it.
+This backend is the specification; all others are tested against it.
 """
 
 import torch.nn.functional as F
@@ -17,15 +17,15 @@ def lookup(x: Tensor, ids: Tensor) -> Tensor:
 
 
 def unsupported(call: Call) -> str | None:
-    """Return why this call cannot be computed: it always can."""
+    """Return None: the reference supports every call."""
     return None
 
 
 def preference(call: Call) -> tuple[int, str]:
     """Return the rank of this backend for a call, and why."""
     if call.traced or (call.compiled and call.device.type != "cuda"):
-        return 90, "plain operations, which a compiler fuses and an exporter supports"
-    return 0, "plain torch, computes everything"
+        return 90, "plain operations, which compilers fuse and exporters support"
+    return 0, "plain torch, supports every call"
 
 
 def attention(call: Call, keep: Tensor | None = None) -> Tensor:
@@ -33,7 +33,7 @@ def attention(call: Call, keep: Tensor | None = None) -> Tensor:
 
     Args:
         call: the call.
-        keep: replaces the dropout by one drawn before: zero or 1 / (1 - p).
+        keep: a dropout mask to use instead of drawing one, with values 0 and 1 / (1 - p).
     """
     k, v = call.grouped()
     q = call.q * call.scale
@@ -60,7 +60,7 @@ def attention(call: Call, keep: Tensor | None = None) -> Tensor:
 
 
 def weighted(probabilities: Tensor, v: Tensor, terms: tuple[Term, ...]) -> Tensor:
-    """Return the sum of values and value terms by probabilities ``[B, H, L, S]``."""
+    """Return probabilities ``[B, H, L, S]`` times the values, plus the value terms."""
     out = probabilities @ v
     for term in terms:
         if term.kind == "value":
@@ -73,13 +73,16 @@ def weighted(probabilities: Tensor, v: Tensor, terms: tuple[Term, ...]) -> Tenso
 
 
 def position(term: Term, q: Tensor, k: Tensor, scale: float) -> Tensor | None:
-    """Return what a term adds to the logits, ``[1 | B, H | 1, L, S]``; None if it acts elsewhere.
+    """Return the values that a term adds to the logits, ``[1 | B, H | 1, L, S]``.
 
     Args:
         term: the term.
         q: ``[B, H, L, D]``, scaled.
         k: ``[B, H, S, D]``, not scaled.
-        scale: of the logits.
+        scale: factor of the dot products.
+
+    Returns:
+        None for terms that are not added to the logits.
     """
     match term.kind:
         case "bias" | "slope":
@@ -94,7 +97,7 @@ def position(term: Term, q: Tensor, k: Tensor, scale: float) -> Tensor | None:
 
 
 def _content(q: Tensor, k: Tensor, terms: tuple[Term, ...]) -> Tensor:
-    """``[B, H, L, S]``: q k^T, each channel times its factors where there are such terms."""
+    """Return q k^T ``[B, H, L, S]``, with each channel scaled by the channel terms."""
     factors = None
     for term in terms:
         if term.kind == "channels":
@@ -105,4 +108,4 @@ def _content(q: Tensor, k: Tensor, terms: tuple[Term, ...]) -> Tensor:
     if factors is None:
         return q @ k.transpose(-2, -1)
     channels = q.transpose(-2, -1).unsqueeze(-1) * k.transpose(-2, -1).unsqueeze(-2)
-    return (channels * factors).sum(2)  # [B, H, D, L, S] on the way
+    return (channels * factors).sum(2)  # of [B, H, D, L, S]

@@ -1,4 +1,4 @@
-"""The registry of backends, and the choice of one for a call."""
+"""The registry of backends, and the selection of one for a call."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from .call import Call
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """One way to compute attention with terms; see ``register_backend``."""
+    """An implementation of attention with terms; see ``register_backend``."""
 
     name: str
     attention: Callable[[Call], Tensor]
@@ -20,13 +20,13 @@ class Backend:
     planned: bool = False
 
 
-# Backends of calls that were validated before, by the call's key.
+# Backends of validated calls, by ``Call.key``.
 KNOWN: dict[Hashable, Backend] = {}
 BACKENDS: dict[str, Backend] = {}
 
 
 def never(call: Call) -> None:
-    """Return None for every call: it is supported, or ``auto`` does not take it."""
+    """Return None: the call is supported, or ``auto`` does not select the backend."""
 
 
 def register_backend(
@@ -37,24 +37,24 @@ def register_backend(
     preference: Callable[[Call], tuple[int, str] | None] = never,
     planned: bool = False,
 ) -> None:
-    """Register a way to compute attention: ``backend=name`` takes it, and ``auto`` may.
+    """Register an implementation of attention, for ``backend=name`` and ``backend="auto"``.
 
-    A backend must equal the backend ``reference``, which is the specification. A name that is
-    registered again is replaced.
+    Its results must equal those of the backend ``reference``. Registering a name again replaces
+    the backend.
 
     Args:
-        name: of the backend.
-        attention: computes a call, an ``irpe.Call``: ``[B, H, L, E]``.
-        unsupported: returns why a call cannot be computed, None if it can.
-        preference: returns a rank and, in words for ``irpe.explain``, why; None: ``auto`` never
-            takes it. ``auto`` takes the highest rank that supports the call. Built-in backends
-            have ranks from 0 to 100.
-        planned: whether the backend takes tables of any dtype under autocast, and whether it can
-            compute a call, and is chosen for it, follows from shapes, dtypes and devices: then it
-            is asked once for equal ones.
+        name: name of the backend.
+        attention: computes an ``irpe.Call`` and returns ``[B, H, L, E]``.
+        unsupported: returns why a call is unsupported, or None.
+        preference: returns a rank and its reason, which ``irpe.explain`` prints; or None if
+            ``auto`` must not select the backend. ``auto`` selects the highest rank that supports
+            the call. Built-in backends have ranks from 0 to 100.
+        planned: True if the backend takes tables of any dtype under autocast, and its
+            ``unsupported`` and ``preference`` depend only on shapes, dtypes and devices. They are
+            then called once for equal ones.
 
     Raises:
-        IrpeError: for a name that is no identifier, or ``auto``.
+        IrpeError: if the name is not an identifier, or is ``auto``.
     """
     if not isinstance(name, str) or not name.isidentifier() or name == "auto":
         raise IrpeError(f"a backend's name is an identifier other than auto, not {name!r}")
@@ -63,7 +63,7 @@ def register_backend(
 
 
 def check_backend(name: str) -> str:
-    """Return the name of a backend, or "auto"; raise IrpeError for any other."""
+    """Return the name of a backend, or "auto"; raise IrpeError for other values."""
     if not isinstance(name, str) or name not in ("auto", *BACKENDS):
         valid = ", ".join(("auto", *BACKENDS))
         raise IrpeError(f"unknown backend {name!r}: it is one of {valid}")
@@ -71,10 +71,10 @@ def check_backend(name: str) -> str:
 
 
 def named(name: str, call: Call) -> Backend:
-    """Return the backend of a name for a call, or the one that ``auto`` takes.
+    """Return the backend of a name; for ``auto``, the one selected for a call.
 
     Raises:
-        IrpeError: for an unknown name, or a backend that does not support the call.
+        IrpeError: if the name is unknown, or the backend does not support the call.
     """
     if check_backend(name) == "auto":
         return choose(call)[0]
@@ -82,13 +82,13 @@ def named(name: str, call: Call) -> Backend:
     if problem is not None:
         able = [other.name for other in BACKENDS.values() if other.unsupported(call) is None]
         raise IrpeError(
-            f"backend {name!r} cannot compute this call: {problem}. Able: {', '.join(able)}"
+            f"backend {name!r} cannot compute this call: {problem}. Use one of {', '.join(able)}"
         )
     return BACKENDS[name]
 
 
 def choose(call: Call) -> tuple[Backend, list[str]]:
-    """Return the backend that ``auto`` takes, and why: a line for each one considered."""
+    """Return the backend that ``auto`` selects, and a line with the reason for each backend."""
     ranked = []
     for backend in BACKENDS.values():
         found = backend.preference(call)
@@ -100,4 +100,4 @@ def choose(call: Call) -> tuple[Backend, list[str]]:
         if problem is None:
             return backend, [*reasons, f"{backend.name}: {why}"]
         reasons.append(f"not {backend.name}: {problem}")
-    raise AssertionError("the reference computes every call")
+    raise AssertionError("the reference supports every call")

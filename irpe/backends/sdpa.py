@@ -1,10 +1,10 @@
 """torch's scaled_dot_product_attention, with the logit terms as one materialised bias.
 
-Causal ALiBi in 16 bits needs no bias: a softmax does not change where a whole row gets the same
-number, so slope * (p_i - p_j) may be slope * -p_j, which is one more product in q . k. Two extra
-channels hold it, its high and its low part: 16 bits in bfloat16, 22 in float16. Positions count
-from the middle query, so the numbers near the diagonal are small, wherever the text starts. In
-float32 they would cost the logits their last bits.
+Causal ALiBi in 16 bits needs no bias. A softmax does not depend on a constant added to a row, so
+slope * (p_i - p_j) may be replaced by slope * -p_j, which is a product of one more channel in
+q . k. It is split into a high and a low part in two channels: 16 bits in bfloat16, 22 in float16.
+Positions are relative to the middle query, so the values near the diagonal are small. In float32
+the large values would cost the logits precision.
 """
 
 import torch
@@ -15,18 +15,18 @@ from ..geometry import Geometry
 from ..terms import KINDS
 from .call import Call, added, project
 
-# The extra channels of keys count positions in this unit, so that float16 holds them.
+# The extra channels of keys have positions in this unit, so that they fit in float16.
 UNIT = 256
-# Given positions that span more get a bias: logits would be off by more than they round.
+# Explicit positions that span more get a bias, for precision.
 SPAN = 2**13
 
 
 def unsupported(call: Call) -> str | None:
-    """Return why this call cannot be computed, None if it can."""
+    """Return why the call is unsupported, or None."""
     refused = sorted(kind for kind in call.kinds if not KINDS[kind].in_bias)
     if not refused:
         return None
-    return f"{' and '.join(refused)} terms do not fit into a bias on the logits"
+    return f"{' and '.join(refused)} terms cannot be expressed as an additive bias"
 
 
 def preference(call: Call) -> tuple[int, str] | None:
@@ -34,7 +34,7 @@ def preference(call: Call) -> tuple[int, str] | None:
     if not call.terms:
         return 100, "no terms, so this is plain attention"
     if in_channels(call):
-        return 95, "two extra channels hold the slopes: no bias in memory"
+        return 95, "two extra channels hold the slopes: no materialised bias"
     if call.device.type == "cuda":
         return 30, "torch's fused kernel takes the terms as one bias (predicted, not measured)"
     return None
@@ -60,9 +60,9 @@ def attention(call: Call) -> Tensor:
             value = rows.gather(-1, flat).view(*rows.shape[:2], q.shape[-2], k.shape[-2])
         bias = value if bias is None else bias + value
     causal, alone = False, call.is_causal and call.mask is None and bias is None
-    # torch's own causal mask costs no memory; where L = S it hides the same keys.
+    # torch's causal mask needs no memory, and is the same if L = S.
     if alone and not torch.jit.is_tracing() and q.shape[-2] == k.shape[-2]:
-        causal = True  # and no symbol, as the comparison of sizes may be
+        causal = True  # a bool: the comparison of symbolic sizes is a symbol
     mask, dead = (None, None) if causal else call.merged_mask()
     if bias is None:
         bias = mask
@@ -71,7 +71,7 @@ def attention(call: Call) -> Tensor:
     if bias is not None and bias.is_floating_point():
         bias = bias.to(q.dtype)
     wide = inner_q.shape[-1] - v.shape[-1]
-    if wide > 0:  # its fused kernels need one head dim
+    if wide > 0:  # fused kernels need equal head dims
         v = F.pad(v, (0, wide))
     out = F.scaled_dot_product_attention(
         inner_q,
@@ -87,10 +87,10 @@ def attention(call: Call) -> Tensor:
 
 
 def in_channels(call: Call) -> bool:
-    """Return whether the one term of a call is a slope that two extra channels can hold.
+    """Return whether the only term of a call is a slope that two extra channels can hold.
 
-    No key that a query sees may come after it, so attention is causal and positions increase.
-    Positions that cannot be read, in a traced graph or on a GPU, do not count as increasing.
+    A visible key must not have a later position than its query, so attention must be causal and
+    positions must increase. Positions that cannot be read (traced, or on a GPU) return False.
     """
     if call.kinds != {"slope"} or not call.is_causal or len(call.terms) > 1 or call.scale <= 0:
         return False
@@ -106,7 +106,7 @@ def in_channels(call: Call) -> bool:
 
 
 def _close(query: Tensor, key: Tensor) -> bool:
-    """Whether positions increase, no visible key is after its query, and all span at most SPAN."""
+    """Return whether positions increase, span at most SPAN, and visible keys precede queries."""
     span = torch.maximum(query.amax(-2), key.amax(-2)) - torch.minimum(query.amin(-2), key.amin(-2))
     if bool((span > SPAN).any()):
         return False
@@ -117,13 +117,13 @@ def _close(query: Tensor, key: Tensor) -> bool:
 
 
 def with_slope(call: Call, table: Tensor, geometry: Geometry, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Return queries ``[B, H, L, D + 2]`` and keys ``[B, H, S, D + 2]`` whose products hold it."""
+    """Return queries ``[B, H, L, D + 2]`` and keys ``[B, H, S, D + 2]`` that include the slope."""
     q, heads = call.q, call.q.shape[1]
     wide = torch.float32 if q.device.type == "mps" else torch.float64
 
     def build() -> tuple[Tensor, Tensor, Tensor]:
-        # slope / scale = 2 ** exponent * rest with rest in [1, 2): the query has the first, exact
-        # in any dtype, the key the second times its position.
+        # slope / scale = 2 ** exponent * rest with rest in [1, 2). The query has the power, which
+        # is exact in any dtype; the key has rest times its position.
         mantissa, exponent = torch.frexp(-table.to(wide) / call.scale)  # [H | 1, 1]
         query, key = geometry.positions(q.device)
         ends = query[..., :1, :] + query[..., -1:, :]
@@ -135,7 +135,7 @@ def with_slope(call: Call, table: Tensor, geometry: Geometry, k: Tensor) -> tupl
         on_q = torch.ldexp(torch.full_like(mantissa, UNIT / 2), exponent).to(q.dtype)
         return table, on_q.unsqueeze(-1), torch.stack((high, low), -1)
 
-    # The value holds the table, so no other one has its id while the value is cached.
+    # The cached value keeps the table alive, so no other table has its id.
     key = ("slope", id(table), table._version, call.scale, q.dtype, k.dtype)
     _, on_q, on_k = geometry.remember(key, build)
     on_q = on_q.expand(q.shape[0], heads, q.shape[-2], 2)

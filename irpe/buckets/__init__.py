@@ -1,4 +1,4 @@
-"""Bucket functions: from integer offsets (query - key) to bucket ids. They are pure."""
+"""Bucket functions: pure functions from integer offsets (query - key) to bucket ids."""
 
 from .clip import ClipBuckets, OneBucket
 from .ids import BucketFunction, BucketIds, prefix_ids

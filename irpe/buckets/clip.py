@@ -13,7 +13,7 @@ class ClipBuckets:
     """Offsets clipped to [-clip, clip].
 
     Args:
-        clip: the largest distance that has a bucket of its own.
+        clip: distances of at least ``clip`` share a bucket.
         signed: whether earlier and later keys have different buckets; else distances are clipped
             to [0, clip].
     """
@@ -23,7 +23,7 @@ class ClipBuckets:
 
     @property
     def size(self) -> int:
-        """Number of buckets, without the one of prefix tokens."""
+        """Number of buckets, without the bucket of prefix tokens."""
         return 2 * self.clip + 1 if self.signed else self.clip + 1
 
     @property
@@ -39,11 +39,11 @@ class ClipBuckets:
 
 @dataclass(frozen=True, slots=True)
 class OneBucket:
-    """All offsets in bucket 0: for a slope term, which reads the distance itself."""
+    """All offsets in bucket 0, for slope terms, which use distances."""
 
     @property
     def size(self) -> int:
-        """Number of buckets, without the one of prefix tokens."""
+        """Number of buckets, without the bucket of prefix tokens."""
         return 1
 
     def __call__(self, offsets: Tensor) -> Tensor:

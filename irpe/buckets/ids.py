@@ -1,4 +1,4 @@
-"""Bucket ids of a geometry: expanded on demand, computed once for equal geometries."""
+"""Bucket ids of a geometry, computed on demand and once for equal geometries."""
 
 import hashlib
 from collections.abc import Hashable
@@ -13,12 +13,13 @@ from ..geometry import Geometry
 
 
 class BucketFunction(Hashable, Protocol):
-    """From integer offsets ``[..., A]`` to bucket ids int64 ``[...]`` in [0, size).
+    """A function from integer offsets ``[..., A]`` to bucket ids int64 ``[...]`` in [0, size).
 
-    It is hashable by value, so that layers share its ids: a frozen dataclass is. An attribute
-    ``opposite`` may say the id of the negated offset, "same" or "reversed" (size - 1 - id), which
-    saves a GPU one map. An attribute ``prefix_ids`` may give buckets to pairs of one prefix token:
-    (a prefix token's query, a query's prefix key). The last bucket is then for pairs of two.
+    It is hashable by value, such as a frozen dataclass, so that layers share its ids.
+
+    Optional attributes: ``opposite``, the id of the negated offset, "same" or "reversed"
+    (size - 1 - id), so that a GPU needs one map less. ``prefix_ids``, the buckets of (prefix query,
+    other key) and (other query, prefix key); the last bucket is then for pairs of prefix tokens.
     """
 
     @property
@@ -32,16 +33,16 @@ _NUMBERS: dict[BucketFunction, int] = {}
 
 
 def number_of(function: BucketFunction) -> int:
-    """Return a number for a bucket function, the same for equal ones: its key in ``FUNCTIONS``.
+    """Return the key of a bucket function in ``FUNCTIONS``, equal for equal functions.
 
-    An operator of torch takes numbers only. It follows from the function's repr, so that it is the
-    same in other processes.
+    torch operators take numbers, but not functions. The number is a hash of the function's repr, so
+    that it is the same in other processes.
     """
     number = _NUMBERS.get(function)
     if number is None:
         text = f"{type(function).__module__}.{type(function).__qualname__} {function!r}"
         number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
-        while number in FUNCTIONS:  # by an unequal function
+        while number in FUNCTIONS:  # a collision
             number += 1
         FUNCTIONS[number] = function
         _NUMBERS[function] = number
@@ -51,13 +52,13 @@ def number_of(function: BucketFunction) -> int:
 class BucketIds:
     """The bucket of each pair of a query and a key.
 
-    A term orients them: by query (offsets query - key, a row of numbers belongs to a query) or by
-    key (offsets key - query, a row belongs to a key).
+    A term sets their orientation: by query (offsets query - key; a row of numbers belongs to a
+    query) or by key (offsets key - query; a row belongs to a key).
 
     Args:
-        function: from offsets to ids.
+        function: maps offsets to ids.
         geometry: positions of the tokens.
-        number: ``number_of(function)`` where it is known, so that torch.compile can read it.
+        number: ``number_of(function)``, if known; torch.compile cannot compute it.
     """
 
     __slots__ = ("by_key", "function", "geometry", "number")
@@ -84,7 +85,7 @@ class BucketIds:
         return self.function.size + (self.geometry.prefix > 0 or self.geometry.key_prefix > 0)
 
     def dense(self, device: torch.device) -> Tensor:
-        """Return ids int64 ``[L, S]``, or ``[B, L, S]`` where samples have their own positions."""
+        """Return ids int64 ``[L, S]``, or ``[B, L, S]`` if samples have different positions."""
         key = ("dense", self.function, self.by_key, device)
         return self.geometry.remember(key, lambda: self._dense(device))
 
@@ -100,7 +101,7 @@ class BucketIds:
         return ids
 
     def _padded(self, pairs: Tensor, value: int) -> Tensor:
-        """``[(B,) L', S']`` with prefix tokens."""
+        """Pad ``[(B,) L', S']`` for prefix tokens."""
         geometry = self.geometry
         if geometry.prefix or geometry.key_prefix:
             pairs = F.pad(pairs, (geometry.key_prefix, 0, geometry.prefix, 0), value=value)
@@ -112,13 +113,13 @@ class BucketIds:
         The rows are the queries', ``[B, H, L * N]``, or by key the keys', ``[B, H, S * N]``.
         """
         key = ("flat", self.function, self.by_key, device)
-        # The dense ids are not kept: who reads the flat form does not need both.
+        # Do not cache the dense ids: callers need only one form.
         return self.geometry.remember(
             key, lambda: flat_index(self._dense(device), self.size, self.by_key)
         )
 
     def compact(self, device: torch.device) -> Tensor:
-        """Return ids ``[1 | B, L, S]`` of the fewest bytes, for kernels."""
+        """Return ids ``[1 | B, L, S]`` of the smallest dtype, for kernels."""
         small = next(d for d in (torch.uint8, torch.int16, torch.int32) if fits(self.size, d))
         ids = self._dense(device).to(small)
         return ids.reshape(-1, *ids.shape[-2:])
@@ -136,7 +137,7 @@ class BucketIds:
 
 
 def prefix_ids(function: BucketFunction) -> tuple[int, int] | None:
-    """Return the ids of pairs with one prefix token, None where they share the last bucket."""
+    """Return the ids of pairs with one prefix token; None if they have the last bucket."""
     found: tuple[int, int] | None = getattr(function, "prefix_ids", None)
     return found
 
@@ -149,5 +150,5 @@ def flat_index(ids: Tensor, size: int, by_key: bool) -> Tensor:
 
 
 def fits(size: int, dtype: torch.dtype) -> bool:
-    """Return whether ids below a size can be stored in a dtype."""
+    """Return whether a dtype can store ids below a size."""
     return size - 1 <= torch.iinfo(dtype).max

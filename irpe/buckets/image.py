@@ -15,12 +15,12 @@ AXES = ("frames", "rows", "columns")  # of positions; images have the last two
 
 @dataclass(frozen=True, slots=True)
 class ImageBuckets:
-    """Buckets of (row, column) offsets, or (frame, row, column) ones.
+    """Buckets of (row, column) or (frame, row, column) offsets.
 
     Args:
         method: ``product``, ``euc``, ``quant``, ``rank``, or one part of ``cross``: ``frames``,
             ``rows`` or ``columns``.
-        index: of one axis or of distances.
+        index: index of offsets on one axis, or of distances.
         ranks: for ``rank``, the rank of each squared distance.
         axes: 2 or 3.
     """
@@ -32,7 +32,7 @@ class ImageBuckets:
 
     @property
     def size(self) -> int:
-        """Number of buckets, without the one of prefix tokens."""
+        """Number of buckets, without the bucket of prefix tokens."""
         side = 2 * self.index.bound + 1
         return side**self.axes if self.method == "product" else side
 
@@ -53,7 +53,7 @@ class ImageBuckets:
         if offsets.is_floating_point():
             raise IrpeError(f"image encodings need integer positions, not {offsets.dtype}")
         index, bound = self.index, self.index.bound
-        # An offset past the reach on one axis is past it in every method; squares stay small.
+        # Offsets beyond the reach share a bucket in every method; clamping keeps squares small.
         limit = index.reach + 1
         parts = offsets.to(torch.int64).clamp(-limit, limit).unbind(-1)
         if self.method in AXES:
@@ -75,7 +75,7 @@ class ImageBuckets:
 
 
 def _rounded_root(squared: Tensor) -> Tensor:
-    """Return round(sqrt(n)) of integers, corrected: square roots differ by device."""
+    """Return the exact round(sqrt(n)) of integers; float square roots differ by device."""
     root = squared.to(torch.float32).sqrt().round().to(torch.int64)
     root = (root - (squared <= root * root - root).to(torch.int64)).clamp(min=0)
     return root + (squared > root * root + root).to(torch.int64)
@@ -85,11 +85,10 @@ def _rounded_root(squared: Tensor) -> Tensor:
 def ranks(reach: int) -> tuple[int, ...]:
     """Return the rank of each squared distance among 0, 1, 2, 4, 5, 8, ..., up to rank ``reach``.
 
-    These are the squared distances of the whole plane and not of one grid, so that an offset has
-    the same rank in every grid. Numbers between two of them get the lower one's rank, and are
-    never looked up.
+    The ranks are among all sums of two squares, so that an offset has the same rank in every grid.
+    Other numbers have the rank below, and are never looked up.
     """
-    limit = 8 * reach + 16  # of these numbers, more than ``reach`` are sums of two squares
+    limit = 8 * reach + 16  # more than ``reach`` numbers up to it are sums of two squares
     squares = torch.arange(math.isqrt(limit) + 1, device="cpu").square()
     present = torch.unique(squares.unsqueeze(1) + squares)[: reach + 1]
     numbers = torch.arange(int(present[-1]) + 1, device="cpu")

@@ -1,6 +1,6 @@
-"""Step indexes: monotone functions of a distance, stored as the distances where they step up.
+"""Step indexes: monotone functions of a distance, stored as the distances where they increase.
 
-They are constant from some distance on, so a few integers hold them exactly, on every device.
+They are constant beyond some distance, so a few integers store them exactly, on every device.
 """
 
 import math
@@ -17,8 +17,7 @@ class StepIndex:
 
     Args:
         steps: ``steps[n]`` is the smallest distance whose index is at least n + 1.
-        bound: the largest index that has a row in the tables. It can be larger than the largest
-            index in use.
+        bound: the largest index in the tables; the largest index in use may be smaller.
     """
 
     steps: tuple[int, ...]
@@ -26,7 +25,7 @@ class StepIndex:
 
     @property
     def reach(self) -> int:
-        """The distance from which on all share their index."""
+        """The distance beyond which the index is constant."""
         return self.steps[-1] if self.steps else 0
 
     def __call__(self, offsets: Tensor) -> Tensor:
@@ -43,7 +42,7 @@ def clip_index(bound: int) -> StepIndex:
 
 
 def stored(index: Tensor, bound: int) -> StepIndex:
-    """Return a monotone index, given at the distances 0, 1, 2, ..., as a StepIndex."""
+    """Return a StepIndex of the indexes of the distances 0, 1, 2, ..."""
     steps = torch.searchsorted(index, torch.arange(1, int(index.max()) + 1, device="cpu"))
     return StepIndex(tuple(steps.tolist()), bound)
 
@@ -55,11 +54,11 @@ def piecewise_index(alpha: float, beta: float, gamma: float) -> StepIndex:
     Source: Wu et al., ICCV 2021, Eq. 18.
     """
     bound = int(beta)
-    # In float32 and in this order of operations, as the released tables were trained: other
-    # roundings move offsets that fall between two buckets.
+    # The dtype and order of operations of the released tables: other roundings change the buckets
+    # of some offsets.
     distances = torch.arange(math.ceil(max(gamma, alpha)) + 2, dtype=torch.float32, device="cpu")
     log = torch.log(distances.clamp(min=1e-3) / alpha) / math.log(gamma / alpha) * (beta - alpha)
     far = (alpha + log).round().clip(max=beta)
     index = torch.where(distances <= alpha, distances, far).to(torch.int64)
-    # float32 can round a beta just below an integer up to it
+    # float32 may round a beta just below an integer up to it.
     return stored(index.clamp(max=bound), bound)

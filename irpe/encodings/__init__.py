@@ -1,6 +1,6 @@
-"""Encodings: one file each, with its spec, its module and, if they are its own, its buckets."""
+"""Encodings: each file has the spec and the module of one, and buckets that only it uses."""
 
-# Each import registers the specs of a file, in the order in which ``irpe specs`` lists them.
+# Each import registers the specs of a file; ``irpe specs`` lists them in this order.
 from . import rpe, rope, rope_axial, rope_mixed, alibi, cpb, decomposed, lookhere  # noqa: I001, F401
 from . import t5, t5_axes, shaw, huang, sinusoidal, learned, pia  # noqa: F401
 from .base import (

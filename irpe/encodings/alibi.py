@@ -1,12 +1,12 @@
-"""ALiBi: a penalty for distance, with a slope for each head. ``logit - m[h] |i - j|``.
+"""ALiBi: a distance penalty with a slope for each head. ``logit - m[h] |i - j|``.
 
 ::
 
     alibi
     alibi,span=4
 
-Distances are Euclidean on a grid. Under causal attention ``irpe.attention`` computes it without a
-bias in memory, see backends/sdpa.py.
+Distances are Euclidean on a grid. In causal attention ``irpe.attention`` computes it without
+materialising a bias, see backends/sdpa.py.
 
 Source: Press et al., Train Short, Test Long, ICLR 2022.
 """
@@ -28,13 +28,13 @@ from .base import Encoding, register
 @register
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alibi(Spec):
-    """A penalty for distance, steeper from head to head (Press et al., ICLR 2022).
+    """A distance penalty with a slope for each head (Press et al., ICLR 2022).
 
-    It is symmetric: keys before and after a query at the same distance get the same penalty. It
-    has no parameters.
+    It is symmetric: earlier and later keys at the same distance get the same penalty. It has no
+    parameters.
 
     Args:
-        span: slopes of H heads are 2 ** (-span h / H), h = 1 to H.
+        span: the slope of head h = 1 to H is 2 ** (-span h / H).
     """
 
     names = {"alibi": {}}
@@ -50,7 +50,7 @@ class Alibi(Spec):
 def alibi_slopes(num_heads: int, span: float = 8.0) -> tuple[float, ...]:
     """Return the slopes of H heads: ``2 ** (-span h / H)``, h = 1 to H, for a power of two.
 
-    For other H: those of the power of two below, then every second one of the power above.
+    For other H: the slopes of the power of two below H, then every second one of the power above.
     """
     power = 2 ** int(math.log2(num_heads))
     slopes = [2.0 ** (-span * h / power) for h in range(1, power + 1)]
@@ -66,7 +66,7 @@ class LinearBias(Encoding):
     def __init__(self, spec: Alibi, size: LayerSize) -> None:
         super().__init__()
         self.spec, self.slopes = spec, alibi_slopes(size.num_heads, spec.span)
-        # Holds the module's device. Slopes are no buffer, which .to(bfloat16) would round.
+        # Stores the module's device. Slopes are not a buffer: .to(bfloat16) would round them.
         self.register_buffer("anchor", torch.empty(0, device=size.device), persistent=False)
 
     def terms(self, geometry: Geometry) -> tuple[Term, ...]:

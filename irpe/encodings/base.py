@@ -1,4 +1,4 @@
-"""What all encodings share: the module class, the registry of specs, ``parse`` and ``build``."""
+"""The base class of encodings, the registry of specs, ``parse`` and ``build``."""
 
 import re
 from typing import Any, TypeVar
@@ -20,9 +20,9 @@ class Encoding(nn.Module):
     Each method does nothing unless a subclass overrides it.
 
     Attributes:
-        spec: the spec that it was built from, a single one.
-        one_for_all: whether its authors share one module among all layers.
-        decays: whether its parameters take part in weight decay.
+        spec: the spec that it was built from; not a sum.
+        one_for_all: whether all layers of a model share one module, as in the paper.
+        decays: whether weight decay applies to its parameters.
     """
 
     spec: Spec
@@ -30,19 +30,19 @@ class Encoding(nn.Module):
     decays: bool = True
 
     def embed(self, x: Tensor, geometry: Geometry) -> Tensor:
-        """Return the tokens ``[B, L, C]`` at the model's input, changed."""
+        """Return the encoded tokens ``[B, L, C]`` at the model's input."""
         return x
 
     def inputs(self, xq: Tensor, xk: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-        """Return the inputs of the query and key projections, ``[B, L, C]`` and ``[B, S, C]``."""
+        """Return encoded inputs of the query and key projections, ``[B, L, C]``, ``[B, S, C]``."""
         return xq, xk
 
     def transform(self, q: Tensor, k: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-        """Return queries ``[B, H, L, D]`` and keys ``[B, H, S, D]``, after their projections."""
+        """Return encoded queries ``[B, H, L, D]`` and keys ``[B, H, S, D]``."""
         return q, k
 
     def terms(self, geometry: Geometry) -> tuple[Term, ...]:
-        """Return the terms for ``irpe.attention``; tuples of several encodings add up."""
+        """Return the terms for ``irpe.attention``; concatenate those of several encodings."""
         return ()
 
     def extra_repr(self) -> str:
@@ -51,11 +51,13 @@ class Encoding(nn.Module):
 
 
 class TableEncoding(Encoding):
-    """An encoding of tables with a row for each bucket, zero at first.
+    """An encoding of tables with a row for each bucket, initialised to zero.
 
     Args:
-        function: from offsets to buckets; where there are prefix tokens, pairs with one have one
-            bucket more.
+        spec: the encoding.
+        size: sizes of the layer.
+        function: maps offsets to buckets. If the layer has prefix tokens, one more bucket holds
+            all pairs with one.
     """
 
     def __init__(self, spec: Spec, size: LayerSize, function: BucketFunction) -> None:
@@ -66,18 +68,18 @@ class TableEncoding(Encoding):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.number = number_of(self.function)  # other processes do not have it yet
+        self.number = number_of(self.function)  # numbers differ between processes
 
     def reset_parameters(self) -> None:
-        """Zero the tables, after construction on the meta device as well."""
+        """Zero the tables; call it after ``to_empty`` if they were built on the meta device."""
         for table in self.parameters():
             nn.init.zeros_(table)
 
     def buckets(self, geometry: Geometry) -> BucketIds:
-        """Return the buckets; raise IrpeError where only the geometry or the table has a prefix."""
+        """Return the buckets; raise IrpeError if only one of geometry and table has a prefix."""
         buckets = BucketIds(self.function, geometry, self.number)
         has_prefix = False
-        if geometry.prefix > 0 or geometry.key_prefix > 0:  # sizes may be symbols
+        if geometry.prefix > 0 or geometry.key_prefix > 0:  # a branch, since sizes may be symbolic
             has_prefix = True
         if has_prefix != (self.prefix > 0):
             raise IrpeError(
@@ -92,10 +94,10 @@ class TableEncoding(Encoding):
 class Encodings:
     """Several encodings, applied one after the other; see ``Encoding`` for the methods.
 
-    Tables are multiplied with queries and keys as they are before ``transform``: with rotated ones
-    the sum of a rotary encoding and a table would not be relative. So where both are there,
-    ``transform`` returns more channels, the rotated ones and then the others, and the tables of
-    ``terms`` are zero for the rotated ones. The attention's scale stays that of D.
+    Tables are multiplied with unrotated queries and keys: with rotated ones, the logits would
+    depend on absolute positions. So if there are both rotations and tables, ``transform`` returns
+    the rotated channels followed by the unrotated ones, and ``terms`` returns tables that are zero
+    for the rotated ones. The scale of attention is still D ** -0.5.
     """
 
     def __init__(self, encodings: tuple[Encoding, ...]) -> None:
@@ -104,10 +106,7 @@ class Encodings:
 
     @property
     def by_length(self) -> bool:
-        """Whether ``transform`` depends on the largest position, so that all keys change with it.
-
-        A cache then holds keys as they were before ``transform``.
-        """
+        """Whether ``transform`` depends on the largest position; a cache then stores raw keys."""
         return any(getattr(e.spec, "by_length", False) for e in self.encodings)
 
     def embed(self, x: Tensor, geometry: Geometry) -> Tensor:
@@ -146,24 +145,24 @@ class Encodings:
         return tuple(term for e in self.encodings for term in e.terms(geometry))
 
     def _content(self, terms: tuple[Term, ...]) -> list[str]:
-        """The kinds of terms, query and key, that need channels of their own."""
+        """Return the kinds of terms, query and key, that need the unrotated channels."""
         kinds = {term.kind for term in terms} if self._transforms else set()
         if "channels" in kinds:
             names = " + ".join(dict.fromkeys(str(e.spec) for e in self.encodings))
             raise IrpeError(
-                f"{names}: scales per channel do not go together with rotated queries and keys"
+                f"{names}: scales per channel cannot be combined with rotated queries and keys"
             )
         return [kind for kind in ("query", "key") if kind in kinds]
 
 
 def _padded(table: Tensor, place: int, parts: int) -> Tensor:
-    """A table ``[H | 1, D, N]`` for queries or keys of D rotated channels and ``parts`` times D."""
+    """Pad a table ``[H | 1, D, N]`` with zeros for D rotated channels and ``parts`` times D."""
     dim = table.shape[1]
     return nn.functional.pad(table, (0, 0, (1 + place) * dim, (parts - 1 - place) * dim))
 
 
 def encodings_of(module: nn.Module) -> Encodings:
-    """Return the encodings that are attributes of a module, in the order they were set."""
+    """Return the encodings that are attributes of a module, in the order of assignment."""
     return Encodings(tuple(e for e in module.children() if isinstance(e, Encoding)))
 
 
@@ -171,8 +170,11 @@ def specs(model: nn.Module) -> dict[str, str]:
     """Return the spec of every module of a model that has encodings.
 
     Returns:
-        Spec strings by the module's path, "" for the model itself. Several encodings on one
-        module add up: ``"rope-axial + rpe-1.9-product-bias-1-k"``.
+        Spec strings by module path; the path of the model itself is "". Several encodings of one
+        module are joined: ``"rope-axial + rpe-1.9-product-bias-1-k"``.
+
+    Raises:
+        IrpeError: if ``model`` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise IrpeError(f"a model is a torch.nn.Module, not {type(model).__name__}")
@@ -185,19 +187,19 @@ def specs(model: nn.Module) -> dict[str, str]:
     return found
 
 
-# What a spec's string may start with, and its class; filled by ``register``.
+# Spec classes by name; ``register`` adds to it.
 SPECS: dict[str, type[Spec]] = {}
 _Kind = TypeVar("_Kind", bound=type[Spec])
 
 
 def register(spec: _Kind) -> _Kind:
-    """Register an encoding, as a decorator of its spec: ``irpe.parse`` then reads its names.
+    """Register an encoding; a class decorator of its spec. ``irpe.parse`` then reads its names.
 
     Args:
         spec: a frozen dataclass, subclass of ``irpe.Spec``, with ``names`` and ``build``.
 
     Raises:
-        IrpeError: for a class that is no spec, and a name that is taken or cannot be parsed.
+        IrpeError: if the class is not a spec, or a name is taken or has an invalid form.
     """
     if not isinstance(spec, type) or not issubclass(spec, Spec):
         raise IrpeError(f"register takes a subclass of irpe.Spec, not {spec!r}")
@@ -209,11 +211,11 @@ def register(spec: _Kind) -> _Kind:
     for name in spec.names:
         if not re.fullmatch("[a-z][a-z0-9_-]*", name):
             raise IrpeError(
-                f"name {name!r} of {spec.__name__}: a name has small letters, digits, - and _, "
-                "and starts with a letter"
+                f"name {name!r} of {spec.__name__}: a name has lowercase letters, digits, - and "
+                "_, and starts with a letter"
             )
         holder = SPECS.get(name, spec)
-        # A module that is run or imported again registers its class again.
+        # A reloaded module registers its class again.
         if (holder.__module__, holder.__qualname__) != (spec.__module__, spec.__qualname__):
             raise IrpeError(f"name {name!r} of {spec.__name__} is taken by {holder.__name__}")
     SPECS.update(dict.fromkeys(spec.names, spec))
@@ -221,21 +223,21 @@ def register(spec: _Kind) -> _Kind:
 
 
 def parse(spec: str | Spec) -> Spec:
-    """Return the spec of a string; a spec comes back as it is.
+    """Return the spec of a string; a spec is returned unmodified.
 
     Args:
         spec: such as ``"rpe-1.9-product-ctx-1-k"``, ``"rope,layout=half"``, or a sum,
             ``"rope-axial + rpe-1.9-product-bias-1-k"``.
 
     Raises:
-        IrpeError: naming the part that is wrong and the values it may take.
+        IrpeError: states the invalid part and its allowed values.
     """
     if isinstance(spec, Spec):
         return spec
     if not isinstance(spec, str):
         raise IrpeError(f"a spec is a string or an irpe.Spec, not {type(spec).__name__}: {spec!r}")
     try:
-        # A plus before a digit belongs to a number: 5e+5.
+        # A plus before a digit is part of a number: 5e+5.
         single = tuple(_parse_one(part) for part in re.split(r"\s*\+(?!\d)\s*", spec))
         return single[0] if len(single) == 1 else Sum(single)
     except IrpeError as error:
@@ -268,23 +270,23 @@ def build(
 
     Args:
         spec: the encoding.
-        dim: C, channels of the tokens.
-        num_heads: H, the query heads.
+        dim: C, number of channels of the tokens.
+        num_heads: H, number of query heads.
         head_dim: D; None: C / H.
-        prefix: number of prefix tokens (class token, registers) before the others: a table of
-            relative positions gets a bucket for them.
-        causal: whether no query sees a later key.
-        axes: numbers that a position of an image (2) or a video (3) has.
-        device: of the parameters.
-        dtype: of the parameters.
+        prefix: number of prefix tokens (class token, registers). If it is not 0, tables of
+            relative positions get one more bucket.
+        causal: whether the attention is causal.
+        axes: number of axes of image (2) or video (3) positions; not used for texts.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Returns:
-        Modules by attribute name, for ``setattr`` on the attention module: rpe_q, rpe_k, rpe_v
-        for images; else one of rope, alibi, t5, shaw, huang, pia; and for the model's input
-        sinusoidal or learned. ``irpe.encodings_of(module)`` applies them.
+        Modules by attribute name, for ``setattr`` on the attention module: rpe_q, rpe_k and rpe_v
+        for ``rpe-...``; else one name, such as rope, alibi or t5. ``irpe.encodings_of(module)``
+        returns them for use in a forward pass.
 
     Raises:
-        IrpeError: for sizes that the encoding cannot have.
+        IrpeError: if the encoding does not support these sizes.
     """
     spec = parse(spec)
     made = spec.build(
@@ -301,7 +303,7 @@ def build(
     )
     for name, module in made.items():
         if not isinstance(module, Encoding) or not hasattr(module, "spec"):
-            raise IrpeError(f"{spec} built {name}, which is no irpe.Encoding with a .spec")
+            raise IrpeError(f"{spec} built {name}, which is not an irpe.Encoding with a .spec")
     return made
 
 
@@ -311,18 +313,18 @@ def bucket_ids(
     """Return the bucket ids of an encoding, and its number of buckets.
 
     Args:
-        spec: the encoding; a T5 that does not say otherwise is bidirectional.
-        geometry: an ``irpe.Grid`` or ``irpe.Volume``, for text an ``irpe.Sequence``; with prefix
-            tokens one more bucket holds all pairs with one.
-        device: of the ids.
+        spec: the encoding; ``t5`` is bidirectional unless the spec states otherwise.
+        geometry: an ``irpe.Grid``, ``irpe.Volume`` or ``irpe.Sequence``. With prefix tokens, one
+            more bucket holds all pairs with one.
+        device: device of the ids.
 
     Returns:
-        Ids int64 ``[L, S]`` (``[B, L, S]`` for per-sample positions) of offsets query - key, for
-        method ``cross`` (rows, columns) or (frames, rows, columns) of these; and N, the size of
-        one table.
+        Ids int64 ``[L, S]`` (``[B, L, S]`` for per-sample positions) of offsets query - key; for
+        method ``cross`` a tuple of them, (rows, columns) or (frames, rows, columns). And N, the
+        number of buckets of one table.
 
     Raises:
-        IrpeError: for an encoding without buckets.
+        IrpeError: if the encoding has no buckets.
     """
     if not isinstance(geometry, Geometry):
         raise IrpeError(f"geometry={geometry!r} is not a geometry: make an irpe.Grid")
@@ -336,7 +338,7 @@ def bucket_ids(
     functions = dict.fromkeys(term.buckets.function for term in terms if term.kind != "slope")
     if not functions:
         raise IrpeError(
-            f"{spec} has no buckets over {geometry!r}: relative tables have, such as "
+            f"{spec} has no buckets over {geometry!r}; relative tables have buckets, such as "
             "rpe-1.9-product-ctx-1-k over a Grid and t5 over a Sequence"
         )
     maps = [BucketIds(function, geometry) for function in functions]

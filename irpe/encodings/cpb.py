@@ -1,4 +1,4 @@
-"""Continuous position bias: a small network turns an offset into a bias for each head.
+"""Continuous position bias: a small network maps an offset to a bias for each head.
 
 ::
 
@@ -6,7 +6,7 @@
     cpb,form=cr,hidden=128
     cpb,window=8
 
-With ``u`` the offset query - key divided by the grid's size less one, times 8, on each axis::
+With d the offset query - key on each axis, n the grid's size and u = 8 d / (n - 1)::
 
     c = sign(u) log2(1 + |u|) / 3          b[h] = 16 sigmoid(mlp(c)[h])             form swin
     c = sign(d) ln(1 + |d|)                b[h] = mlp(c)[h]                          form cr
@@ -33,13 +33,12 @@ from .base import Encoding, register
 @register
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CPB(Spec):
-    """Log-spaced continuous position bias (Liu et al., CVPR 2022). It takes grids of any size.
+    """Log-spaced continuous position bias for grids of any size (Liu et al., CVPR 2022).
 
     Args:
         form: ``swin``, or ``cr`` (offsets in patches, no sigmoid), as in timm.
         hidden: channels of the network's hidden layer.
-        window: side of the grid that offsets are divided by, for models trained at another size;
-            None: the grid's own.
+        window: side of the training grid, which offsets are divided by; None: the current grid.
     """
 
     names = {"cpb": {}}

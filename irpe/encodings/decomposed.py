@@ -5,8 +5,8 @@
     decomposed,size=64
     decomposed,size=14,width=20
 
-``logit += q . (rows[y_i - y_j] + columns[x_i - x_j])``, with q as it is before its scale of
-D ** -0.5. On a grid of another size the tables are interpolated.
+``logit += q . (rows[y_i - y_j] + columns[x_i - x_j])``, with q not scaled by D ** -0.5. On a grid
+of another size the tables are interpolated.
 
 Source: Li et al., MViTv2, CVPR 2022, Eq. 4; as in ViTDet (Li et al., 2022) and SAM (Kirillov et
 al., 2023).
@@ -33,8 +33,8 @@ class Decomposed(Spec):
     """Row and column vectors whose dot product with the query is added (Li et al., CVPR 2022).
 
     Args:
-        size: rows of the grid that the tables are made for.
-        width: its columns; None: as many as rows.
+        size: rows of the grid of the tables.
+        width: its columns; None: ``size``.
     """
 
     names = {"decomposed": {}}
@@ -58,9 +58,9 @@ class Decomposed(Spec):
 class RowsColumns(Encoding):
     """Two query terms.
 
-    Parameters (zero at first), under SAM's names:
-        rel_pos_h ``[2 size - 1, D]`` and rel_pos_w ``[2 width - 1, D]``, for all heads; the offset
-        query - key is counted from the most negative one.
+    Parameters (initialised to zero), with SAM's names:
+        rel_pos_h ``[2 size - 1, D]`` and rel_pos_w ``[2 width - 1, D]``, for all heads; row 0 is
+        the most negative offset query - key.
     """
 
     spec: Decomposed
@@ -74,7 +74,7 @@ class RowsColumns(Encoding):
         )
 
     def reset_parameters(self) -> None:
-        """Zero the tables, after construction on the meta device as well."""
+        """Zero the tables; call it after ``to_empty`` if they were built on the meta device."""
         for table in (self.rel_pos_h, self.rel_pos_w):
             nn.init.zeros_(table)
 
@@ -100,7 +100,7 @@ def decomposed_terms(rel_pos_h: Tensor, rel_pos_w: Tensor, grid: Grid) -> tuple[
 
 
 def resized(table: Tensor, size: int) -> Tensor:
-    """Return ``[size, D]``, interpolated along the first axis where the size is another one."""
+    """Return a table interpolated to ``[size, D]``."""
     if table.shape[0] == size:
         return table
     return nn.functional.interpolate(table.t().unsqueeze(0), size=size, mode="linear")[0].t()

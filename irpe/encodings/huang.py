@@ -1,4 +1,4 @@
-"""The four methods of Huang et al.: relative positions that scale, or are added to, q . k.
+"""The four methods of Huang et al.: tables that scale q . k or are added to it.
 
 ::
 
@@ -30,11 +30,11 @@ class Huang(Spec):
     """The four methods of Huang et al. (2020, arXiv 2009.13658).
 
     Args:
-        method: what happens to q . k: 1 a scale per distance, 2 a scale per signed distance, 3 a
-            scale per channel and signed distance, 4 the dot products of one vector with both q and
-            k are added.
-        clip: distances from this one on share a bucket.
-        shared: one table for all heads, or one for each.
+        method: 1: a scale of q . k per distance; 2: a scale per signed distance; 3: a scale per
+            channel and signed distance; 4: the dot products of a vector with q and with k are
+            added.
+        clip: distances of at least ``clip`` share a bucket.
+        shared: one table for all heads, or one for each head.
     """
 
     names = {f"huang{n}": {"method": n} for n in (1, 2, 3, 4)}
@@ -58,8 +58,8 @@ class HuangRPE(TableEncoding):
     """One table of one of the four methods.
 
     Parameters:
-        table ``[H | 1, N]`` for methods 1 and 2, ``[H | 1, D, N]`` for 3, all ones at first;
-        ``[H | 1, D, N]`` for 4, zero at first. So a fresh table changes nothing.
+        table ``[H | 1, N]`` for methods 1 and 2, ``[H | 1, D, N]`` for method 3, initialised to
+        ones; ``[H | 1, D, N]`` for method 4, initialised to zeros. So outputs stay the same.
     """
 
     spec: Huang
@@ -72,14 +72,14 @@ class HuangRPE(TableEncoding):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Fill the table with ones or zeros, after construction on the meta device as well."""
+        """Fill the table with ones or zeros; call it after ``to_empty`` on the meta device."""
         nn.init.constant_(self.table, 0.0 if self.spec.method == 4 else 1.0)
 
     def terms(self, geometry: Geometry) -> tuple[Term, ...]:
         buckets = self.buckets(geometry)
         if self.spec.method <= 3:
             return (Term("channels" if self.spec.method == 3 else "gain", self.table, buckets),)
-        # A key term is by offsets key - query: the same vector is at the opposite offset.
+        # A key term uses offsets key - query, so the table is mirrored.
         size = self.function.size
         mirrored = torch.cat((self.table[..., :size].flip(-1), self.table[..., size:]), -1)
         return Term("query", self.table, buckets), Term("key", mirrored, buckets)

@@ -30,10 +30,10 @@ class Learned(Spec):
     """A learned vector for each position, added at a model's input.
 
     Args:
-        length: positions in the table, 0 to length - 1.
-        interpolate: how the table is interpolated ``to`` more positions, see
-            ``irpe.interpolate``: ``left``, ``corners`` or ``half_pixel``.
-        to: number of positions after that.
+        length: number of positions in the table, from 0.
+        interpolate: ``left``, ``corners`` or ``half_pixel``: how the table is interpolated to
+            ``to`` positions, see ``irpe.interpolate``.
+        to: number of positions after interpolation.
     """
 
     names = {"learned": {}}
@@ -47,7 +47,7 @@ class Learned(Spec):
     def check(self) -> None:
         if (self.interpolate is None) != (self.to is None):
             raise IrpeError(
-                f"interpolate={self.interpolate} and to={self.to} go together, "
+                f"interpolate={self.interpolate} and to={self.to}: give both or none, "
                 "as in interpolate=left,to=2048"
             )
         if self.to is not None and self.to < self.length:
@@ -61,7 +61,7 @@ class LearnedEmbedding(Encoding):
     """A table of vectors added to the tokens at a model's input; prefix tokens get none.
 
     Parameters:
-        weight ``[length, C]``, drawn from N(0, 0.02).
+        weight ``[length, C]``, normal with standard deviation 0.02 at first.
     """
 
     spec: Learned
@@ -73,11 +73,11 @@ class LearnedEmbedding(Encoding):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the table, after construction on the meta device as well."""
+        """Draw the table; call it after ``to_empty`` if it was built on the meta device."""
         nn.init.normal_(self.weight, std=0.02)
 
     def table(self) -> Tensor:
-        """Return the rows of all positions, interpolated where the spec says so."""
+        """Return the rows of all positions, interpolated if the spec has ``interpolate``."""
         if self.spec.interpolate is None or self.spec.to is None:
             return self.weight
         return interpolate(self.weight, self.spec.to, self.spec.interpolate)
@@ -115,24 +115,23 @@ def interpolate(table: Tensor, length: int, anchor: str = "left") -> Tensor:
     """Return a table of positions for a longer input, by linear interpolation of its rows.
 
     Args:
-        table: ``[N, C]``; the result is differentiable in it.
-        length: rows wanted, at least N.
-        anchor: where row p of the new table lies in the old one, with M = length / N:
+        table: ``[N, C]``; differentiable.
+        length: number of rows of the result, at least N.
+        anchor: the position of new row p in the old table, with M = length / N:
 
-            - ``left``: p / M, so every row of the old table is at M times its position; past the
-              last row there is nothing to interpolate with, and that row is repeated;
-            - ``corners``: p (N - 1) / (length - 1), so both ends stay;
-            - ``half_pixel``: (p + 1/2) / M - 1/2, as images are resized.
+            - ``left``: p / M. Old row n becomes row M n; the last old row is repeated at the end.
+            - ``corners``: p (N - 1) / (length - 1). The first and last rows stay.
+            - ``half_pixel``: (p + 1/2) / M - 1/2, as in image resizing.
 
     Returns:
-        ``[length, C]`` of the table's dtype.
+        ``[length, C]``, dtype of the table.
 
     Raises:
-        IrpeError: for an unknown anchor, or a length below N.
+        IrpeError: if the anchor is unknown, or length is less than N.
     """
     if not isinstance(table, Tensor) or table.dim() != 2 or not table.is_floating_point():
         shape = list(table.shape) if isinstance(table, Tensor) else table
-        raise IrpeError(f"a table of positions is [N, C] of floating point, not {shape!r}")
+        raise IrpeError(f"a table of positions is a floating point [N, C], not {shape!r}")
     rows = table.shape[0]
     if anchor not in ANCHORS:
         raise IrpeError(f"anchor={anchor!r} is not one of {', '.join(ANCHORS)}")
@@ -141,7 +140,7 @@ def interpolate(table: Tensor, length: int, anchor: str = "left") -> Tensor:
     if length == rows:
         return table
     p = torch.arange(length, device=table.device, dtype=torch.int64)
-    # Places as whole numbers of 1 / whole, so that rows that stay, stay exactly.
+    # Integer numerators over ``whole``, so that rows that stay are exact.
     match anchor:
         case "left":
             place, whole = p * rows, length

@@ -1,13 +1,13 @@
-"""LookHere: heads that look in a direction each, with a penalty for distance.
+"""LookHere: attention heads with a direction each, and a distance penalty.
 
 ::
 
     lookhere
     lookhere,fov=180,slope=2.5
 
-``logit -= slope m[h] |d|`` for keys inside of the field of view of head h; keys outside are hidden.
-The last third of the heads has no direction. Nothing is learned, and nothing is added at the input.
-The authors let ``slope`` fall from 3 in the first layer to 1 in the last one::
+``logit -= slope m[h] |d|`` for keys in the field of view of head h; other keys are masked. The last
+third of the heads has no direction. There are no parameters. In the paper ``slope`` decreases from
+3 in the first layer to 1 in the last one::
 
     irpe.attach(model, {f"blocks.{n}.attn": f"lookhere,slope={3 - 2 * n / 11}" for n in range(12)})
 
@@ -29,9 +29,8 @@ from ..spec import LayerSize, Spec
 from ..terms import Term
 from .base import Encoding, register
 
-HIDDEN = -30000.0  # a weight of 0 after the softmax, and a number in float16
-# (row, column) of directions, in the authors' order of heads: up, down, left, right, and the
-# diagonals.
+HIDDEN = -30000.0  # probability 0 after the softmax; finite in float16
+# Directions (row, column) of the heads, in the authors' order: up, down, left, right, diagonals.
 SIDES = ((-1, 0), (1, 0), (0, -1), (0, 1))
 DIAGONALS = ((-1, 1), (-1, -1), (1, 1), (1, -1))
 
@@ -39,17 +38,18 @@ DIAGONALS = ((-1, 1), (-1, -1), (1, 1), (1, -1))
 @register
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LookHere(Spec):
-    """Directed heads with a penalty for distance (Fuller et al., NeurIPS 2024).
+    """Directed heads with a distance penalty (Fuller et al., NeurIPS 2024).
 
     Args:
-        fov: degrees of the field of view of a directed head, ``180``, ``90`` or ``45``.
-        slope: of the layer; heads multiply it by 1/2 (directed), or 1/4, 1/16, 1/64, 1/256.
+        fov: field of view of a directed head, in degrees: ``180``, ``90`` or ``45``.
+        slope: slope of the layer; directed heads multiply it by 1/2, the others by 1/4, 1/16, 1/64
+            or 1/256.
     """
 
     names = {"lookhere": {}}
     axes = (2,)
     examples = (
-        ("lookhere", "logit - s m[h] |d|, in view of h", "image; tested larger than trained"),
+        ("lookhere", "logit - s m[h] |d|, in view of h", "image; for larger images than trained"),
     )
 
     fov: str = choice("90", "180", "90", "45")
@@ -60,7 +60,7 @@ class LookHere(Spec):
 
 
 class DirectedBias(Encoding):
-    """A bias term with a table that is fixed. It has no parameters."""
+    """A bias term with a constant table. It has no parameters."""
 
     spec: LookHere
     anchor: Tensor
@@ -68,7 +68,7 @@ class DirectedBias(Encoding):
     def __init__(self, spec: LookHere, size: LayerSize) -> None:
         super().__init__()
         self.spec, self.num_heads = spec, size.num_heads
-        # Holds the module's device and dtype.
+        # Stores the module's device and dtype.
         self.register_buffer("anchor", torch.empty(0, **size.made), persistent=False)
 
     def terms(self, geometry: Geometry) -> tuple[Term, ...]:
@@ -94,7 +94,7 @@ class DirectedBias(Encoding):
 def penalties(spec: LookHere, num_heads: int, bound: int) -> Tensor:
     """Return the bias ``[H, (2 bound + 1)^2]`` of all offsets query - key, float64 on the CPU."""
     steps = torch.arange(-bound, bound + 1, dtype=torch.float64, device="cpu")
-    # From the query to the key.
+    # Offsets key - query.
     rows, columns = (-x.flatten() for x in torch.meshgrid(steps, steps, indexing="ij"))
     far = (rows * rows + columns * columns).sqrt()
     undirected = num_heads // 3 if num_heads > 2 else 0
@@ -108,7 +108,7 @@ def penalties(spec: LookHere, num_heads: int, bound: int) -> Tensor:
 
 
 def views(fov: str, rows: Tensor, columns: Tensor) -> list[Tensor]:
-    """Return for each of eight directions which keys are in view, by their place from the query."""
+    """Return masks of the keys in view for eight directions, of offsets key - query."""
     halves = [rows * y + columns * x >= 0 for y, x in (*SIDES, *DIAGONALS)]
     quarters = [rows * y + columns * x >= (rows * x + columns * y).abs() for y, x in SIDES]
     up, down, left, right = halves[:4]

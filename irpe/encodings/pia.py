@@ -1,7 +1,7 @@
-"""Position-infused attention: sinusoids in queries and keys, never in values.
+"""Position-infused attention: sinusoids in queries and keys, not in values.
 
-``Wq (x_i + p[i])`` and ``Wk (x_j + p[j])`` in each layer. Layer inputs so carry no position, and
-can be cached and given new positions.
+``Wq (x_i + p[i])`` and ``Wk (x_j + p[j])`` in each layer. Layer inputs contain no positions, so
+they can be cached and reused at other positions.
 
 Source: Press et al., Shortformer, 2021, arXiv 2012.15832.
 """
@@ -22,8 +22,8 @@ from .sinusoidal import Waves
 class PIA(Spec):
     """Position-infused attention (Press et al., 2021, arXiv 2012.15832).
 
-    Sinusoids are added to the inputs of the query and the key projection in each layer, never to
-    the values.
+    Sinusoids are added to the inputs of the query and key projections of each layer, not to the
+    values.
 
     Args:
         form: see ``Sinusoidal``.
@@ -31,7 +31,7 @@ class PIA(Spec):
     """
 
     names = {"pia": {}}
-    examples = (("pia", "Wq (x + p[i]), Wk (x + p[j])", "never in values"),)
+    examples = (("pia", "Wq (x + p[i]), Wk (x + p[j])", "not in values"),)
 
     form: str = choice("fairseq", "paper", "fairseq")
     base: float = number(10000.0, most=1e12)
@@ -41,11 +41,10 @@ class PIA(Spec):
 
 
 class PositionInfused(Waves):
-    """Sinusoids added to the inputs of the query and the key projection.
+    """Sinusoids added to the inputs of the query and key projections.
 
-    Where keys are cached tokens, the geometry says the positions they have now. A projection is
-    linear, so a cache may hold projected inputs and add projected ``waves``: Wk (y + p) = Wk y +
-    Wk p.
+    The geometry has the current positions of cached keys. A projection is linear, so a cache may
+    store projected inputs and add projected ``waves``: Wk (y + p) = Wk y + Wk p.
     """
 
     def inputs(self, xq: Tensor, xk: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from ..spec import LayerSize, Spec
 from .base import Encoding, register
 from .rotation import LAYOUTS, Rotary, powers
 
-# Of each scaling: the options that it needs, and those that it takes.
+# The required and the optional options of each scaling.
 SCALINGS = {
     "linear": ("factor", ""),
     "ntk": ("factor", ""),
@@ -39,26 +39,28 @@ _OPTIONS = sorted({name for pair in SCALINGS.values() for part in pair for name 
 class Rope(Spec):
     """Rotary position embedding (Su et al., 2021, arXiv 2104.09864).
 
-    Options of the scaling have the names that they have in transformers' configurations.
+    Options of the scaling have the same names as in transformers' configurations.
 
     Args:
-        layout: which channels are a pair: ``interleaved`` (2t, 2t + 1), as in the paper, or
-            ``half`` (t, t + D/2), as in Llama.
-        base: of the frequencies base ** (-2t / D).
-        fraction: the part of the head's channels that is rotated, the first ones.
-        scaling: of frequencies, to longer contexts: ``linear`` (position interpolation), ``ntk`` (a
-            larger base), ``dynamic`` (ntk whose base grows with the text), ``yarn`` (Peng et al.,
-            2023), ``llama3`` or ``longrope`` (Ding et al., 2024). With ``dynamic`` and ``longrope``
-            frequencies depend on the largest position, so the encoding is not relative.
-        factor: of the scaling, at least 1.
-        original: the length trained at; for ``dynamic``, ``yarn``, ``llama3`` and ``longrope``.
-        attention_factor: of cosines and sines; for ``yarn`` and ``longrope``. None: by the paper.
-        beta_fast: turns over the original length from which ``yarn`` keeps a frequency.
-        beta_slow: turns below which ``yarn`` divides it by the factor.
-        low_freq_factor: turns below which ``llama3`` divides a frequency by the factor.
-        high_freq_factor: turns from which ``llama3`` keeps it.
-        short_factor: R / 2 divisors of the frequencies up to the original length, ``longrope``.
-        long_factor: R / 2 divisors in longer texts.
+        layout: the pairs of channels: ``interleaved`` (2t, 2t + 1), as in the paper, or ``half``
+            (t, t + D/2), as in Llama.
+        base: base of the frequencies base ** (-2t / D).
+        fraction: fraction of the channels that is rotated; the first channels are.
+        scaling: scaling of the frequencies for longer contexts: ``linear`` (position
+            interpolation), ``ntk`` (a larger base), ``dynamic`` (ntk with a base that increases
+            with the length), ``yarn`` (Peng et al., 2023), ``llama3`` or ``longrope`` (Ding et al.,
+            2024). With ``dynamic`` and ``longrope`` frequencies depend on the largest position, so
+            the encoding is not relative.
+        factor: factor of the scaling, at least 1.
+        original: the training length; for ``dynamic``, ``yarn``, ``llama3`` and ``longrope``.
+        attention_factor: factor of cosines and sines; for ``yarn`` and ``longrope``. None: as in
+            the paper.
+        beta_fast: ``yarn`` keeps frequencies of at least this many turns over the original length.
+        beta_slow: ``yarn`` divides frequencies of fewer turns by the factor.
+        low_freq_factor: ``llama3`` divides frequencies of fewer turns by the factor.
+        high_freq_factor: ``llama3`` keeps frequencies of at least this many turns.
+        short_factor: R / 2 divisors of the frequencies up to the original length; ``longrope``.
+        long_factor: R / 2 divisors for longer texts; ``longrope``.
     """
 
     names = {"rope": {}}
@@ -87,10 +89,10 @@ class Rope(Spec):
             if (value is None and name in needed) or (
                 value is not None and name not in (*needed, *optional)
             ):
-                what = f"needs {' and '.join(needed)}" if needed else "is not given"
+                what = f"needs {' and '.join(needed)}" if needed else "takes no options"
                 what += f" and takes {', '.join(optional)}" if optional else ""
                 raise IrpeError(
-                    f"{name}={value} does not go with scaling={self.scaling}, which {what}: "
+                    f"{name}={value} is not allowed with scaling={self.scaling}, which {what}: "
                     "as in scaling=yarn,factor=4,original=2048"
                 )
         if self.factor is not None and self.factor < 1.0:
@@ -100,13 +102,15 @@ class Rope(Spec):
             raise IrpeError("scaling=longrope needs attention_factor, or factor and original=2")
         slow, fast = self._turns
         if slow >= fast:
-            raise IrpeError(f"{slow:g} turns for low frequencies are not below {fast:g} for high")
+            raise IrpeError(
+                f"{slow:g} turns of low frequencies must be below {fast:g} of high ones"
+            )
 
     def build(self, size: LayerSize) -> dict[str, Encoding]:
         return {"rope": Rotary(self, size)}
 
     def rotated(self, head_dim: int) -> int:
-        """Return R, how many of a head's channels are rotated; raise IrpeError for an odd one."""
+        """Return R, the number of rotated channels of a head; raise IrpeError if it is odd."""
         channels = self.fraction * head_dim
         width = round(channels)
         if abs(channels - width) > 1e-6 * head_dim or width % 2 or width < 2:
@@ -123,7 +127,7 @@ class Rope(Spec):
 
     @property
     def _turns(self) -> tuple[float, float]:
-        """Turns over the original length of slow and of fast frequencies."""
+        """Turns over the original length of slow and fast frequencies."""
         if self.scaling == "llama3":
             return self.low_freq_factor or 1.0, self.high_freq_factor or 4.0
         return self.beta_slow or 1.0, self.beta_fast or 32.0
@@ -133,7 +137,7 @@ class Rope(Spec):
 
         Args:
             head_dim: D.
-            length: the largest position plus 1, a number; None: at most ``original``.
+            length: the largest position plus 1, a scalar; None: at most ``original``.
         """
         width, factor, original = self.rotated(head_dim), self.factor or 1.0, self.original or 1
         found = powers(self.base, width // 2)
@@ -152,8 +156,7 @@ class Rope(Spec):
                 steps = torch.arange(width // 2, dtype=torch.float64, device=length.device)
                 found = found.to(length.device) * (-2 * grown * steps / (width - 2)).exp()
             case "yarn":
-                # The first and the last plane that are blended.
-                first, last = (
+                first, last = (  # planes to blend
                     width * math.log(original / (2 * math.pi * n)) / (2 * math.log(self.base))
                     for n in (fast, slow)
                 )

@@ -1,4 +1,4 @@
-"""Axial rotary embedding of images and videos: each axis rotates a part of the channels.
+"""Axial rotary embedding of images and videos: each axis rotates part of the channels.
 
 ::
 
@@ -7,11 +7,11 @@
     rope-axial,layout=half,coords=separate,rescale=2
 
 Images: half of the channels by rows, half by columns. Videos: a third each by frames, rows and
-columns; channels that three axes leave over are not rotated.
+columns; the remaining channels are not rotated.
 
-With ``coords`` other than ``patches``, positions are fractions of the grid, as in DINOv3: patch
-centres in [-1, 1], and ``2 pi`` in the frequencies. In training mode these are moved, the same way
-in all layers that get the same grid, as those of an attached model do in each step::
+With ``coords`` other than ``patches``, positions are patch centres in [-1, 1], as in DINOv3, and
+frequencies are multiplied by 2 pi. In training mode, ``shift``, ``jitter`` and ``rescale`` move
+them at random, in the same way in all layers that get the same geometry::
 
     c = ((2 (p + 1/2) / n - 1) + s) j r      s in [-shift, shift] and ln j in +-ln jitter by axis,
                                              ln r in +-ln rescale for all
@@ -37,19 +37,19 @@ from .rotation import LAYOUTS, Rotary, powers
 @register
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeAxial(Spec):
-    """A part of the channels rotated by each axis (Heo et al., ECCV 2024).
+    """Rotations by each axis, of part of the channels (Heo et al., ECCV 2024).
 
     Args:
         layout: see ``Rope``.
-        base: of the frequencies base ** (-4t / D), for videos base ** (-t / (D // 6)).
-        order: the axes of the parts: ``yx`` (rows first, as in timm; frames before them) or ``xy``
-            (columns first, as in the authors' code; frames last).
-        coords: what is multiplied with the frequencies: ``patches`` (their integer positions), or
-            centres of patches from -1 to 1, with all sides divided by their own length
-            (``separate``), by the longest one (``max``) or by the shortest one (``min``).
-        shift: the largest distance by which a training step moves these.
-        jitter: the largest factor, for each axis, of a training step; at least 1.
-        rescale: the largest factor, for all axes, of a training step; at least 1.
+        base: base of the frequencies base ** (-4t / D); for videos base ** (-t / (D // 6)).
+        order: order of the parts: ``yx`` ((frames,) rows, columns, as in timm) or ``xy`` (columns,
+            rows (, frames), as in the authors' code).
+        coords: the positions: ``patches`` (integers), or patch centres in [-1, 1], divided by the
+            length of each side (``separate``), the longest (``max``) or the shortest side
+            (``min``).
+        shift: largest random shift of an axis in a training step.
+        jitter: largest random factor of an axis in a training step, at least 1.
+        rescale: largest random factor of all axes in a training step, at least 1.
     """
 
     names = {"rope-axial": {}}
@@ -73,16 +73,16 @@ class RopeAxial(Spec):
             if value is not None and self.coords == "patches":
                 raise IrpeError(f"{name}={value:g} needs coords=separate, max or min")
             if value is not None and name != "shift" and value < 1.0:
-                raise IrpeError(f"{name}={value:g} is a largest factor, at least 1")
+                raise IrpeError(f"{name}={value:g} must be at least 1")
 
     def build(self, size: LayerSize) -> dict[str, Encoding]:
         return {"rope": AxialRotary(self, size)}
 
     def frequencies(self, head_dim: int, axes: int = 2) -> tuple[Tensor, float]:
-        """Return radians per step of each axis ``[A, R / 2]``, and the factor 1."""
+        """Return radians per position of each axis ``[A, R / 2]``, and the factor 1."""
         if axes not in self.axes:
             raise IrpeError(f"axes={axes}: {self} takes positions of 2 or 3 numbers")
-        each = head_dim // (2 * axes)  # planes of an axis
+        each = head_dim // (2 * axes)  # pairs of channels for each axis
         if head_dim % (4 if axes == 2 else 2) or not each:
             needed = "a multiple of 4" if axes == 2 else "even and at least 6 on 3 axes"
             raise IrpeError(f"{self} needs a head_dim that is {needed}, not {head_dim}")
@@ -93,7 +93,7 @@ class RopeAxial(Spec):
 
     @property
     def moves(self) -> bool:
-        """Whether positions are moved while training."""
+        """Whether positions are moved in training mode."""
         return any(x is not None for x in (self.shift, self.jitter, self.rescale))
 
     def move(self, axes: int, device: torch.device) -> Tensor:
@@ -137,7 +137,7 @@ class AxialRotary(Rotary):
 
 
 class _Step:
-    """How one training step moves the positions, and which modules have used it."""
+    """The move of one training step, and the modules that have used it."""
 
     def __init__(self, module: AxialRotary, axes: int, device: torch.device) -> None:
         self.move, self.first = module.spec.move(axes, device), id(module)
@@ -145,22 +145,21 @@ class _Step:
 
 
 def step_of(module: AxialRotary, geometry: Geometry, device: torch.device) -> Tensor:
-    """Return the move ``[2, A]`` of the training step that a module is called in.
+    """Return the move ``[2, A]`` of the current training step, see ``RopeAxial.move``.
 
-    It is kept with the geometry, for other layers that get the same one and for recomputation in a
-    backward pass; a step ends when a module is called again. It comes from torch's random numbers,
-    as dropout does.
+    The geometry stores it, for other layers with the same geometry and for recomputation in a
+    backward pass. A step ends when a module is called again.
     """
     held: dict[RopeAxial, _Step] = vars(geometry).setdefault("_steps", {})
     step = held.get(module.spec)
     if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
         if step is None:
             raise IrpeError(
-                f"{module.spec} draws how positions move once a step, and this layer is "
-                f"recomputed with a new {geometry!r}: make it outside of what is recomputed"
+                f"{module.spec} moves positions once a step, and this layer is recomputed with a "
+                f"new {geometry!r}: create it outside the recomputed function"
             )
         if step.first == id(module):
-            module.spec.move(geometry.axes, device)  # draws the same random numbers as before
+            module.spec.move(geometry.axes, device)  # keeps the random state as in the first run
         return step.move
     if step is None or id(module) in step.users:
         step = held[module.spec] = _Step(module, geometry.axes, device)

@@ -1,4 +1,4 @@
-"""Mixed rotary embedding of images: learned frequencies along all axes, for each head.
+"""Mixed rotary embedding of images and videos: learned frequencies of all axes, for each head.
 
 ::
 
@@ -28,7 +28,7 @@ class RopeMixed(Spec):
 
     Args:
         layout: see ``Rope``.
-        base: frequencies start as base ** (-4t / D), in random directions.
+        base: frequencies are initialised to base ** (-4t / D), in random directions.
     """
 
     names = {"rope-mixed": {}}
@@ -46,8 +46,8 @@ class MixedRotary(Encoding):
     """Queries and keys rotated by learned frequencies.
 
     Parameters:
-        frequencies ``[A, H, D / 2]``: radians per row and per column, for videos per frame, row
-        and column. They do not decay.
+        frequencies ``[A, H, D / 2]``, radians per position, by (frame,) row, column; without
+        weight decay.
     """
 
     decays = False
@@ -69,7 +69,7 @@ class MixedRotary(Encoding):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the directions, after construction on the meta device as well."""
+        """Draw the frequencies; call it after ``to_empty`` if built on the meta device."""
         axes, heads, planes = self.frequencies.shape
         if not self.frequencies.is_meta:
             with torch.no_grad():
@@ -85,8 +85,8 @@ class MixedRotary(Encoding):
                 f"build it with axes={geometry.axes}"
             )
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        # Angles at given positions may be large. Those of a whole grid are small: float32 holds
-        # them, and takes less time in every step, since they cannot be cached.
+        # Explicit positions may be large, and need float64. The positions of a grid are small;
+        # float32 is faster, and learned frequencies are recomputed at every step.
         wide = torch.float64 if geometry.explicit and q.device.type != "mps" else dtype
         on_q, on_k = cos_sin(geometry, self.frequencies.transpose(0, 1).to(wide), 1.0, dtype)
         layout = self.spec.layout
@@ -96,8 +96,8 @@ class MixedRotary(Encoding):
 def mixed_frequencies(base: float, head_dim: int, num_heads: int, axes: int = 2) -> Tensor:
     """Return initial frequencies ``[A, H, D / 2]``, in random directions.
 
-    Each head draws an angle; half of its planes have that direction, half the one at a right angle.
-    On three axes it draws three directions at right angles, and each has a third of the planes.
+    Each head has two random orthogonal directions, for half of its channels each; on three axes
+    three directions, for a third of the channels each.
     """
     if axes == 2:
         some = powers(base, head_dim // 4)

@@ -1,8 +1,8 @@
-"""Rotary embeddings: what ``rope``, ``rope-axial`` and ``rope-mixed`` share.
+"""Rotations of queries and keys, for ``rope``, ``rope-axial`` and ``rope-mixed``.
 
-Queries and keys are rotated by their positions, so that their products depend on offsets alone. An
-angle is a position times a frequency, summed over axes. Angles are computed in float64, since they
-are absolute and grow with the position; cosines and sines are float32 or better.
+Queries and keys are rotated by their positions, so that their dot products depend only on offsets.
+An angle is the sum over axes of position times frequency. Angles increase with absolute positions,
+so they are computed in float64; cosines and sines are float32, or float64 for float64 inputs.
 """
 
 from collections.abc import Callable
@@ -23,13 +23,14 @@ LAYOUTS = ("interleaved", "half")
 class Rotary(Encoding):
     """Queries and keys rotated by fixed frequencies (Su et al., 2021; Heo et al., 2024).
 
-    It has no parameters and no buffers. Cosines and sines are computed once for equal geometries
-    and all layers. Prefix tokens are not rotated.
+    It has no parameters and no buffers. Cosines and sines are computed once for all layers and
+    equal geometries. Prefix tokens are not rotated.
 
     Args:
-        spec: with ``layout`` and ``frequencies(head_dim)``, which returns radians per position
-            ``[A, R / 2]`` in float64, and a factor of cosines and sines. Where ``by_length`` is
-            True, it is also given the largest position plus 1.
+        spec: a spec with ``layout`` and ``frequencies(head_dim)``, which returns radians per
+            position ``[A, R / 2]`` in float64, and a factor of cosines and sines. If
+            ``by_length`` is True, its second argument is the largest position plus 1.
+        size: sizes of the layer.
     """
 
     spec: Any
@@ -40,13 +41,13 @@ class Rotary(Encoding):
         self.frequencies(size.axes)  # validates early
 
     def frequencies(self, axes: int, length: Tensor | None = None) -> tuple[Tensor, float]:
-        """Return the spec's frequencies of positions with this many axes, and their factor."""
+        """Return frequencies for positions of ``axes`` numbers, and the factor of the tables."""
         given = () if length is None else (length,)
         made: tuple[Tensor, float] = self.spec.frequencies(self.head_dim, *given)
         return made
 
     def tables(self, geometry: Geometry, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``cos_sin`` on the device of a tensor, in float64 for a float64 one."""
+        """Return ``cos_sin`` on the device of ``like``; float64 if ``like`` is, else float32."""
         key = ("rotary", self.spec, self.head_dim, like.device, like.dtype == torch.float64)
         tables: tuple[Tensor, Tensor] = geometry.remember(key, lambda: self.compute(geometry, like))
         return tables
@@ -67,7 +68,7 @@ class Rotary(Encoding):
         return cos_sin(geometry, frequencies.to(like.device, wide), factor, dtype, place)
 
     def coordinates(self, positions: Tensor, geometry: Geometry, move: Tensor | None) -> Tensor:
-        """Return what frequencies are multiplied with, ``[(B,) L', A]``, of positions."""
+        """Return the coordinates ``[(B,) L', A]`` of positions, to multiply with frequencies."""
         return positions
 
     def transform(self, q: Tensor, k: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
@@ -81,7 +82,7 @@ class Rotary(Encoding):
 
 
 def _length(geometry: Geometry, device: torch.device) -> Tensor:
-    """The largest position plus 1, a float64 number; of no positions 0."""
+    """Return the largest position plus 1 as a scalar; 0 if there are no positions."""
     wide = torch.float32 if device.type == "mps" else torch.float64
     ends = [p.amax().to(wide) + 1 for p in geometry.positions(device) if p.numel()]
     return torch.stack(ends).amax() if ends else torch.zeros((), dtype=wide, device=device)
@@ -102,19 +103,23 @@ def cos_sin(
     """Return cosines and sines of queries and of keys, times a factor.
 
     Args:
-        frequencies: radians per position, ``[A, R / 2]`` or ``[H, A, R / 2]``; angles are computed
-            in their dtype.
-        place: from positions to what is multiplied with frequencies.
+        geometry: the positions.
+        frequencies: radians per position, ``[A, R / 2]`` or ``[H, A, R / 2]``; angles have their
+            dtype.
+        factor: factor of cosines and sines.
+        dtype: dtype of the result.
+        place: maps positions to the coordinates that frequencies are multiplied with.
 
     Returns:
-        ``[2, L, R / 2]``, ``[2, H, L, R / 2]`` or ``[2, B, 1 | H, L, R / 2]``, and with S.
+        Cosines and sines of queries, ``[2, L, R / 2]``, ``[2, H, L, R / 2]`` or
+        ``[2, B, 1 | H, L, R / 2]``; those of keys, with S for L.
     """
 
     def side(positions: Tensor, prefix: int) -> Tensor:
         placed = place(positions.to(frequencies.dtype))
         if placed.dim() == 3:
             placed = placed.unsqueeze(1)  # [B, 1, L, A]
-        # A sum over axes and no product of matrices, which autocast would round.
+        # A sum over axes, not a matrix product, which autocast would round.
         turned = placed.unsqueeze(-1) * frequencies.unsqueeze(-3)
         angles = nn.functional.pad(turned.sum(-2), (0, 0, prefix, 0))
         return (torch.stack((angles.cos(), angles.sin())) * factor).to(dtype)
@@ -134,7 +139,7 @@ def check_sizes(
     head_dim: int,
     heads: int | None = None,
 ) -> None:
-    """Raise IrpeError for tensors or positions that do not fit a rotary encoding."""
+    """Raise IrpeError if tensors or positions do not fit a rotary encoding."""
     spec = encoding.spec
     if not isinstance(geometry, Geometry):
         raise IrpeError(f"geometry={geometry!r} is not a geometry: make an irpe.Sequence or Grid")
@@ -142,8 +147,7 @@ def check_sizes(
         other = "rope" if geometry.axes == 1 else "rope-axial or rope-mixed"
         raise IrpeError(
             f"{spec} needs positions of {' or '.join(map(str, spec.axes))} numbers, not of "
-            f"{geometry.axes} as in "
-            f"{geometry!r}: {other} would do"
+            f"{geometry.axes} as in {geometry!r}: use {other}"
         )
     geometry.check(q.shape[0], q.shape[2], k.shape[2])
     for name, x in (("q", q), ("k", k)):
@@ -157,7 +161,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
 
     Args:
         x: ``[B, H, L, D]``; the first R channels are rotated, and rounded once.
-        cos, sin: ``[..., L, R / 2]``, broadcastable to x's first axes, float32 or float64.
+        cos: ``[..., L, R / 2]``, broadcastable to x, float32 or float64.
+        sin: likewise.
         layout: pairs are (2t, 2t + 1) in ``interleaved``, (t, t + R / 2) in ``half``.
     """
     learned = cos.requires_grad or sin.requires_grad
@@ -188,7 +193,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """Saves the table and nothing else: the backward pass rotates the gradient back."""
+    """Saves only cosines and sines: the backward pass rotates the gradient back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, layout: str, back: bool) -> Tensor:

@@ -1,6 +1,6 @@
 """Image relative position encoding (iRPE): bucketed tables on queries, keys and values.
 
-``rpe-{ratio}-{method}-{mode}-{shared}-{on}``, with options behind commas::
+``rpe-{ratio}-{method}-{mode}-{shared}-{on}``, then options separated by commas::
 
     rpe-2.0-product-ctx-1-k
     rpe-2.0-product-ctx-1-k,index=clip,beta=4
@@ -32,8 +32,8 @@ from .base import Encoding, TableEncoding, encodings_of, parse, register
 
 METHODS = ("euc", "quant", "rank", "cross", "product")
 MODES = ("bias", "ctx")
-MOST_BUCKETS = 2**22  # a table of 64 channels then has 1 GiB
-MOST_RANKS = 2**16  # of all distances in a grid of more than 400x400
+MOST_BUCKETS = 2**22  # 1 GiB for a table of 64 channels
+MOST_RANKS = 2**16  # enough for a grid of 400x400
 FORM = "rpe-{ratio}-{method}-{mode}-{shared}-{on}"
 OPTIONS = ("index", "alpha", "beta", "gamma")
 
@@ -52,20 +52,21 @@ class RPE(Spec):
     Args:
         ratio: scales the piecewise index, in patches: alpha = ratio, beta = 2 ratio,
             gamma = 8 ratio (Eq. 18).
-        method: ``euc``, ``quant`` (squared distances, as the authors released it), ``rank`` (ranks
-            of distances, as in the paper's Eq. 20), ``cross`` or ``product``.
+        method: ``euc`` (Euclidean distance), ``quant`` (squared distance, as in the released
+            code), ``rank`` (rank of the distance, as in Eq. 20 of the paper), ``cross`` (one table
+            per axis) or ``product`` (a bucket for each pair of row and column).
         mode: ``bias`` (a scalar for each bucket, Eq. 13) or ``ctx`` (a vector for each bucket,
-            whose dot product with the content is added, Eq. 15).
+            whose dot product with the query or key is added, Eq. 15).
         shared: one table for all heads, or one for each head.
         on: which of the projections ``q``, ``k``, ``v`` are encoded, in this order. ``v`` needs
             mode ``ctx``.
         index: ``piecewise`` (Eq. 18) or ``clip``.
-        alpha: overrides what follows from ``ratio``.
+        alpha: replaces the value that follows from ``ratio``.
         beta: likewise.
         gamma: likewise.
 
     Raises:
-        IrpeError: for any value outside of these.
+        IrpeError: if a value is not allowed.
     """
 
     names = {"rpe": {}}
@@ -75,10 +76,10 @@ class RPE(Spec):
     examples = (
         ("rpe-1.9-product-ctx-1-k", "logit + s q . r[n(d)]", "image; a pair of a row and a column"),
         ("rpe-1.9-product-ctx-1-qkv", "also s k . r'[n(-d)]; v + r''[n(d)]", "on q, k and v"),
-        ("rpe-20.0-cross-ctx-1-k", "logit + s q . (r[n(dy)] + c[n(dx)])", "rows, columns apart"),
+        ("rpe-20.0-cross-ctx-1-k", "logit + s q . (r[n(dy)] + c[n(dx)])", "a table per axis"),
         ("rpe-20.0-euc-ctx-1-k", "logit + s q . r[n(|d|)]", "Euclidean distance, rounded"),
-        ("rpe-33.0-quant-ctx-1-k", "logit + s q . r[n(|d|^2)]", "its square, as released"),
-        ("rpe-33.0-rank-ctx-1-k", "logit + s q . r[n(rank |d|)]", "its rank, as in the paper"),
+        ("rpe-33.0-quant-ctx-1-k", "logit + s q . r[n(|d|^2)]", "its square, the released code"),
+        ("rpe-33.0-rank-ctx-1-k", "logit + s q . r[n(rank |d|)]", "its rank, the paper"),
         ("rpe-2.0-product-bias-0-k", "logit + b[n(d)]", "a number for each bucket"),
     )
 
@@ -105,7 +106,7 @@ class RPE(Spec):
             )
         far = max(beta, gamma) if self.index == "piecewise" else beta
         if self.method == "rank" and far > MOST_RANKS:
-            raise IrpeError(f"{far:g} ranks of distances are counted, more than {MOST_RANKS}")
+            raise IrpeError(f"method rank with {far:g} ranks of distances, more than {MOST_RANKS}")
         if self.index == "piecewise" and not alpha <= beta:
             raise IrpeError(f"alpha={alpha:g} must not exceed beta={beta:g} in {self.write_name()}")
         if self.index == "piecewise" and not alpha < gamma:
@@ -142,7 +143,7 @@ class RPE(Spec):
         methods = AXES[-axes:] if self.method == "cross" else (self.method,)
         ranked = ranks(index.reach) if self.method == "rank" else ()
         if ranked and axes != 2:
-            raise IrpeError(f"{self}: ranks are those of distances in a plane; quant takes 3 axes")
+            raise IrpeError(f"{self}: method rank is for 2 axes only; method quant takes 3 axes")
         made = tuple(ImageBuckets(method, index, ranked, axes) for method in methods)
         if made[0].size > MOST_BUCKETS:
             raise IrpeError(f"{self} on {axes} axes makes {made[0].size} buckets: too many")
@@ -159,10 +160,10 @@ class RPE(Spec):
 class ImageRPE(TableEncoding):
     """One table on the queries, the keys or the values.
 
-    The encoding *on k* (``rpe_k``) is a table whose vectors are multiplied with the **query**, and
-    the one on q with the **key**, by offsets key - query: the names are the paper's (Eq. 16).
+    The names follow the paper (Eq. 16): the vectors of ``rpe_k`` are multiplied with the
+    **query**, and those of ``rpe_q`` with the **key**, by offsets key - query.
 
-    Parameters (zero at first, so that a fresh table changes nothing):
+    Parameters (initialised to zero, so that outputs stay the same):
         lookup_table_bias ``[H | 1, N]`` in mode bias; lookup_table_weight ``[H | 1, D, N]`` in
         mode ctx, ``[H | 1, N, D]`` on the values.
     """
@@ -181,7 +182,7 @@ class ImageRPE(TableEncoding):
 
     @property
     def table(self) -> nn.Parameter:
-        """The one parameter, under either name."""
+        """The parameter; its name depends on the mode."""
         bias = self.spec.mode == "bias"
         return self.lookup_table_bias if bias else self.lookup_table_weight
 
@@ -198,17 +199,20 @@ class ImageRPE(TableEncoding):
         Args:
             x: scaled queries ``[B, H, L, D]`` for rpe_k, scaled keys for rpe_q (transpose the
                 last two axes of the result), probabilities ``[B, H, L, L]`` for rpe_v.
-            height: rows of the grid; the tokens that L has beyond it are prefix tokens.
+            height: rows of the grid; the first L - height * width tokens are prefix tokens.
             width: columns of the grid.
 
         Returns:
             ``[B, H, L, L]`` to add to the logits (bias: ``[1, H | 1, L, L]``); for rpe_v
             ``[B, H, L, D]`` to add to the output.
+
+        Raises:
+            IrpeError: if the grid or x does not fit.
         """
         if height is None or width is None:
             raise IrpeError(
                 f"rpe_{self.on} needs height= and width= of the grid: "
-                f"{x.shape[-2]} tokens do not tell it"
+                f"they do not follow from {x.shape[-2]} tokens"
             )
         prefix = x.shape[-2] - Grid(height, width).query_length
         if prefix < 0:
@@ -235,17 +239,17 @@ class ImageRPE(TableEncoding):
                 f"not {list(x.shape)}"
             )
         if x.dtype != self.table.dtype and not torch.is_autocast_enabled():
-            raise IrpeError(f"x is {x.dtype}, but the table {self.table.dtype}")
+            raise IrpeError(f"x is {x.dtype}, but the table is {self.table.dtype}")
 
     def extra_repr(self) -> str:
         return f"on={self.on}, {super().extra_repr()}"
 
 
 class CrossRPE(Encoding):
-    """Method cross: a table for rows and one for columns, for videos also one for frames, summed.
+    """Method cross: the sum of a table for rows, one for columns and, for videos, one for frames.
 
     Args:
-        tables: of the axes, the slowest first.
+        tables: in the order (frames,) rows, columns.
     """
 
     rp_rows: ImageRPE
@@ -270,7 +274,7 @@ def parse_image(spec: str | Spec) -> RPE:
     """Return the spec of an image encoding with buckets; raise IrpeError for any other."""
     parsed = parse(spec)
     if not isinstance(parsed, RPE):
-        raise IrpeError(f"{parsed} is no image encoding {FORM}: irpe.build makes any")
+        raise IrpeError(f"{parsed} is not of the form {FORM}: irpe.build builds other encodings")
     return parsed
 
 
@@ -283,18 +287,21 @@ def build_rpe(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Encoding | None, Encoding | None, Encoding | None]:
-    """Build an image encoding in the original's form.
+    """Build an image encoding with the interface of the authors' code.
 
     Args:
         spec: the encoding, ``rpe-...``.
         head_dim: D.
-        num_heads: H, the query heads.
+        num_heads: H, number of query heads.
         prefix: number of prefix tokens (class token, registers) before the patches.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Returns:
-        (rpe_q, rpe_k, rpe_v), None where the spec does not ask for one.
+        (rpe_q, rpe_k, rpe_v); None for those that are not in the spec.
+
+    Raises:
+        IrpeError: if the spec is not of the form ``rpe-...``.
     """
     sizes: dict[str, Any] = {"num_heads": num_heads, "head_dim": head_dim, "prefix": prefix}
     made = parse_image(spec).build(LayerSize(dim=1, **sizes, device=device, dtype=dtype))

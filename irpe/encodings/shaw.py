@@ -27,9 +27,9 @@ class Shaw(Spec):
     """Vectors of relative positions (Shaw et al., 2018, arXiv 1803.02155).
 
     Args:
-        clip: distances from this one on share a vector: 2 clip + 1 of them.
-        on: ``k`` (the vector is added to the key) or ``kv`` (another one is added to the value).
-        shared: one table for all heads, or one for each.
+        clip: distances of at least ``clip`` share a vector; there are 2 clip + 1 vectors.
+        on: ``k`` (vectors are added to keys) or ``kv`` (others are added to values too).
+        shared: one table for all heads, or one for each head.
     """
 
     names = {"shaw": {}}
@@ -45,9 +45,9 @@ class Shaw(Spec):
 
 
 class ShawRPE(TableEncoding):
-    """A vector for each clipped offset is added to the key, and another one to the value.
+    """Vectors of clipped offsets, added to keys and values.
 
-    Parameters (zero at first):
+    Parameters (initialised to zero):
         table_k ``[H | 1, D, N]``, multiplied with the query; with on=kv table_v ``[H | 1, N, D]``.
     """
 

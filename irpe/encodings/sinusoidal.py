@@ -28,9 +28,9 @@ class Sinusoidal(Spec):
     """Sinusoids added at a model's input.
 
     Args:
-        form: ``paper`` (Vaswani et al., 2017: sine and cosine by turns, base ** (-2t / C)) or
+        form: ``paper`` (Vaswani et al., 2017: alternating sines and cosines, base ** (-2t / C)) or
             ``fairseq`` (all sines, then all cosines, base ** (-t / (C / 2 - 1))).
-        base: of the frequencies.
+        base: base of the frequencies.
     """
 
     names = {"sinusoidal": {}}
@@ -45,7 +45,7 @@ class Sinusoidal(Spec):
 
 
 class Waves(Encoding):
-    """Sinusoids by position, for ``sinusoidal`` and ``pia``. They have no parameters."""
+    """Sinusoids of positions, for ``sinusoidal`` and ``pia``. They have no parameters."""
 
     spec: Any
 
@@ -54,7 +54,7 @@ class Waves(Encoding):
         self.spec, self.dim = spec, size.dim
 
     def waves(self, geometry: Geometry, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return sinusoids of queries ``[(B,) L, C]`` and keys ``[(B,) S, C]``, zeros for prefixes.
+        """Return sinusoids of queries ``[(B,) L, C]`` and keys ``[(B,) S, C]``; 0 for prefixes.
 
         Device and dtype are those of ``like``.
         """
@@ -88,7 +88,7 @@ class SinusoidalEmbedding(Waves):
 def sinusoids(positions: Tensor, dim: int, form: str, base: float, dtype: torch.dtype) -> Tensor:
     """Return sinusoids ``[..., L, C]`` of positions ``[..., L]``, see ``Sinusoidal``.
 
-    In ``fairseq``'s form an odd last channel is 0.
+    In form ``fairseq``, the last channel of an odd C is 0.
     """
     wide = torch.float32 if positions.device.type == "mps" else torch.float64
     planes = (dim + 1) // 2 if form == "paper" else dim // 2
@@ -104,7 +104,7 @@ def sinusoids(positions: Tensor, dim: int, form: str, base: float, dtype: torch.
 
 
 def check_one_axis(spec: Spec, geometry: Geometry) -> None:
-    """Raise IrpeError for what is no geometry of one axis."""
+    """Raise IrpeError if ``geometry`` is not a geometry with one axis."""
     if not isinstance(geometry, Geometry):
         raise IrpeError(f"geometry={geometry!r} is not a geometry: make an irpe.Sequence")
     if geometry.axes != 1:

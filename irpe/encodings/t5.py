@@ -1,4 +1,4 @@
-"""T5's bias: one number for each head and bucket of distances. ``logit + b[h, n(i - j)]``.
+"""T5's bias: a scalar for each head and bucket of distances. ``logit + b[h, n(i - j)]``.
 
 ::
 
@@ -31,10 +31,10 @@ class T5(Spec):
     """A bias for each head and bucket of distances (Raffel et al., 2020, arXiv 1910.10683).
 
     Args:
-        buckets: number of buckets; half of them each way where both count. Half of those hold one
-            distance, the rest grow with its logarithm.
-        max: distances from this one on share the last bucket.
-        bidirectional: whether later keys have buckets of their own; None: unless the attention is
+        buckets: number of buckets; if bidirectional, half of them for each direction. In each
+            direction, half of the buckets hold one distance each, the others are log-spaced.
+        max: distances of at least ``max`` share the last bucket.
+        bidirectional: whether later keys have separate buckets; None: if the attention is not
             causal.
     """
 
@@ -50,8 +50,8 @@ class T5(Spec):
         exact = self.buckets // (2 if self.bidirectional is False else 4)
         if self.buckets % 4 or self.max <= exact:
             raise IrpeError(
-                f"buckets={self.buckets} and max={self.max} do not go together: buckets is a "
-                f"multiple of 4, and max more than {exact}, the distances that have their own"
+                f"buckets={self.buckets} and max={self.max}: buckets must be a multiple of 4, and "
+                f"max more than {exact}, the number of buckets of one distance"
             )
 
     def build(self, size: LayerSize) -> dict[str, Encoding]:
@@ -63,7 +63,7 @@ class LogBuckets:
     """T5's buckets: a step index of the distance.
 
     Args:
-        index: of distances.
+        index: maps distances to buckets.
         bidirectional: whether later keys are in the upper half of the buckets; else in bucket 0.
     """
 
@@ -90,11 +90,10 @@ def log_buckets(spec: T5, bidirectional: bool) -> LogBuckets:
     exact = count // 2
     if spec.max <= exact:
         raise IrpeError(
-            f"{spec}: max={spec.max} must be more than {exact}, the distances that have a bucket "
-            "of their own"
+            f"{spec}: max={spec.max} must be more than {exact}, the number of buckets of one "
+            "distance"
         )
-    # In float32 and in this order, as T5 computes it: other roundings move distances that fall
-    # between two buckets.
+    # The dtype and order of T5's code: other roundings change the buckets of some distances.
     distances = torch.arange(spec.max + 1, dtype=torch.float32, device="cpu")
     log = torch.log(distances.clamp(min=1e-3) / exact) / math.log(spec.max / exact)
     far = exact + (log * (count - exact)).to(torch.int64)
@@ -105,7 +104,7 @@ def log_buckets(spec: T5, bidirectional: bool) -> LogBuckets:
 class T5Bias(TableEncoding):
     """T5's bias; one module for all layers.
 
-    Parameters (zero at first):
+    Parameters (initialised to zero):
         table ``[H, N]``.
     """
 

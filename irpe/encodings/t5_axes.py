@@ -1,11 +1,11 @@
-"""T5's bias on images and videos: a table of log-spaced buckets for each axis, added up.
+"""T5's bias for images and videos: the sum of a table of log-spaced buckets for each axis.
 
 ::
 
     t5-axes,buckets=32,max=128
 
 ``logit + b_y[h, n(y_i - y_j)] + b_x[h, n(x_i - x_j)]``, for videos also ``b_z`` of frames, with the
-buckets of ``t5``; later keys have buckets of their own.
+bidirectional buckets of ``t5``.
 
 Source: Raffel et al., Exploring the Limits of Transfer Learning, 2020, arXiv 1910.10683, for the
 buckets of an axis.
@@ -29,12 +29,11 @@ from .t5 import T5, LogBuckets, log_buckets
 @register
 @dataclass(frozen=True, slots=True, kw_only=True)
 class T5Axes(Spec):
-    """A bias for each head, axis and bucket of distances, as T5 has it for texts.
+    """A bias for each head, axis and bucket of distances.
 
     Args:
-        buckets: of an axis, half of them each way. Half of those hold one distance, the rest grow
-            with its logarithm.
-        max: distances from this one on share the last bucket.
+        buckets: number of buckets of an axis, see ``T5``.
+        max: distances of at least ``max`` share the last bucket.
     """
 
     names = {"t5-axes": {}}
@@ -48,7 +47,7 @@ class T5Axes(Spec):
     max: int = count(128, always=True)
 
     def check(self) -> None:
-        T5(buckets=self.buckets, max=self.max, bidirectional=True)  # raises what it would
+        T5(buckets=self.buckets, max=self.max, bidirectional=True)  # checks both
 
     def build(self, size: LayerSize) -> dict[str, Encoding]:
         if size.axes not in self.axes:
@@ -61,8 +60,8 @@ class AxisBuckets:
     """T5's buckets of one axis of several.
 
     Args:
-        buckets: of the axis.
-        axis: which one.
+        buckets: the bucket function of the axis.
+        axis: index of the axis.
     """
 
     buckets: LogBuckets
@@ -81,7 +80,7 @@ class AxisBuckets:
 class AxesBias(Encoding):
     """A bias term of each axis.
 
-    Parameters (zero at first):
+    Parameters (initialised to zero):
         table ``[A, H, N]``: of frames (videos), rows and columns. Pairs with a prefix token have
         no bias.
     """
@@ -97,7 +96,7 @@ class AxesBias(Encoding):
         self.table = nn.Parameter(torch.zeros(shape, **size.made))
 
     def reset_parameters(self) -> None:
-        """Zero the tables, after construction on the meta device as well."""
+        """Zero the tables; call it after ``to_empty`` if they were built on the meta device."""
         nn.init.zeros_(self.table)
 
     def terms(self, geometry: Geometry) -> tuple[Term, ...]:

@@ -1,4 +1,4 @@
-"""Bias tables of windows, as Swin has them: a number for each head and (row, column) offset.
+"""Bias tables of windows, as in Swin: a scalar for each head and (row, column) offset.
 
 Source: Liu et al., Swin Transformer, ICCV 2021, Eq. 4.
 """
@@ -20,8 +20,9 @@ class WindowBuckets:
     """A bucket for each offset in a window, row by row.
 
     Args:
-        height, width: of the window.
-        apart: whether pairs of one prefix token have two buckets of their own, as in BEiT.
+        height: rows of the window.
+        width: columns of the window.
+        apart: whether pairs with a prefix token have two more buckets, as in BEiT.
     """
 
     height: int
@@ -52,27 +53,28 @@ class WindowBuckets:
 def window_terms(
     table: Tensor, geometry: Geometry, window: tuple[int, int] | None = None
 ) -> tuple[Term, ...]:
-    """Return the bias term of a table that has a row for each offset in a window.
+    """Return the bias term of a table with a row for each offset in a window.
 
     Args:
-        table: ``[N, H]`` with N = (2 height - 1) (2 width - 1): prefix tokens have no bias. Or with
-            three more, BEiT's: of a prefix token to patches, of patches to it, of it to itself.
+        table: ``[N, H]`` with N = (2 height - 1) (2 width - 1), without bias for prefix tokens; or
+            with three more rows, as in BEiT: prefix token to patch, patch to prefix token, prefix
+            token to itself.
         geometry: positions in the window.
-        window: its height and width; None: the grid's.
+        window: its (height, width); None: those of the grid.
     """
     if not isinstance(geometry, Grid):
-        raise IrpeError(f"a bias of windows needs the size of a grid, not {geometry!r}")
+        raise IrpeError(f"a window bias needs the size of a grid, not {geometry!r}")
     grid = (geometry.height, geometry.width)
     height, width = window or grid
     if (height, width) != grid:
         raise IrpeError(
             f"the native relative bias is for {height}x{width} patches, and the images have "
-            f"{grid[0]}x{grid[1]}: make the model for their size (img_size=, set_input_size)"
+            f"{grid[0]}x{grid[1]}: set the image size of the model (img_size=, set_input_size)"
         )
     apart = len(table) != (2 * height - 1) * (2 * width - 1)
     if geometry.prefix and not apart:
         table = F.pad(table, (0, 0, 0, 1))
-    # Fused kernels split the buckets of a square into rows and columns.
+    # Fused kernels split the buckets of a square window into rows and columns.
     square = ImageBuckets("product", clip_index(height - 1)) if height == width else None
     function = WindowBuckets(height, width, apart) if apart or square is None else square
     return (Term("bias", table.t(), BucketIds(function, geometry)),)

@@ -1,7 +1,7 @@
 """Save a model with its encodings in one file, and load such files and those of other libraries.
 
-A file of ``irpe.save`` is safetensors. Its metadata holds the specs as JSON under ``irpe``, an
-object ``{path: spec}``, and for timm models the arguments that build them under ``irpe_model``.
+A file of ``irpe.save`` is safetensors. Its metadata has the specs under ``irpe``, a JSON object
+``{path: spec}``, and for timm models the arguments that build them under ``irpe_model``.
 """
 
 from .load import Loaded, load

@@ -1,4 +1,4 @@
-"""Compare the weights of a file with a model, and decide which to load, to resize or to leave."""
+"""Compare the weights of a file with a model, and decide which to load, resize or ignore."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -12,7 +12,7 @@ from .resize import resized_positions
 
 PARTS = ("head", "positions", "tables")
 _SHOWN = 3
-# Attribute names of the built-in encodings, to recognise tables that a model has no module for.
+# Attribute names of the built-in encodings, to recognise tables without a module in the model.
 _TABLE = re.compile(r"(^|\.)(rpe_[qkv]|rope|alibi|t5|shaw|huang|pia|sinusoidal|learned)\.")
 # Absolute embeddings, and native relative biases whose size depends on the image size.
 _POSITION = re.compile(r"(^|[._])pos(ition)?([._]|$)")
@@ -32,7 +32,7 @@ class Fit:
         fresh: names that keep the model's values.
         ignored: names that only the file has.
         wrong: names that do not match, by reason.
-        needed: the parts to which ``wrong`` belongs; None if some names belong to none.
+        needed: the parts of the names in ``wrong``; contains None if a name has no part.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class Fit:
 
 
 def parts_of(differ: str | Iterable[str]) -> frozenset[str]:
-    """Return the parts that ``differ`` names, as ``"head, tables"`` or ``("head", "tables")``."""
+    """Return the parts in ``differ``: ``"head, tables"`` or ``("head", "tables")``."""
     names = differ.replace(",", " ").split() if isinstance(differ, str) else list(differ)
     for name in names:
         if name not in PARTS:
@@ -54,7 +54,7 @@ def parts_of(differ: str | Iterable[str]) -> frozenset[str]:
 
 
 def table_names(model: nn.Module) -> dict[str, str]:
-    """Return the names of all tables in a state dict, each with the path of its attention."""
+    """Return the names of all tables of a model, each with the path of its attention module."""
     found = {}
     for path, module in model.named_modules():
         if isinstance(module, Encoding):
@@ -64,7 +64,7 @@ def table_names(model: nn.Module) -> dict[str, str]:
 
 
 def lost_tables(weights: Iterable[str], own: Mapping[str, Tensor]) -> list[str]:
-    """Return the names that look like tables of an encoding and that a model does not have."""
+    """Return the names of tables of encodings that are not in the model's state dict ``own``."""
     return [name for name in weights if name not in own and _TABLE.search(name)]
 
 
@@ -75,12 +75,14 @@ def fit(
     others: Collection[str] = (),
     size: tuple[int, int] | None = None,
 ) -> Fit:
-    """Compare weights with a model's.
+    """Compare weights with those of a model.
 
     Args:
-        parts: what may differ, see ``irpe.load``.
-        others: paths of attention modules whose tables in the file are of another encoding.
-        size: height and width of the file's images in pixels, where known.
+        model: the model.
+        weights: the weights of a file.
+        parts: the parts that may differ, see ``irpe.load``.
+        others: paths of attention modules with another encoding in the file.
+        size: height and width of the file's images in pixels, if known.
     """
     own = model.state_dict()
     kinds = _Kinds(model, own)
@@ -120,7 +122,7 @@ def fit(
 
 
 def differences(wrong: Mapping[str, list[str]], shown: int = _SHOWN) -> str:
-    """Return the number of names and the first ones of each kind of difference, as text."""
+    """Return the number of names and the first names of each kind of difference, as text."""
     texts = []
     for reason, names in wrong.items():
         more = f" and {len(names) - shown} more" if len(names) > shown else ""
@@ -129,7 +131,7 @@ def differences(wrong: Mapping[str, list[str]], shown: int = _SHOWN) -> str:
 
 
 class _Kinds:
-    """Return the part of a model to which a name belongs."""
+    """The part of a model that each name belongs to."""
 
     def __init__(self, model: nn.Module, own: Mapping[str, Tensor]) -> None:
         self.tables = table_names(model)
@@ -162,7 +164,7 @@ def _reason(given: Tensor | None, own: Tensor) -> str | None:
         return "missing in the file"
     if given.shape != own.shape:
         return "of another shape"
-    # Floating point of another precision is converted.
+    # Other floating point dtypes are converted.
     return None if given.is_floating_point() == own.is_floating_point() else "of another kind"
 
 

@@ -28,8 +28,8 @@ class Loaded:
     """The result of ``irpe.load``.
 
     Args:
-        file: what was loaded.
-        attached: the specs that were attached for it, by path.
+        file: the path that was loaded.
+        attached: the specs that ``irpe.load`` attached, by path.
         taken: names loaded unmodified.
         resized: absolute embeddings loaded at another size.
         fresh: names that keep the model's values.
@@ -59,29 +59,27 @@ class Loaded:
 
 
 def load(model: nn.Module, file: str | Path, *, differ: str | Iterable[str] = ()) -> Loaded:
-    """Attach the encodings that a file names, then load its weights strictly.
-
-    Modules that have the same encoding already keep it.
+    """Attach the encodings of a file, then load its weights strictly.
 
     Args:
-        model: without encodings, or with the same ones.
+        model: a model without encodings, or with those of the file.
         file: a file of ``irpe.save`` or ``train_*.py``; a state dict of ``torch.save``, also under
             ``model``, ``state_dict`` or ``model_ema``; a folder of transformers'
             ``save_pretrained``, of timm's ``save_for_hf`` or of a run (its best weights); an index
             of shards.
         differ: for fine-tuning, the parts that may differ, as ``"head, positions"`` or
             ``("head", "positions")``. ``"head"``: a classifier of another shape keeps the model's
-            values. ``"positions"``: absolute embeddings of another size are resized by the model's
-            library. ``"tables"``: the model keeps its own encodings and nothing is attached;
-            tables of the same encoding are loaded, the others keep their values.
+            values. ``"positions"``: the model's library resizes absolute embeddings of another
+            size. ``"tables"``: nothing is attached; tables of the same encoding are loaded, and
+            other tables keep the model's values.
 
     Returns:
-        Names that were loaded, resized, left fresh and ignored; print it.
+        The names that were loaded, resized, left fresh and ignored; print it.
 
     Raises:
-        IrpeError: if anything else differs, with the first names; for tables without a spec, a
-            spec without tables, or another spec than the model's. A model that had no encodings
-            is unchanged then.
+        IrpeError: if other names or shapes differ, the file has tables without a spec or a spec
+            without tables, or its spec is not the model's. A model without encodings is then
+            unchanged.
     """
     model, parts = unwrapped(model), parts_of(differ)
     if any(value.is_meta for value in model.state_dict().values()):
@@ -133,13 +131,13 @@ def _checked(
     told: dict[str, str] | None,
     own: dict[str, str],
 ) -> dict[str, str] | None:
-    """Return the specs of the file, by path; raise where they contradict the model's."""
+    """Return the specs of the file, by path; raise if they contradict the model's."""
     if told is None:
         lost = lost_tables(weights, model.state_dict())
         if held.spec is None:
             if lost:
                 raise IrpeError(
-                    f"{str(file)!r} has tables ({_first(lost)}) and does not say of which "
+                    f"{str(file)!r} has tables ({_first(lost)}) without the spec of their "
                     "encoding: irpe.attach(model, spec) first, or ignore them with "
                     "differ='tables'"
                 )
@@ -158,7 +156,7 @@ def _checked(
 def _attach(
     model: nn.Module, file: str | Path, missing: dict[str, str], options: dict[str, Any]
 ) -> None:
-    """Attach the specs, with the options that the file has for each path."""
+    """Attach the specs with their options in the file."""
     modules = dict(model.named_modules())
     absent = [path for path in missing if path not in modules]
     if absent:
@@ -180,14 +178,14 @@ def _attach(
 
 
 def _image_size(held: Checkpoint) -> tuple[int, int] | None:
-    """Return the height and width of a timm model's images, where the file has them."""
+    """Return the height and width of a timm model's images, if the file has them."""
     config = read_json(held.about.get("irpe_model", ""))
     size = (config.get("model_args") or {}).get("img_size") if isinstance(config, dict) else None
     return (size, size) if isinstance(size, int) else tuple(size) if size else None
 
 
 def _others(own: dict[str, str], told: dict[str, str] | None) -> list[str]:
-    """Return the paths where the file has another encoding than the model."""
+    """Return the paths with another encoding in the file than in the model."""
     if told is None:
         return []
     return [p for p, spec in own.items() if p not in told or parse(told[p]) != parse(spec)]
@@ -196,7 +194,7 @@ def _others(own: dict[str, str], told: dict[str, str] | None) -> list[str]:
 def _message(file: str | Path, found: Fit, told: dict[str, str] | None) -> str:
     missing = found.wrong.get("missing in the file", [])
     if missing and len(found.wrong) == 1 and found.needed == {"tables"}:
-        says = "names their encoding but " if told else ""
+        says = "has the spec of an encoding but " if told else ""
         return (
             f"{str(file)!r} {says}lacks the tables of {len(missing)} names "
             f"({_first(missing)}): it was saved without them; differ='tables' leaves them fresh"

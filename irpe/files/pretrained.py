@@ -1,7 +1,7 @@
 """Folders of transformers' ``save_pretrained``.
 
-The library writes some parameters under other names than the model's, and only ``from_pretrained``
-maps them back. So a second model of the same class, with its encodings, reads the weights.
+The library renames some parameters when it saves, and only ``from_pretrained`` maps them back. So a
+second model of the same class, with its encodings attached, reads the weights.
 """
 
 import json
@@ -27,27 +27,27 @@ def read_pretrained(model: Any, folder: Path) -> Checkpoint:
         if wanted:
             attach(self, wanted)
 
-    # A class of the same name: the library looks names up by it.
+    # The library finds the name mapping by the name of the class.
     attached: Any = type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
     library: Any = sys.modules["transformers"]
     level = library.logging.get_verbosity()
-    library.logging.set_verbosity_error()  # what is missing or unknown is reported by irpe.load
+    library.logging.set_verbosity_error()  # irpe.load reports missing and unknown names
     try:
         made, info = attached.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    except Exception as error:  # the library reports in many ways
+    except Exception as error:  # the library raises many exceptions
         raise IrpeError(
             f"transformers cannot read {str(folder)!r} as {kind.__name__}: {error!s:.200}"
         ) from error
     finally:
         library.logging.set_verbosity(level)
     weights = {n: v for n, v in made.state_dict().items() if n not in info["missing_keys"]}
-    # Names alone are enough to report or ignore these.
+    # Placeholder values: irpe.load only reports or ignores these names.
     weights |= {name: next(iter(made.parameters())) for name in info["unexpected_keys"]}
     return Checkpoint(weights, {} if told is None else {"irpe": json.dumps(wanted)})
 
 
 def aligned(model: Any, named: dict[str, Any]) -> dict[str, Any]:
-    """Return the weights with names like the model's, with or without the prefix of its base."""
+    """Add or remove the prefix of the base model, so that names match the model's."""
     base = f"{getattr(model, 'base_model_prefix', '')}."
     if base == "." or not named:
         return named

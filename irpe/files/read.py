@@ -15,10 +15,10 @@ from torch import Tensor
 from ..errors import IrpeError
 from .torchfile import Refused, check_torch_file
 
-# Names under which training codes wrap a state dict; the first that a file has is read.
+# Keys of state dicts in the files of training codes; the first that exists is read.
 _WRAPPERS = ("model", "state_dict", "model_ema", "state_dict_ema")
 TORCH = (".pth", ".pt", ".bin")
-# The weights in a folder: of transformers and timm, then of a run. The first that exists is read.
+# Files of transformers and timm, then of a run; the first that exists is read.
 _IN_FOLDERS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -44,7 +44,7 @@ class Checkpoint:
 
     @property
     def specs(self) -> dict[str, str] | None:
-        """The spec of each module with encodings, by its path; None if the file has no such list.
+        """The spec of each module with encodings, by path; None if the file has no such list.
 
         Raises:
             IrpeError: if the list is not a JSON object of strings.
@@ -60,7 +60,7 @@ class Checkpoint:
 
     @property
     def spec(self) -> str | None:
-        """The spec of the whole model, where the file has it; None if modules have several."""
+        """The spec of the whole model; None if it is not in the file, or modules differ."""
         if self.specs is not None:
             several = set(self.specs.values())
             return several.pop() if len(several) == 1 else None
@@ -71,7 +71,7 @@ class Checkpoint:
 
 
 def read_json(text: str) -> Any:
-    """Return the value of a JSON text, or None if it is not one."""
+    """Return the value of a JSON text, or None if it is invalid."""
     try:
         return json.loads(text)
     except ValueError:
@@ -113,15 +113,18 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint: a ``.safetensors`` file, a torch file, or what ``weight_files`` takes.
+    """Read a checkpoint: a ``.safetensors`` file, a torch file, or a folder or index of shards.
 
-    A torch file may hold the state dict itself or wrap it under ``model``, ``state_dict``,
-    ``model_ema`` or ``state_dict_ema``. ``argparse.Namespace`` is the one class it may contain
-    besides tensors and containers (the released files keep their options in one); any other
+    A torch file contains the state dict itself or a mapping with it under ``model``,
+    ``state_dict``, ``model_ema`` or ``state_dict_ema``. Besides tensors and containers it may
+    contain ``argparse.Namespace`` (the released files store their options in it); any other class
     raises before it is built. The prefixes ``module.`` and ``_orig_mod.`` are removed.
 
+    Args:
+        path: see ``weight_files``.
+
     Raises:
-        IrpeError: for a file that is missing, truncated, of another format, or refused.
+        IrpeError: if the file is missing, truncated, of another format, or refused.
     """
     weights: dict[str, Tensor] = {}
     about: dict[str, str] = {}
@@ -135,8 +138,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 def write_checkpoint(path: str | Path, held: Checkpoint) -> None:
     """Write a file in the format of its suffix, atomically.
 
-    A torch file holds the state dict under ``model``, as the released ones do, and the metadata
-    as a dict under ``args``.
+    A torch file has the state dict under ``model``, as the released files, and the metadata as a
+    dict under ``args``.
     """
     path = Path(path)
     if path.suffix not in (".safetensors", *TORCH):
@@ -146,12 +149,12 @@ def write_checkpoint(path: str | Path, held: Checkpoint) -> None:
         )
     if not path.parent.is_dir():
         raise IrpeError(f"cannot write {str(path)!r}: {str(path.parent)!r} is not a folder")
-    # Cloned, because safetensors refuses tensors that share memory.
+    # Clone: safetensors refuses tensors that share memory.
     weights = {name: value.contiguous().clone() for name, value in held.weights.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if path.suffix == ".safetensors":
-            # Not save_file, which makes files that only their owner can read.
+            # save_file would create files that only their owner can read.
             content = safetensors("write", path).torch.save(weights, metadata=held.about)
             temporary.write_bytes(content)
         else:
@@ -235,7 +238,7 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
     if not tensors or not content:
         found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise IrpeError(
-            f"checkpoint {str(path)!r} holds no weights: expected a mapping of names to tensors, "
+            f"checkpoint {str(path)!r} has no weights: expected a mapping of names to tensors, "
             f"alone or under {' or '.join(map(repr, _WRAPPERS))}, but found {found!s:.160}"
         )
     return _bare(content, path)

@@ -1,6 +1,6 @@
 """Resize absolute position embeddings to another image size, by the model's own library.
 
-Nothing is imported here: the functions are found in the module of the model's class.
+This module imports no library: it finds the functions in the module of the model's class.
 """
 
 import sys
@@ -25,10 +25,14 @@ def resized_positions(
     ``interpolate_pos_encoding`` of transformers' embeddings.
 
     Args:
+        model: the model.
         weights: all weights of the file.
         names: the embeddings of another shape.
         size: height and width of the file's images in pixels, if known. Otherwise timm uses the
             size of the pretrained weights if it matches, else a square.
+
+    Raises:
+        IrpeError: if the library raises.
     """
     own = model.state_dict()
     found: dict[str, Tensor] = {}
@@ -72,7 +76,7 @@ def _resized(
 def _by_timm(
     convert: Any, module: Any, weights: dict[str, Tensor], size: tuple[int, int] | None
 ) -> Mapping[str, Tensor]:
-    """Call timm's function; it reads the file's image size where timm itself stores it."""
+    """Call timm's function, which reads the file's image size from ``pretrained_model_args``."""
     own = vars(module).get("pretrained_model_args")
     try:
         if size is not None:

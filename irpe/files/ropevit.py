@@ -13,15 +13,15 @@ _BLOCK = re.compile(r"(blocks\.\d+)\.gamma_([12])")
 def in_timms_names(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return weights under the names of timm's ``deit3_*`` with ``rope-mixed`` attached.
 
-    Layer scales are ``gamma_1`` and ``gamma_2`` in DeiT-III's files. The learned frequencies of all
-    layers are one tensor ``freqs [2, layers, H D / 2]``, of columns and of rows.
+    DeiT-III's files name the layer scales ``gamma_1`` and ``gamma_2``. The learned frequencies of
+    all layers are one tensor ``freqs [2, layers, H D / 2]``, of columns and rows.
 
     Args:
-        weights: those of a file; of any other file they are returned as they are.
+        weights: the weights of a file; those of other models are returned unmodified.
         own: the state dict of the model.
 
     Raises:
-        IrpeError: for frequencies that the model has no encoding for.
+        IrpeError: if the file has frequencies, but the model has no ``rope-mixed`` attached.
     """
     if "blocks.0.ls1.gamma" not in own or "blocks.0.gamma_1" not in weights:
         return dict(weights)

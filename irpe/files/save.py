@@ -20,13 +20,13 @@ def save(model: nn.Module, file: str | Path) -> None:
     everywhere. ``irpe.load`` reads it.
 
     Args:
-        model: any model, with encodings or without; one wrapped by ``torch.compile`` or
-            ``DistributedDataParallel`` is saved without the wrapper's prefix.
-        file: its name ends in ``.safetensors``; an existing file is replaced.
+        model: any model, with or without encodings; a wrapper of ``torch.compile`` or
+            ``DistributedDataParallel`` is removed.
+        file: a name that ends in ``.safetensors``; an existing file is replaced.
 
     Raises:
-        IrpeError: for another suffix, a folder that does not exist, a state dict with values that
-            are not tensors, or if safetensors is not installed.
+        IrpeError: if the suffix differs, the folder does not exist, the state dict has values that
+            are not tensors, or safetensors is not installed.
     """
     model = unwrapped(model)
     if Path(file).suffix != ".safetensors":
@@ -56,11 +56,11 @@ def metadata(model: nn.Module) -> dict[str, str]:
 
 
 def attach_options(module: nn.Module) -> dict[str, Any]:
-    """Return the options of ``attach`` for a module that are not the defaults."""
+    """Return the options of ``attach`` for a module that differ from the defaults."""
     options: dict[str, Any] = {}
     if getattr(module, "rpe_native", "keep") != "keep":
         options["native"] = getattr(module, "rpe_native", "keep")
-    # For torch's modules, and timm's blocks in a user's model, `located` sets it.
+    # For nn.MultiheadAttention, and timm's blocks in a user's model, `located` sets the prefix.
     parts = [part for encoding in encodings_of(module).encodings for part in encoding.modules()]
     prefix = max((int(getattr(part, "prefix", 0)) for part in parts), default=0)
     if prefix:
@@ -69,7 +69,7 @@ def attach_options(module: nn.Module) -> dict[str, Any]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside ``torch.compile``'s, DataParallel's or DDP's wrapper."""
+    """Return the model inside the wrapper of ``torch.compile``, DataParallel or DDP."""
     while True:
         inner = getattr(model, "_orig_mod", None)
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -80,7 +80,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _timm_config(model: Any) -> str | None:
-    """Return timm's own ``config.json`` of a model; None for others and for unknown arguments."""
+    """Return timm's ``config.json`` of a model; None for other models or unknown arguments."""
     library: Any = sys.modules.get("timm.models._hub")
     if library is None or not isinstance(getattr(model, "pretrained_cfg", None), dict):
         return None

@@ -1,7 +1,7 @@
 """Check a torch file before it is loaded: sizes, checksums, and the classes it builds.
 
-``weights_only`` of torch runs no code of the file. But a few bytes can still make it allocate any
-amount of memory, and it accepts damaged archives.
+torch's ``weights_only`` runs no code of the file. But a small file can make it allocate any amount
+of memory, and it accepts damaged archives.
 """
 
 import os
@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import IO
 
-# Classes of a state dict; torch itself allows more, such as byte arrays of any length.
+# Allowed classes; torch allows more, such as byte arrays of any length.
 _PLAIN = {
     "argparse.Namespace",
     "builtins.set",
@@ -33,9 +33,11 @@ class Refused(Exception):
 
 
 def check_torch_file(path: Path) -> None:
-    """Raise for a file that ``torch.load`` should not read.
+    """Raise if ``torch.load`` should not read a file.
 
-    :class:`Refused` names the class it would build; ValueError and others describe the damage.
+    Raises:
+        Refused: if it builds another class; the message is its name.
+        Exception: ValueError and others, if the file is damaged.
     """
     with path.open("rb") as file:
         if file.read(4) == b"PK\x03\x04":
@@ -51,7 +53,7 @@ def _check_archive(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         names = {member.filename for member in members}
-        # torch compresses nothing, so another program wrote a packed archive.
+        # torch does not compress.
         packed = any(m.compress_type or m.compress_size != m.file_size for m in members)
         if packed or len(names) < len(members) or sum(m.file_size for m in members) > size:
             raise ValueError("its archive was not written by torch")
@@ -65,7 +67,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _check_pickle(file: IO[bytes]) -> None:
-    """Read one pickle without building anything."""
+    """Check the classes of one pickle without building objects."""
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name == "GLOBAL":
             name = str(argument).replace(" ", ".", 1)

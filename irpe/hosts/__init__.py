@@ -1,4 +1,4 @@
-"""``attach``: encodings on the models of other libraries. Only this part of irpe imports those."""
+"""``attach``: add encodings to models of other libraries. No other package imports them."""
 
 from .attach import Report, attach, detach
 from .base import Site, register_host

@@ -1,4 +1,4 @@
-"""``attach`` and ``detach``: put encodings on the attention modules of a model, and remove them."""
+"""``attach`` and ``detach``: add encodings to the attention modules of a model, and remove them."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Report:
         specs: path of each attention module that was changed, and its spec.
         parameters: number of parameters added.
         keys: their names in the state_dict.
-        native: "keep", "replace" or "fuse": what became of native position encodings.
+        native: the argument ``native`` of ``attach``.
     """
 
     specs: dict[str, str]
@@ -67,17 +67,17 @@ def attach(
     backend: str = "auto",
     native: str = "keep",
 ) -> Report:
-    """Put encodings on the attention modules of a model, in place.
+    """Add encodings to the attention modules of a model, in place.
 
-    Tables start so that outputs stay the same, to rounding, until they are trained; rotary
-    embeddings, ALiBi and other encodings without such tables change outputs at once, and the report
-    says so. Keys of the state_dict stay as they are and new ones are added. Image models compute
+    Tables are initialised so that outputs stay the same, to rounding, until you train them. Rotary
+    embeddings, ALiBi and other encodings without such tables change outputs at once; the report
+    states which. Keys of the state_dict are unchanged, and new ones are added. Image models compute
     positions from their own patch embedding at every forward pass. For ``nn.MultiheadAttention``
-    and timm's blocks in a model of your own, set them by ``with irpe.located(grid):``, around
-    ``attach`` too if there are prefix tokens.
+    and timm's blocks in your own model, set positions with ``with irpe.located(grid):``. Call
+    ``attach`` inside it too if there are prefix tokens.
 
-    An optimiser or an averaged copy of the model that was made before does not have the new
-    parameters: make it after ``attach``.
+    Create optimisers and averaged copies of the model after ``attach``: earlier ones do not have
+    the new parameters.
 
     Args:
         model: a vision transformer of timm or torchvision, an image encoder of transformers, an
@@ -85,22 +85,23 @@ def attach(
             (``irpe.register_host``), or any module that holds some of these.
         spec: the encoding, as ``"rpe-2.0-product-ctx-1-k"``; several for one module as
             ``"rope-axial + rpe-1.9-product-bias-1-k"``; or a mapping of shell patterns to specs:
-            the first pattern that fits a module's path decides, and a module that fits none stays.
-            None, with ``native="fuse"``: the native encodings alone.
+            each module gets the spec of the first pattern that matches its path; a module that
+            matches none is unchanged. None, with ``native="fuse"``: only the native encodings.
         where: a shell pattern for the paths of the attention modules, as ``"blocks.[0-5].*"``.
         backend: see ``irpe.attention``.
-        native: what becomes of a module's native rotary embedding or relative bias. "keep": the
+        native: how to treat a module's native rotary embedding or relative bias. "keep": the
             encoding is added to it. "replace": the encoding replaces it, which changes outputs at
-            once; its parameters stay in the model for ``detach``, and need no gradient until then.
-            "fuse": it is computed as terms of ``irpe.attention`` on its own parameters, without a
-            bias of all pairs; outputs and the state_dict stay the same (docs/support.md: which).
+            once; its parameters are frozen and stay in the model for ``detach``. "fuse": it is
+            computed as terms of ``irpe.attention`` from its own parameters, without materialising
+            ``[H, L, L]``; outputs and the state_dict stay the same. docs/support.md lists the
+            models that support it.
 
     Returns:
-        What was changed; print it.
+        The changes; print it.
 
     Raises:
-        IrpeError: if nothing matches, a pattern of a mapping fits nothing, or a module has an
-            encoding already or is not supported. The model is not changed then.
+        IrpeError: if a pattern matches nothing, or a module has an encoding already or is not
+            supported. The model is then unchanged.
     """
     check_backend(backend)
     if native not in ("keep", "replace", "fuse"):
@@ -149,7 +150,7 @@ def attach(
 def _choose(
     model: nn.Module, patterns: Mapping[str, Spec | None], say: str
 ) -> list[tuple[Site, Spec | None]]:
-    """The sites whose path fits a pattern, each with its spec."""
+    """Return the sites whose path matches a pattern, each with its spec."""
     sites = find_sites(model)
     if not sites:
         raise IrpeError(
@@ -170,7 +171,7 @@ def _choose(
 
 
 def detach(model: nn.Module) -> None:
-    """Undo ``attach``: remove the tables and restore every module exactly.
+    """Undo ``attach``: remove the encodings and restore every module exactly.
 
     Raises:
         IrpeError: if nothing is attached.

@@ -1,4 +1,4 @@
-"""The attention of an attached module, whatever its library: encodings, terms, probabilities."""
+"""The attention of attached modules of every library: encodings, terms, probabilities."""
 
 from collections.abc import Callable
 from typing import Any
@@ -32,14 +32,21 @@ def attend(
 
     Args:
         module: one with encodings attached.
-        q, k, v, mask, is_causal, dropout_p, scale: as of ``irpe.attention``.
-        drop: the dropout of the attention probabilities; where given, they are computed explicitly
-            and passed through it (for its hooks), and ``dropout_p`` is not used.
+        q: ``[B, H, L, D]``, see ``irpe.attention``.
+        k: ``[B, H, S, D]``.
+        v: ``[B, H, S, D]``.
+        geometry: the positions of queries and keys.
+        scale: factor of the dot products.
+        mask: see ``irpe.attention``.
+        is_causal: see ``irpe.attention``.
+        dropout_p: probability of attention dropout.
+        drop: a function for attention dropout. The probabilities are then computed explicitly and
+            passed through it, so that its hooks run, and ``dropout_p`` is not used.
         need_weights: whether to return the probabilities.
-        native: terms of the module's native encoding, where it is fused.
+        native: terms of the module's native encoding, if it is fused.
 
     Returns:
-        ``[B, H, L, D]``; and probabilities ``[B, H, L, S]`` before dropout, or None.
+        Output ``[B, H, L, D]``, and probabilities ``[B, H, L, S]`` before dropout or None.
     """
     encodings, owner = encodings_of(module), module.__dict__
     q, k = encodings.transform(q, k, geometry)
@@ -47,7 +54,7 @@ def attend(
     given: dict[str, Any] = {"mask": mask, "is_causal": is_causal, "scale": scale}
     given["backend"], record, weights = owner["rpe_backend"], owner.get("rpe_record"), None
     if need_weights or drop is not None or record is not None:
-        # Attention over one-hot values returns its probabilities.
+        # With the identity as values, the output of attention is its probabilities.
         eye = torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:2], -1, -1)
         weights = attention(q, k, eye, tuple(t for t in terms if t.kind != "value"), **given)
     if weights is not None and record is not None:

@@ -1,4 +1,4 @@
-"""What a library is to ``attach``: sites, and the function that finds them in a model."""
+"""The interface of a library to ``attach``: sites, and a function that finds them in a model."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -12,18 +12,17 @@ from ..encodings import Encoding, build
 from ..errors import IrpeError
 from ..spec import Spec
 
-_IMAGE = ("rpe_q", "rpe_k", "rpe_v")  # of an attached module; None where it has no such encoding
+_IMAGE = ("rpe_q", "rpe_k", "rpe_v")  # every attached module has these attributes; some are None
 
 
 class Site:
-    """One attention module that ``attach`` can put encodings on. Subclass it for your own library.
+    """One attention module that ``attach`` can add encodings to. Subclass it for your own library.
 
-    ``kind``: the class that the module becomes, whose forward pass runs the encodings; None: the
-    module keeps its class. ``axes``: 3 on videos, 2 on images, 1 on texts;
-    None: any.
+    ``kind``: the class that the module gets, whose forward pass runs the encodings; None: the
+    module keeps its class. ``axes``: 3 for videos, 2 for images, 1 for texts, None for any.
 
     Args:
-        name: path of the module in the model that was passed to ``attach``.
+        name: path of the module in the model.
         module: the attention module.
     """
 
@@ -40,13 +39,13 @@ class Site:
 
     @property
     def attached(self) -> bool:
-        """Whether ``attach`` changed the module already."""
+        """Whether the module has an encoding attached."""
         return "rpe_backend" in self.module.__dict__ or any(
             isinstance(child, Encoding) for child in self.module.children()
         )
 
     def unfused(self, spec: Spec | None) -> str | None:
-        """Return why the native encoding cannot become terms, beside a spec's; None if it can."""
+        """Return why the native encoding cannot be fused, with ``spec`` added; None if it can."""
         return "it has no native encoding that can be fused"
 
     def unsupported(self, spec: Spec) -> str | None:
@@ -61,7 +60,7 @@ class Site:
             return f"{spec} is for positions on two axes, and a text's are on one"
         try:
             build(spec, **self.sizes(), device="meta")
-        except IrpeError as error:  # as a head dim that it cannot have
+        except IrpeError as error:  # for example an unsupported head dim
             return str(error)
         return None
 
@@ -70,8 +69,8 @@ class Site:
         return None
 
     def weight(self) -> Tensor:
-        """Return a parameter whose device and dtype the tables get."""
-        # A module that is quantised whole has no parameters; it runs on a CPU, in float32.
+        """Return a parameter; the tables get its device and dtype."""
+        # A fully quantised module has no parameters; it runs on a CPU, in float32.
         made = (p for p in self.module.parameters() if p.is_floating_point())
         return next(made, torch.empty(0, device="cpu", dtype=torch.float32))
 
@@ -79,7 +78,7 @@ class Site:
         """Attach the encoding, in place.
 
         Args:
-            spec: one that ``unsupported`` accepted; None with "fuse" alone.
+            spec: a supported one, see ``unsupported``; None to only fuse.
             backend: see ``irpe.attention``.
             native: "keep"; "replace", only where ``native()`` is not None; or "fuse", only where
                 ``unfused()`` is None.
@@ -94,7 +93,7 @@ class Site:
             change_class(module, self.kind)
 
     def remove(self) -> None:
-        """Undo ``add`` exactly; parametrisations that were added since stay."""
+        """Undo ``add`` exactly; later parametrisations stay."""
         module = self.module
         added = [name for name, child in module.named_children() if isinstance(child, Encoding)]
         for name in (*added, *(n for n in _IMAGE if n in module.__dict__)):
@@ -110,16 +109,19 @@ _LIBRARIES: list[tuple[str, FindSites]] = []
 
 
 def register_host(library: str, find_sites: FindSites) -> None:
-    """Let ``attach`` know a library.
+    """Register a library, so that ``attach`` finds its attention modules.
 
     Args:
-        library: its module, as "timm". Nothing is called before that module is imported.
+        library: its module, as "timm". ``find_sites`` is called only if that module is imported.
         find_sites: returns the sites of a model: all its attention modules, the unsupported ones
-            too. A module found by several libraries belongs to the one registered last.
+            too. If several libraries find a module, the one registered last is used.
+
+    Raises:
+        IrpeError: if the arguments are not a string and a function.
     """
     if not isinstance(library, str) or not callable(find_sites):
         raise IrpeError(
-            f"register_host takes a module's name and a function, not {library!r}, {find_sites!r}"
+            f"register_host takes a module name and a function, not {library!r}, {find_sites!r}"
         )
     _LIBRARIES.insert(0, (library, find_sites))
 
@@ -142,19 +144,19 @@ def rotates(spec: Spec | None) -> bool:
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module without parametrisations and before ``attach``."""
+    """Return the class of a module before ``attach`` and parametrisations."""
     kind: type[nn.Module] = parametrize.type_before_parametrizations(module)
     return module.__dict__.get("rpe_plain", kind)
 
 
 def change_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Make a module one of another class, until ``restore_class``."""
+    """Change the class of a module; ``restore_class`` undoes it."""
     module.__dict__["rpe_plain"] = plain_class(module)
     _set_class(module, kind)
 
 
 def restore_class(module: nn.Module) -> None:
-    """Undo ``change_class`` where it was called."""
+    """Undo ``change_class``, if it was called."""
     kind = module.__dict__.pop("rpe_plain", None)
     if kind is not None:
         _set_class(module, kind)
@@ -162,7 +164,7 @@ def restore_class(module: nn.Module) -> None:
 
 def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
     if parametrize.is_parametrized(module):
-        # A class made for this module; a copy of the module shares it, so it is not changed.
+        # Copies of the module share its parametrised class, so make a new one.
         given = type(module)
         members = {k: v for k, v in vars(given).items() if k not in ("__dict__", "__weakref__")}
         kind = type(given.__name__, (kind,), members)
@@ -170,7 +172,7 @@ def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
 
 
 def freeze(owner: nn.Module, names: Iterable[str]) -> None:
-    """Let the parameters under these attributes need no gradient: nothing uses them any more."""
+    """Freeze the parameters under these attributes, which the forward pass no longer uses."""
     frozen = owner.__dict__.setdefault("rpe_frozen", [])
     for path, parameter in owner.named_parameters():
         if path.partition(".")[0] in names and parameter.requires_grad:

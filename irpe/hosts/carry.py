@@ -1,14 +1,14 @@
-"""How attached attention modules learn where their tokens are: one mechanism for all libraries.
+"""How attached attention modules get the positions of their tokens, for all libraries.
 
-Each patch embedding of a model has one ``Slot``. A hook of the embedding stores the grid there,
-patch dropout narrows it, and the attention modules read it when they are *called*. Blocks and their
-containers are not touched. A hook of the model clears the slot after every forward pass, also after
-one that raised. ``located`` sets a geometry for every module, and the latest statement wins. All of
-it is per thread.
+Each patch embedding of a model has one ``Slot``. A forward hook of the embedding stores the grid in
+it, patch dropout selects from it, and the attention modules read it when they are called. Blocks
+and their containers are unchanged. A hook of the model clears the slot after every forward pass,
+also after one that raised. ``located`` sets a geometry for every module. The latest of the two
+is used. Slots are thread-local.
 
-At recomputation (activation checkpointing) the forward pass is over and its slots are cleared or
-hold another grid. So torch's checkpoint is wrapped to take a ``Snapshot`` when a function runs
-first, and to restore it around the recomputation, in whatever thread that runs.
+Activation checkpointing recomputes after the forward pass, when the slots are empty or hold another
+grid. So torch's checkpoint is wrapped: it takes a ``Snapshot`` at the first run and restores it
+around the recomputation, in the thread of the recomputation.
 """
 
 import functools
@@ -38,16 +38,18 @@ for _owner, _name in (
 
 
 def _current_task() -> int:
-    """The backward pass that this thread runs; -1: none. Compilers cannot trace the question."""
+    """Return the id of the backward pass that this thread runs, or -1."""
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
 class _State:
-    """What is set in one thread. Compilers replay writes to it, but none to a thread-local itself.
+    """The state of a slot in one thread.
 
-    ``depth`` counts the ``located`` that are being compiled; in ``_LOCATED``, ``stored`` are the
-    slots that were written inside them: a compiler cannot walk over all slots, so entering does not
-    clear them. Compilers guard small integers, but no identities ("which was last").
+    It is an object of its own because compilers replay writes to it, but not to a thread-local.
+    ``depth`` counts the nested ``located`` that are being compiled. ``stored``, of ``_LOCATED``,
+    lists the slots that were written inside them. A compiled ``located`` cannot iterate over all
+    slots to clear them, and compilers guard integers but not the identity of the latest geometry;
+    so depths are compared.
     """
 
     def __init__(self) -> None:
@@ -62,14 +64,14 @@ _SLOTS: "weakref.WeakSet[Slot]" = weakref.WeakSet()
 _SLOTS_LOCK = threading.Lock()
 
 
-# What reads a geometry: of the embedding, its arguments, keyword arguments, output, and the prefix.
+# A function of (embedding, arguments, keyword arguments, output, prefix) that returns a geometry.
 Reader = Callable[[Any, tuple[Any, ...], dict[str, Any], Any, int], Geometry]
 
 
 def read_map(
     embed: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, prefix: int
 ) -> Geometry:
-    """The grid of a feature map ``[B, C, height, width]``; of a video's, the volume."""
+    """Return the grid of a map ``[B, C, height, width]``, or the volume of a video's map."""
     if output.dim() == 5:  # [B, C, frames, height, width]
         frames, height, width = output.shape[-3:]
         return Volume(frames, height, width, prefix)
@@ -78,15 +80,15 @@ def read_map(
 
 
 class Slot(threading.local):
-    """The geometry of the forward pass that a model runs in this thread; its methods are hooks.
+    """The geometry of the current forward pass, per thread; its methods are forward hooks.
 
     Args:
-        prefix: tokens before the patches.
-        read: reads the grid of a call of the patch embedding.
+        prefix: number of tokens before the patches.
+        read: returns the geometry of a call of the patch embedding.
     """
 
     def __new__(cls, *args: Any) -> "Slot":
-        slot = super().__new__(cls, *args)  # these reach __init__ in every thread
+        slot = super().__new__(cls, *args)  # threading.local passes args to __init__ per thread
         with _SLOTS_LOCK:
             _SLOTS.add(slot)
         return slot
@@ -95,7 +97,7 @@ class Slot(threading.local):
         self.prefix, self.read, self.now = prefix, read, _State()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Slot, (self.prefix, self.read)  # a copy of the model starts with an empty one
+        return Slot, (self.prefix, self.read)  # a copy starts empty
 
     def store(
         self, embed: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -113,7 +115,7 @@ class Slot(threading.local):
         self.now.geometry = None
 
     def select(self, kept: Tensor | None) -> None:
-        """Keep only the patches ``kept``, int64 ``[B, L']``; None keeps all."""
+        """Keep only the patches with indices ``kept``, int64 ``[B, L']``; None keeps all."""
         geometry = self.now.geometry
         if kept is None or geometry is None:
             return
@@ -125,18 +127,18 @@ class Slot(threading.local):
         self.now.geometry = Geometry(positions, prefix=geometry.prefix)
 
     def select_returned(self, drop: nn.Module, args: Any, output: tuple[Any, Tensor]) -> None:
-        """Hook of a patch dropout that returns (tokens, indices of the patches it keeps)."""
+        """Hook of a patch dropout that returns (tokens, indices of the kept patches)."""
         self.select(output[1])
 
     def select_unmasked(self, embed: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Hook of an embedding of (pixels, which patches are left out ``[B, L']`` or None)."""
+        """Hook of an embedding of (pixels, mask ``[B, L']`` or None); True removes the patch."""
         masked = args[1] if len(args) > 1 else None
         if masked is not None:
             order = masked.to(torch.uint8).argsort(dim=1, stable=True)
             self.select(order[:, : output.shape[1] - self.prefix])
 
     def select_restored(self, embed: nn.Module, args: Any, output: tuple[Tensor, ...]) -> None:
-        """Hook of a masking embedding that returns (tokens, mask, ids that restore all patches)."""
+        """Hook of an embedding that returns (tokens, mask, ids that restore the patch order)."""
         self.select(output[2].argsort(dim=1)[:, : output[0].shape[1] - self.prefix])
 
 
@@ -144,7 +146,7 @@ _LOCATED = Slot()  # the innermost ``located``
 
 
 def geometry_of(module: nn.Module) -> Geometry:
-    """Return where the tokens of an attached module are, in the call that runs."""
+    """Return the positions of the tokens of an attached module, in the current forward pass."""
     slot: Slot | None = module.__dict__.get("rpe_slot")
     now = _LOCATED.now
     if slot is not None and slot.now.geometry is not None and slot.now.depth == now.depth:
@@ -152,7 +154,7 @@ def geometry_of(module: nn.Module) -> Geometry:
     if now.geometry is not None:
         geometry, task = now.geometry, now.task
     elif module.__dict__.get("_is_replica") and len(_OPEN) == 1:
-        return _OPEN[0]  # nn.DataParallel runs replicas in threads of its own
+        return _OPEN[0]  # nn.DataParallel runs replicas in new threads
     else:
         raise IrpeError(
             f"no grid: this {type(module).__name__} was called outside a forward pass of its "
@@ -170,22 +172,22 @@ def geometry_of(module: nn.Module) -> Geometry:
 
 
 def located_prefix() -> int:
-    """The number of prefix tokens that the innermost ``located`` states, for ``attach``."""
+    """Return the number of prefix tokens in the geometry of the innermost ``located``."""
     geometry = _LOCATED.now.geometry
     return 0 if geometry is None else max(geometry.prefix, geometry.key_prefix)
 
 
 @contextmanager
 def located(geometry: Geometry) -> Iterator[None]:
-    """Set where the tokens are, for all attached modules that are called inside.
+    """Set the positions of the tokens, for all attached modules that are called inside.
 
-    Models whose patch embedding runs inside store their own grid, which holds until the next
-    ``located``. ``irpe.attach`` inside gives tables a bucket for prefix tokens if the geometry has
-    some; modules that take their grid from a patch embedding know their prefix themselves.
+    A patch embedding that runs inside stores its own grid, which its model uses instead.
+    ``irpe.attach`` inside ``located`` gives tables a bucket for prefix tokens if the geometry has
+    some; models with a supported patch embedding do not need this.
 
     Args:
-        geometry: as ``irpe.Grid(25, 34)``, for all images of the batch; explicit positions may
-            differ between them, and keys may have positions of their own (cross-attention).
+        geometry: as ``irpe.Grid(25, 34)``, for all images of the batch. Explicit positions may
+            differ between images, and keys may have other positions (cross-attention).
 
     Raises:
         IrpeError: if it is not a geometry.
@@ -224,7 +226,7 @@ class Snapshot:
         self.slots = [(slot, now.geometry, now.task, now.depth) for slot, now in held]
 
     def restore(self, task: int | None = None) -> None:
-        """Set these geometries in this thread, and clear all others; ``task``: as if set in it."""
+        """Set these geometries in this thread, for backward pass ``task``; clear all others."""
         for slot, *_ in Snapshot().slots:
             slot.now.geometry = None
         for slot, geometry, before, depth in self.slots:
@@ -234,7 +236,7 @@ class Snapshot:
                 now.depth = depth
 
     def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the function, run with these geometries; itself if there are none."""
+        """Return the function wrapped to run with these geometries; unwrapped if there are none."""
         if not self.slots:
             return function
 
@@ -251,11 +253,11 @@ class Snapshot:
 
 
 def _wrap_checkpoint() -> None:
-    """Let both kinds of torch's checkpoint take a snapshot at the first run.
+    """Make both kinds of torch's checkpoint take a snapshot at the first run.
 
-    Class attributes are replaced, so code that imported ``checkpoint`` earlier has it too. Only the
-    recomputation runs inside the snapshot: around the first run it would undo what a patch
-    embedding inside the checkpoint stores.
+    This replaces class attributes, so it also affects code that imported ``checkpoint`` earlier.
+    Only the recomputation runs with the snapshot: restoring it after the first run would discard
+    the grid that a patch embedding inside the checkpoint stores.
     """
     reentrant, frame = torch_checkpoint.CheckpointFunction, torch_checkpoint._CheckpointFrame
     if hasattr(reentrant, "rpe_wrapped"):
@@ -284,13 +286,14 @@ _wrap_checkpoint()
 def carry_geometry(
     model: nn.Module, embed: nn.Module, module: nn.Module, prefix: int, read: Reader = read_map
 ) -> Slot:
-    """Let an attention module read the grid that a patch embedding makes.
+    """Connect an attention module to the grid of a patch embedding, and return their slot.
 
     Args:
-        model: whose forward pass calls both.
+        model: the model that calls both.
         embed: the patch embedding.
         module: the attention module.
-        prefix, read: see ``Slot``.
+        prefix: see ``Slot``.
+        read: see ``Slot``.
     """
     owners = (getattr(hook, "__self__", None) for hook in embed._forward_hooks.values())
     slot = next((owner for owner in owners if isinstance(owner, Slot)), None)
@@ -303,13 +306,13 @@ def carry_geometry(
 
 
 def select_by(drop: nn.Module, hook: Callable[..., None]) -> None:
-    """Let a module that drops patches narrow the geometry, by a method of its model's slot."""
+    """Register ``hook``, a ``select_`` method of a slot, on a module that drops patches."""
     if hook not in drop._forward_hooks.values():
         drop.register_forward_hook(hook)
 
 
 def stop_carrying(model: nn.Module, module: nn.Module) -> bool:
-    """Undo ``carry_geometry`` and ``select_by``; return whether it was the slot's last module."""
+    """Undo ``carry_geometry`` and ``select_by``; return whether the slot has no module left."""
     slot: Slot = module.__dict__.pop("rpe_slot")
     modules = list(model.modules())
     if any(m.__dict__.get("rpe_slot") is slot for m in modules):
@@ -324,7 +327,7 @@ def stop_carrying(model: nn.Module, module: nn.Module) -> bool:
 
 
 def refuse_fx(value: Any, what: str) -> None:
-    """Raises IrpeError where torch.fx traces, whose symbols have no sizes to make a grid of."""
+    """Raise IrpeError if torch.fx traces: its proxies have no sizes to make a grid from."""
     if isinstance(value, torch.fx.Proxy):
         raise IrpeError(
             f"torch.fx cannot trace {what} with an encoding attached: use forward hooks, the "

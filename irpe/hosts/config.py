@@ -1,4 +1,4 @@
-"""Specs in the configuration of transformers' models, where ``save_pretrained`` writes them."""
+"""Specs in the configuration of transformers' models, which ``save_pretrained`` writes."""
 
 from typing import Any
 
@@ -16,11 +16,11 @@ def is_pretrained(model: nn.Module) -> bool:
 def remember_specs(model: nn.Module) -> None:
     """Write the specs of transformers' models into their configurations, under ``irpe``.
 
-    ``save_pretrained`` then writes them into ``config.json``, and ``irpe.load`` reads them there.
+    ``save_pretrained`` then writes them into ``config.json``, where ``irpe.load`` reads them.
     """
     outer: list[str] = []
     for path, module in model.named_modules():
-        # A model inside another one shares its configuration; paths count from the outermost.
+        # An inner model shares the configuration; paths are relative to the outermost model.
         if not is_pretrained(module) or any(path.startswith(f"{p}.") or not p for p in outer):
             continue
         outer.append(path)

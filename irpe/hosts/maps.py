@@ -15,12 +15,13 @@ def attention_maps(model: nn.Module, images: Tensor, **inputs: Any) -> dict[str,
     The model runs once, in evaluation mode and without gradients.
 
     Args:
-        model: one that ``irpe.attach`` changed; call inside ``irpe.located`` where it needs that.
-        images, inputs: what the model is called with.
+        model: one with encodings attached. Call this inside ``irpe.located`` if the model needs it.
+        images: the model's first argument.
+        inputs: its keyword arguments.
 
     Returns:
-        ``[B, H, L, S]`` by the module's path; prefix tokens are among L and S. Windows are samples
-        of their own, and calls of one module in one forward pass follow each other along B.
+        ``[B, H, L, S]`` by module path; L and S include prefix tokens. Windows count as samples.
+        Several calls of a module in one forward pass are concatenated along B.
 
     Raises:
         IrpeError: if nothing is attached, or no attached module ran.
@@ -30,10 +31,9 @@ def attention_maps(model: nn.Module, images: Tensor, **inputs: Any) -> dict[str,
 
 
 def record_calls(model: nn.Module, images: Tensor, **inputs: Any) -> dict[str, list[Any]]:
-    """Return what every call of an attached module computed, see ``attention_maps``.
+    """Return (probabilities, transformed queries, keys, terms, scale) of each call, by module path.
 
-    Returns:
-        By path, for each call: probabilities, transformed queries and keys, terms, scale.
+    See ``attention_maps``.
     """
     modules = {site.name: site.module for site in find_sites(model) if site.attached}
     if not modules:

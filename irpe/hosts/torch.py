@@ -1,7 +1,7 @@
-"""torch's ``nn.MultiheadAttention``, and what is built on it: ``nn.TransformerEncoder``, DETR.
+"""torch's ``nn.MultiheadAttention``, and models built on it: ``nn.TransformerEncoder``, DETR.
 
-Such a module has no access to the positions of its tokens, so the caller sets them around the
-model's forward pass: ``with irpe.located(grid):``. Queries and keys may have positions of their own
+These modules have no access to the positions of their tokens, so the caller sets them around the
+forward pass: ``with irpe.located(grid):``. Queries and keys may have different positions
 (cross-attention).
 """
 
@@ -22,7 +22,7 @@ from .carry import geometry_of, located_prefix, refuse_fx
 
 
 def find_sites(model: nn.Module) -> Iterator[Site]:
-    """The attention modules of a model, without those of pooling: a learned query has no place."""
+    """Yield the attention modules of a model, except pooling: a learned query has no position."""
     pooling: set[int] = set()
     encoders: dict[int, nn.TransformerEncoder] = {}
     for module in model.modules():
@@ -40,7 +40,9 @@ class MhaSite(Site):
     """One ``nn.MultiheadAttention``.
 
     Args:
-        encoder: the ``nn.TransformerEncoder`` that holds it, if one does.
+        name: path of the module in the model.
+        module: the attention module.
+        encoder: the ``nn.TransformerEncoder`` that contains it, if any.
     """
 
     def __init__(
@@ -64,11 +66,11 @@ class MhaSite(Site):
     def add(self, spec: Spec | None, *, backend: str, native: str) -> None:
         super().add(spec, backend=backend, native=native)
         module, encoder = self.module, self.encoder
-        # Else torch's encoder layers skip forward() in evaluation, and with it the encodings.
+        # With True, torch's encoder layers do not call forward() in evaluation mode.
         module.__dict__["rpe_same"] = module._qkv_same_embed_dim
         module._qkv_same_embed_dim = False
         if encoder is not None and "rpe_nested" not in encoder.__dict__:
-            encoder.__dict__["rpe_nested"] = encoder.use_nested_tensor  # padding, in evaluation
+            encoder.__dict__["rpe_nested"] = encoder.use_nested_tensor
             encoder.use_nested_tensor = False
 
     def remove(self) -> None:
@@ -82,7 +84,7 @@ class MhaSite(Site):
 
 
 class AttachedMultiheadAttention(nn.MultiheadAttention):
-    """torch's MultiheadAttention with encodings; arguments and results are its own."""
+    """torch's MultiheadAttention with encodings; same arguments and results."""
 
     def _reset_parameters(self) -> None:
         self._qkv_same_embed_dim = self.__dict__["rpe_same"]
@@ -106,8 +108,8 @@ class AttachedMultiheadAttention(nn.MultiheadAttention):
             raise IrpeError("is_causal=True needs attn_mask, as in torch")
         if query.is_nested:
             raise IrpeError(
-                "a nested tensor has lost its grid: attach to the whole nn.TransformerEncoder, "
-                "which then keeps padded ones, or pass it enable_nested_tensor=False"
+                "nested tensors have no grid: attach to the whole nn.TransformerEncoder, which "
+                "then uses padded tensors, or pass it enable_nested_tensor=False"
             )
         batched = query.dim() == 3
         if not batched:
@@ -121,11 +123,11 @@ class AttachedMultiheadAttention(nn.MultiheadAttention):
         except IrpeError as error:
             raise IrpeError(
                 f"{error}: attach with where= to the modules whose tokens have these positions, "
-                "or call this one inside `with irpe.located(...)` of its own"
+                "or call this one inside its own `with irpe.located(...)`"
             ) from None
         query, key = encodings_of(self).inputs(query, key, geometry)
         bias, weight = self.in_proj_bias, self.in_proj_weight
-        weights = (  # of its own each, for keys or values of another width
+        weights = (  # separate ones if keys or values have another width
             (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             if weight is None
             else weight.chunk(3)
@@ -155,7 +157,7 @@ class AttachedMultiheadAttention(nn.MultiheadAttention):
 
 
 def _merged(padding: Tensor | None, mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """torch's two masks, where True means unseen, as one that is added or True where seen."""
+    """Merge torch's masks, where True means masked, into one that is added or True where kept."""
     parts = [] if padding is None else [padding[:, None, None]]
     if mask is not None:
         parts.append(mask.unflatten(0, (q.shape[0], -1)) if mask.dim() == 3 else mask)

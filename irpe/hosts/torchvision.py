@@ -1,7 +1,7 @@
-"""torchvision's ``vit_*``: nn.MultiheadAttention that reads its grid from the patch projection.
+"""torchvision's ``vit_*``: nn.MultiheadAttention with the grid of the patch projection.
 
-torchvision itself takes squares of one size only; a rectangle passes through ``model.conv_proj``
-and ``model.encoder``.
+torchvision's forward pass takes square images of one size. For rectangles, call
+``model.conv_proj`` and ``model.encoder``.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from .torch import MhaSite
 
 
 def find_sites(model: nn.Module) -> Iterator["VitSite"]:
-    """The attention modules of all torchvision VisionTransformers in a model."""
+    """Yield the attention modules of all torchvision VisionTransformers in a model."""
     for path, vit in model.named_modules():
         if isinstance(vit, VisionTransformer):
             for name, module in vit.named_modules(prefix=path):
@@ -25,7 +25,7 @@ def find_sites(model: nn.Module) -> Iterator["VitSite"]:
 
 
 class VitSite(MhaSite):
-    """One of them. Tables have a bucket for the class token."""
+    """One attention module of a VisionTransformer. Tables have a bucket for the class token."""
 
     axes = 2
 

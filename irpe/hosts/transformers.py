@@ -1,8 +1,8 @@
 """Hugging Face's transformers: encoders of images and videos.
 
-An attached module asks for the attention function named "irpe", which runs its encodings; all else
-of the model, and the choice of the other modules' attention function, stays. TimeSformer has no
-such choice, see transformers_video.py.
+An attached module uses the attention function named "irpe", which runs its encodings. The rest of
+the model, with its attention function, is unchanged. TimeSformer has no such option, see
+transformers_video.py.
 """
 
 import inspect
@@ -22,7 +22,7 @@ from .carry import carry_geometry, geometry_of, select_by, stop_carrying
 from .transformers_native import ATTENTION, Decomposed, attached_class, heads_of, native_terms
 
 _NATIVE = ("relative_position_bias", "rel_pos_h", "rel_pos_w", "continuous_position_bias_mlp")
-# The prefix tokens, in the order of the embeddings' own forward pass.
+# The prefix tokens of each embedding class, in order.
 PREFIX: dict[str, tuple[str, ...]] = {
     "BeitEmbeddings": ("cls_token",),
     "CLIPVisionEmbeddings": ("class_embedding",),
@@ -38,12 +38,12 @@ PREFIX: dict[str, tuple[str, ...]] = {
     "VideoMAEEmbeddings": (),
     "VivitEmbeddings": ("cls_token",),
 }
-# What narrows the patches to those that are not masked, by the embeddings that mask some.
+# The methods of ``Slot`` that select the unmasked patches, by embedding class.
 MASKED = {"ViTMAEEmbeddings": "select_restored", "VideoMAEEmbeddings": "select_unmasked"}
 
 
 def find_sites(model: nn.Module) -> Iterator[Site]:
-    """The attention modules of all encoders of images and videos in a model."""
+    """Yield the attention modules of all image and video encoders in a model."""
     for path, module in model.named_modules():
         kind = plain_class(module)
         known = kind.__name__ in (*ATTENTION, "SwinAttention")
@@ -55,10 +55,10 @@ def find_sites(model: nn.Module) -> Iterator[Site]:
             continue
         convolutions = (m for m in embeddings.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
         projection = next(convolutions, None)
-        if projection is None:  # a text's
+        if projection is None:  # text embeddings
             continue
         if type(embeddings).__name__ == "TimesformerEmbeddings":
-            from .transformers_video import find_sites as find  # imports the model's module
+            from .transformers_video import find_sites as find  # which imports TimeSformer
 
             yield from find(path, root)
             continue
@@ -70,7 +70,7 @@ def find_sites(model: nn.Module) -> Iterator[Site]:
 
 
 class NativeSite(Site):
-    """One attention module; its native encoding, if it has one, is computed as terms."""
+    """One attention module, whose native encoding, if any, is computed as terms."""
 
     axes = 2
     bias: Any = None  # the module of a native relative bias
@@ -85,7 +85,7 @@ class NativeSite(Site):
         if self.native() is None:
             return super().unfused(spec)
         if isinstance(self.kind, type) and issubclass(self.kind, Decomposed) and rotates(spec):
-            return f"its vectors are not to be multiplied with queries that {spec} rotates"
+            return f"its vectors are multiplied with unrotated queries, but {spec} rotates them"
         return None
 
     def add(self, spec: Spec | None, *, backend: str, native: str) -> None:
@@ -109,7 +109,7 @@ class NativeSite(Site):
 
 
 class WindowSite(NativeSite):
-    """A module that has the grid of its input: SAM's, ViTDet's, or one of Swin's windows."""
+    """A module whose input has its grid: SAM's, ViTDet's, or Swin's window attention."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
         super().__init__(name, module)
@@ -142,7 +142,15 @@ class WindowSite(NativeSite):
 
 
 class EncoderSite(NativeSite):
-    """One attention module, its encoder, and what makes the tokens."""
+    """One attention module of an encoder.
+
+    Args:
+        name: path of the module in the model.
+        module: the attention module.
+        root: the encoder.
+        embeddings: its embeddings.
+        projection: the patch projection of the embeddings.
+    """
 
     def __init__(
         self,
@@ -164,7 +172,7 @@ class EncoderSite(NativeSite):
     def _shared(self) -> str | None:
         if getattr(self.root, "shared_position_bias", None) is None:
             return None
-        return "its relative bias is one for all layers (use_shared_relative_position_bias)"
+        return "all layers share its relative bias (use_shared_relative_position_bias)"
 
     def unsupported(self, spec: Spec) -> str | None:
         if (why := self._shared()) is not None:
@@ -206,7 +214,7 @@ class EncoderSite(NativeSite):
 
 
 class Config:
-    """A module's own configuration, except that its attention function is irpe's."""
+    """The configuration of a module, with irpe's attention function."""
 
     _attn_implementation = "irpe"
 
@@ -214,7 +222,7 @@ class Config:
         self.native = native
 
     def __getattr__(self, name: str) -> Any:
-        if name == "native":  # not there yet while it is unpickled
+        if name == "native":  # missing while unpickling: avoid infinite recursion
             raise AttributeError(name)
         return getattr(self.native, name)
 
@@ -229,7 +237,7 @@ def run_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers calls for an attached module; arguments and results are its own."""
+    """Compute the attention of an attached module; transformers calls it, with its arguments."""
     bias = module.__dict__.get("rpe_bias")
     windows = bias is not None and "rpe_slot" not in module.__dict__
     geometry = Grid(*bias.window_size) if windows else geometry_of(module)
@@ -242,21 +250,21 @@ def run_attention(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         mask=_mask(module, attention_mask),
         dropout_p=dropout,
-        need_weights=module.config.native._attn_implementation == "eager",  # only that returns them
+        need_weights=module.config.native._attn_implementation == "eager",  # as transformers does
         native=native_terms(module, geometry),
     )
     return x.transpose(1, 2), weights
 
 
 def _mask(module: nn.Module, mask: Any) -> Tensor | None:
-    if mask is None or isinstance(mask, int):  # 0: a native bias that became terms
+    if mask is None or isinstance(mask, int):  # 0: see NoBias
         return None
     if "head_mask" in inspect.signature(type(module).forward).parameters:  # before 5.0
-        raise IrpeError("head_mask does not go together with irpe: leave it out")
+        raise IrpeError("irpe does not support head_mask: leave it out")
     if not isinstance(mask, torch.Tensor):
         raise IrpeError(
-            f"a mask of type {type(mask).__name__}: model.set_attn_implementation('sdpa') makes "
-            "one that irpe understands"
+            f"a mask of type {type(mask).__name__} is not supported: "
+            "model.set_attn_implementation('sdpa') makes a tensor"
         )
     return mask[:, None, None].bool() if mask.dim() == 2 else mask
 

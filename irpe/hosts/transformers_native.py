@@ -1,6 +1,6 @@
-"""Attention of transformers' SAM, ViTDet, BEiT and Swin, whose native encoding becomes terms.
+"""Attention of transformers' SAM, ViTDet, BEiT and Swin, whose native encodings are fused.
 
-It is fused with ``native="keep"`` as well: that gives the same outputs.
+They are fused with ``native="keep"`` too, with the same outputs.
 """
 
 import math
@@ -38,7 +38,7 @@ def native_terms(module: Any, geometry: Geometry) -> tuple[Term, ...]:
 
 
 def _interpolated(table: Tensor, window: tuple[int, ...], grid: Grid) -> Tensor:
-    """BEiT's table for another grid; transformers takes its width for its height, and so do we."""
+    """Interpolate BEiT's table for a grid; like transformers, with height and width swapped."""
     height, width = (2 * side - 1 for side in window)
     size = (2 * grid.height - 1, 2 * grid.width - 1)
     if (width, height) == size:
@@ -55,14 +55,14 @@ class _Attached(nn.Module):
 
 
 class Decomposed(_Attached):
-    """SAM's and ViTDet's attention: ``[B, height, width, C]``, terms for rows and for columns."""
+    """SAM's and ViTDet's attention: ``[B, height, width, C]``, with terms for rows and columns."""
 
     def forward(self, hidden_states: Tensor, output_attentions: bool | None = False) -> Any:
         size, heads = hidden_states.shape[1:3], heads_of(self)
         qkv = self.qkv(hidden_states).flatten(1, 2).unflatten(-1, (3, heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         sam, grid = hasattr(self, "use_rel_pos"), Grid(*size)
-        eager = sam and "Sdpa" not in type(self).__name__  # only that one has these
+        eager = sam and "Sdpa" not in type(self).__name__  # has dropout and returns weights
         x, weights = attend(
             self,
             q,
@@ -81,7 +81,7 @@ class Decomposed(_Attached):
 
 
 class Cosine(_Attached):
-    """Swin V2's attention: queries and keys of length one, a scale for each head."""
+    """Swin V2's attention: normalised queries and keys, and a scale for each head."""
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
@@ -111,7 +111,7 @@ class Cosine(_Attached):
 
 
 class NoBias(nn.Module):
-    """A relative bias of all pairs that terms replace: it adds 0 to the attention mask."""
+    """A relative bias that terms replace: it adds 0 to the attention mask."""
 
     def forward(self, *args: Any, **kwargs: Any) -> int:
         return 0
@@ -128,12 +128,12 @@ ATTENTION: dict[str, type[nn.Module]] = {
 
 
 def heads_of(module: Any) -> int:
-    """H. The attribute name varies by class."""
+    """Return the number of heads; its attribute name varies by class."""
     return int(getattr(module, "num_attention_heads", 0) or module.num_heads)
 
 
 def attached_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """Return the class that a module of transformers becomes: it, with a mixin before it."""
+    """Return a subclass of a class of transformers, with its mixin as first base."""
     name = f"Attached_{kind.__module__.split('.')[2]}_{kind.__name__}"
     if name not in globals():
         mixin = ATTENTION.get(kind.__name__, NoBias)
@@ -143,7 +143,7 @@ def attached_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def __getattr__(name: str) -> Any:
-    """Pickle asks for classes that nothing in this process has made yet."""
+    """Return an attached class by name; pickle may read it before this process created it."""
     family, _, kind = name.removeprefix("Attached_").rpartition("_")
     if not name.startswith("Attached_") or not family:
         raise AttributeError(name)

@@ -1,8 +1,8 @@
 """transformers' TimeSformer, with joint and with divided attention.
 
-Joint attention is over all patches of a video, each followed by the same patch of the next frame.
-Divided attention is over the frames of a patch (positions on one axis), then over the patches of a
-frame (rows and columns)::
+Joint attention is over all patches of a video; the frames of one patch are neighbours in the
+sequence. Divided attention is over the frames of a patch (positions on one axis), then over the
+patches of a frame (rows and columns)::
 
     irpe.attach(model, {"*temporal_attention*": "rope", "*": "rope-axial"})
 """
@@ -22,7 +22,7 @@ from .carry import carry_geometry, geometry_of, stop_carrying
 
 
 def find_sites(path: str, root: Any) -> Iterator["TimesformerSite"]:
-    """The attention modules of a TimesformerModel at a path."""
+    """Yield the attention modules of a TimesformerModel at a path."""
     for name, module in root.named_modules(prefix=path):
         if issubclass(plain_class(module), TimesformerSelfAttention):
             yield TimesformerSite(name, module, root)
@@ -32,7 +32,7 @@ class VideoAttention(TimesformerSelfAttention):
     """Attention with encodings, over the tokens of a whole video."""
 
     def place(self, geometry: Geometry) -> Geometry:
-        """Return the geometry of one call, from the whole video's."""
+        """Return the geometry of one call, from that of the whole video."""
         return geometry
 
     def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Any, ...]:
@@ -56,7 +56,7 @@ class FrameAttention(VideoAttention):
     """Attention over the class token and the patches of one frame."""
 
     def place(self, geometry: Geometry) -> Geometry:
-        if not isinstance(geometry, Volume):  # given by irpe.located
+        if not isinstance(geometry, Volume):  # from irpe.located
             return geometry
         return Grid(geometry.height, geometry.width, geometry.prefix)
 
@@ -85,7 +85,7 @@ class TimesformerSite(Site):
         if self.axes == 1 and 1 not in spec.axes:
             return (
                 f"{spec} is not for positions on one axis, and temporal attention is over frames: "
-                f'{{"*temporal_attention*": "rope", "*": "{spec}"}} gives it another encoding'
+                f'{{"*temporal_attention*": "rope", "*": "{spec}"}} attaches another encoding to it'
             )
         return super().unsupported(spec)
 
@@ -104,13 +104,13 @@ class TimesformerSite(Site):
 
 
 def read_video(embed: Any, args: Any, kwargs: Any, output: Any, prefix: int) -> Geometry:
-    """The volume of (patches ``[B T, h w, C]``, T, w)."""
+    """Return the volume of an output (patches ``[B T, h w, C]``, T, w)."""
     patches, frames, width = output
     return Volume(frames, patches.shape[1] // width, width, prefix)
 
 
 def read_joint(embed: Any, args: Any, kwargs: Any, output: Any, prefix: int) -> Geometry:
-    """The same, in the order of joint attention: patch by patch, and frame by frame in each."""
+    """Return the same volume in the order of joint attention: the frames of each patch together."""
     patches, frames, width = output
     volume = Volume(frames, patches.shape[1] // width, width, prefix)
     places = torch.arange(frames * patches.shape[1], device=patches.device)

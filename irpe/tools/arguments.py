@@ -19,7 +19,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def assignment(text: str) -> tuple[str, Any]:
-    """Return ("depth", 4) for ``"depth=4"``; a value that is no Python literal is text."""
+    """Return ("depth", 4) for ``"depth=4"``; a value that is not a Python literal is a string."""
     name, equals, value = text.partition("=")
     if not (name.isidentifier() and equals):
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, as depth=4")
@@ -63,16 +63,16 @@ def pixels(text: str) -> tuple[int, ...]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command; ``command`` in its result names a module of commands/."""
+    """Return the parser of the command; its result's ``command`` is a module of commands/."""
     top = _Parser(
         prog="irpe",
-        description="Look at relative position encodings, and at models that carry them.",
-        epilog="irpe COMMAND --help says more, with an example.",
+        description="Inspect relative position encodings, and models with encodings.",
+        epilog="irpe COMMAND --help shows the options and an example.",
         allow_abbrev=False,
     )
     top.add_argument(
         "--plugin", action="append", default=[], metavar="MODULE",
-        help="import a module of yours first, which registers encodings",
+        help="import your module first, which registers encodings",
     )  # fmt: skip
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
 
     one = add(
         "buckets",
-        "which bucket each key falls into, seen from one query",
+        "print the bucket of each key for one query",
         f"irpe buckets {_RPE} --grid 14x14 --at 7,7 --out buckets.png",
     )
     one.add_argument("spec", help=f"the encoding, as {_RPE} or t5,buckets=32,max=128")
@@ -101,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--at", type=places, metavar="[FRAME,]ROW,COL", help="the query; default: the middle"
     )
-    one.add_argument("--frame", type=int, help="of the keys, for videos; default: the query's")
+    one.add_argument("--frame", type=int, help="frame of the keys (videos); default: the query's")
     one.add_argument(
         "--length", type=count, default=64, help="tokens, for encodings of texts (default 64)"
     )
@@ -109,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
 
     one = add(
         "explain",
-        "which backend auto takes for a call of attention, and why",
+        "print the backend that auto selects for attention, and why",
         f"irpe explain {_RPE} --device cuda --dtype bfloat16",
     )
     one.add_argument("rpe", metavar="SPEC", nargs="?", help="the encoding; none: plain attention")
@@ -122,53 +122,55 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--dtype", choices=_DTYPES, default=_DTYPES[0], metavar="DTYPE", help=", ".join(_DTYPES)
     )
-    one.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="need not be here")
-    one.add_argument("--causal", action="store_true", help="no query sees a later key")
+    one.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="a device, present or not"
+    )
+    one.add_argument("--causal", action="store_true", help="causal attention")
     one.add_argument("--compile", action="store_true", help="inside torch.compile")
 
     one = add(
         "cost",
-        "parameters, multiply-adds and memory of a model, plain and with an encoding",
+        "print parameters, multiply-adds and memory, with and without encoding",
         f"irpe cost deit_small_patch16_224 --rpe {_RPE} --size 224",
     )
-    one.add_argument("model", help="a name of timm's")
+    one.add_argument("model", help="a timm model name")
     one.add_argument("--rpe", metavar="SPEC", help="the encoding; a published name has one")
     _model_kwargs(one)
     _size(one)
 
     one = add(
         "tables",
-        "the learned tables of a checkpoint, by layer and head, over offsets",
+        "print the learned tables of a checkpoint, by layer and head",
         "irpe tables runs/mine --out tables.png",
     )
     one.add_argument(
         "checkpoint", metavar="CKPT", help="a run directory, a .safetensors, .pth, .pt or .bin file"
     )
-    one.add_argument("--rpe", metavar="SPEC", help="the encoding, where the file does not say it")
+    one.add_argument("--rpe", metavar="SPEC", help="the encoding, if it is not in the file")
     _grid(one, None, "that of a square pos_embed in the file, else 14x14")
     _out(one)
 
     one = add(
         "attention",
-        "where a query patch looks, by head, and what the encoding adds",
+        "print the attention of a query patch and the bias, by head",
         "irpe attention runs/mine cat.jpg --out attention.png",
     )
     one.add_argument(
-        "model", help="a run directory, a file of irpe.save, a name of timm's or a published one"
+        "model", help="a run directory, a file of irpe.save, a timm or a published model name"
     )
     one.add_argument("image", help="a picture")
     one.add_argument("--rpe", metavar="SPEC", help="the encoding to attach")
     one.add_argument("--checkpoint", metavar="FILE", help="weights; else they are random")
     _model_kwargs(one)
-    one.add_argument("--pretrained", action="store_true", help="timm fetches trained weights")
-    one.add_argument("--layer", type=count, help="counted from 1; default: the last")
+    one.add_argument("--pretrained", action="store_true", help="timm downloads trained weights")
+    one.add_argument("--layer", type=count, help="number of the layer, from 1; default: the last")
     one.add_argument("--at", type=place, metavar="ROW,COL", help="the query; default: the middle")
     _size(one)
     _out(one)
 
     one = add(
         "convert",
-        "turn a torch checkpoint into safetensors, or back, by the names of the files",
+        "convert a torch checkpoint to safetensors, or back",
         "irpe convert released.pth model.safetensors",
     )
     one.add_argument("source", metavar="IN", help="a .pth, .pt, .bin or .safetensors file")

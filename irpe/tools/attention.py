@@ -17,7 +17,7 @@ from ..hosts import attach, detach
 from ..hosts.maps import record_calls
 from ..terms import Term
 
-# Attached to a model without an encoding: fresh tables are zero, so its attention stays the same.
+# Attached to models without an encoding, to record their attention: its tables are zero.
 _NEUTRAL = "rpe-1.9-product-bias-1-k"
 
 
@@ -27,9 +27,9 @@ class Layer:
 
     Args:
         attention: probabilities ``[H, height, width]`` of the patches as keys.
-        prefix: probability ``[H]`` of the prefix tokens.
-        position: what the encoding adds to the logits, ``[H, height, width]``; None for encodings
-            that add nothing, as rotary embeddings.
+        prefix: total probability ``[H]`` of the prefix tokens.
+        position: additive bias of the encoding, ``[H, height, width]``; None without one, as for
+            rotary embeddings.
         distances: mean distance of attention over all queries, in patches, ``[H]``.
     """
 
@@ -44,8 +44,13 @@ def watch(model: nn.Module, image: Tensor, grid: Grid, at: tuple[int, int]) -> l
     """Run a timm model on one image ``[1, C, height, width]`` and return its layers' attention.
 
     Args:
+        model: the model.
+        image: the image.
         grid: the model's patches and prefix tokens.
-        at: the query's (row, column).
+        at: (row, column) of the query.
+
+    Raises:
+        IrpeError: if the query is outside the grid, or attention is not over the whole grid.
     """
     row, column = at
     if not (0 <= row < grid.height and 0 <= column < grid.width):
@@ -78,7 +83,7 @@ def _layer(
     length = grid.query_length
     if q.shape[0] != 1 or not q.shape[2] == k.shape[2] == length:
         raise IrpeError(
-            f"this model's attention is not that of one row of {length} tokens for a grid of "
+            f"this model's attention is not over all {length} tokens of a grid of "
             f"{grid.height}x{grid.width}: q {list(q.shape)}, k {list(k.shape)}"
         )
 
@@ -99,8 +104,8 @@ def _layer(
 def mean_distances(probabilities: Tensor, grid: Grid) -> Tensor:
     """Return the mean distance of attention ``[H]``, in patches, of probabilities ``[H, L, L]``.
 
-    The mean over keys is weighted by the probabilities; then the mean over queries. Prefix tokens
-    have no position and are left out.
+    The mean over keys is weighted by the probabilities; the mean over queries is not weighted.
+    Prefix tokens are excluded.
     """
     between = probabilities[:, grid.prefix :, grid.prefix :]
     places = Grid(grid.height, grid.width).offsets(between.device).to(between.dtype)

@@ -18,10 +18,10 @@ def draw_layer(
 
     Args:
         layers: all layers of the model.
-        number: number of the layer to draw, counted from 1.
-        image: ``[height, width, 3]`` from 0 to 1.
+        number: number of the layer to draw, from 1.
+        image: ``[height, width, 3]`` in [0, 1].
         at: (row, column) of the query.
-        title: above the figure.
+        title: title of the figure.
     """
     layer = layers[number - 1]
     heads, height, width = layer.attention.shape
@@ -33,7 +33,7 @@ def draw_layer(
     ]
     if layer.position is not None and layer.position.any():
         bands.append(("bias of the encoding", layer.position, linear, "added to the logit"))
-    elif layer.position is not None:  # a colour scale of zeros shows nothing
+    elif layer.position is not None:  # no map of zeros
         title += f"\nthe encoding of layer {number} adds 0 to each logit: its table is untrained"
     tall = lines * (_SIDE * height / width + 0.3) + 0.6
     made = figure(max(8.0, columns * (_SIDE + 0.1) + 1.2), 3.4 + tall * len(bands))

@@ -1,7 +1,7 @@
 """The ``irpe`` command: reads the arguments, calls one module of ``commands/``, reports errors.
 
-An error that a user can fix prints one line on standard error and exits with status 2. Nothing here
-imports torch, so ``irpe --help`` and errors of spelling are fast.
+User errors print one line on standard error and exit with status 2. This module does not import
+torch, so that ``irpe --help`` and usage errors are fast.
 """
 
 import os
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = top.parse_args(argv)
     try:
         with warnings.catch_warnings():
-            # Deprecation warnings of other libraries, which a user cannot fix.
+            # Users cannot fix the deprecation warnings of other libraries.
             warnings.simplefilter("ignore")
             import_plugins(given.plugin)
             import_module(f".commands.{given.command}", __package__).run(given)

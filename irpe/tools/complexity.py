@@ -1,10 +1,9 @@
 """Multiply-adds, activations and parameters of a model, counted by fvcore.
 
-fvcore counts one multiply-add as one. It has no handler of fused attention, so this one counts
-torch's scaled_dot_product_attention. Attention with terms is traced as the plain operations of the
-reference backend, whose products fvcore counts unmodified: the product of a table with queries or
-keys costs B H L D N, the bucket mass times its table as much. Gathers and sums count nothing, as
-additions do everywhere in fvcore.
+fvcore counts one multiply-add as one. It does not count fused attention, so this module adds a
+handler of torch's scaled_dot_product_attention. Attention with terms is traced as the plain
+operations of the reference backend: the product of a table with queries or keys costs B H L D N,
+and so does the product of bucket masses with a table. fvcore does not count gathers and sums.
 """
 
 from typing import Any
@@ -18,8 +17,8 @@ def multiply_adds(model: nn.Module, *inputs: Tensor) -> int:
     """Return the multiply-adds of one forward pass in evaluation mode.
 
     Args:
-        model: is not changed, nor is its training mode.
-        inputs: of the forward pass; a batch of one image gives the number in papers.
+        model: the model; it is not changed.
+        inputs: inputs of the forward pass; papers state the number for a batch of one image.
     """
     return _total(FlopCountAnalysis, _attention, model, inputs)
 
@@ -27,10 +26,10 @@ def multiply_adds(model: nn.Module, *inputs: Tensor) -> int:
 def activations(model: nn.Module, *inputs: Tensor) -> int:
     """Return the number of outputs of the products and convolutions of one forward pass.
 
-    Attention counts with materialised logits: an upper bound for a fused kernel,
-    but the same count with an encoding and without. For arguments see ``multiply_adds``.
+    The logits of attention are counted as materialised, with and without an encoding; a fused
+    kernel has fewer activations. For arguments see ``multiply_adds``.
     """
-    return _total(ActivationCountAnalysis, _laid_out, model, inputs)
+    return _total(ActivationCountAnalysis, _materialised, model, inputs)
 
 
 def _total(analysis: Any, attention: Any, model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
@@ -57,6 +56,6 @@ def _attention(inputs: list[Any], outputs: list[Any]) -> int:
     return pairs * (q[3] + v[3])
 
 
-def _laid_out(inputs: list[Any], outputs: list[Any]) -> int:
+def _materialised(inputs: list[Any], outputs: list[Any]) -> int:
     q, k, v = (value.type().sizes() for value in inputs[:3])
     return q[0] * q[1] * q[2] * (k[2] + v[3])

@@ -1,4 +1,4 @@
-"""timm's models by name, with encodings and weights; several subcommands use them."""
+"""timm's models by name, with encodings and weights, for several subcommands."""
 
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -27,13 +27,16 @@ def create(
     """Create a timm model or a published one, for evaluation.
 
     Args:
-        name: as in timm's registry.
-        size: height and width of its images in pixels; None: the model's own.
+        name: name in timm's registry.
+        size: height and width of its images in pixels; None: the model's default.
         pretrained: whether timm downloads trained weights.
         options: arguments of the model.
+
+    Raises:
+        IrpeError: if the name is unknown, or timm cannot create or run the model.
     """
     if not timm.is_model(name):
-        # By their beginnings: names are longer than what users type.
+        # Compare beginnings: users type short names.
         known = {known[: len(name)]: known for known in reversed(timm.list_models())}
         near = [known[found] for found in get_close_matches(name, known, _SHOWN)]
         near = near or timm.list_models(f"*{name}*")[:_SHOWN]
@@ -42,7 +45,7 @@ def create(
     given = dict(options or {}) | ({} if size is None else {"img_size": size})
     try:
         model: Any = timm.create_model(name, pretrained=pretrained, **given).eval()
-        if size is not None:  # many models raise in the forward pass only
+        if size is not None:  # many models check the size in the forward pass only
             with torch.no_grad():
                 model(torch.zeros(1, input_size(model)[0], *size))
         return model
@@ -58,18 +61,21 @@ def opened(path: str, size: tuple[int, int] | None = None) -> tuple[str, Any]:
     """Build the model of a file and load its weights and encodings.
 
     Args:
-        path: a file of ``irpe.save`` or ``train_cls.py``, the folder of a run or of timm's
+        path: a file of ``irpe.save`` or ``train_cls.py``, or the folder of a run or of timm's
             ``save_for_hf``.
         size: height and width of its images in pixels; None: the size in the file.
 
     Returns:
-        The architecture's name and the model.
+        The name of the architecture, and the model.
+
+    Raises:
+        IrpeError: if the file does not contain the architecture.
     """
     config = read_json(read_checkpoint(path).about.get("irpe_model", ""))
     if not isinstance(config, dict) or "architecture" not in config:
         raise IrpeError(
-            f"{path!r} does not say how its model is built: give a name of timm's, and the file "
-            "with --checkpoint"
+            f"{path!r} does not contain the architecture of its model: give a timm model name, "
+            "and the file with --checkpoint"
         )
     given = dict(config.get("model_args") or {}, pretrained_cfg=config.get("pretrained_cfg"))
     model = create(config["architecture"], size, options=given)
@@ -92,7 +98,7 @@ def attach_named(model: nn.Module, name: str, spec: str | Spec) -> None:
     """Attach an encoding, unless a published name has one already."""
     own = attached_spec(name)
     if own is not None:
-        raise IrpeError(f"{name} carries {own} already: leave --rpe out, or name timm's plain DeiT")
+        raise IrpeError(f"{name} has {own} already: leave --rpe out, or use timm's plain DeiT")
     attach(model, spec)
 
 
@@ -110,15 +116,17 @@ def prepared(model: Any, picture: Any, size: tuple[int, int] | None) -> tuple[Te
     """Return a PIL image as a model's input, and as an image to show.
 
     Args:
-        size: height and width in pixels; None: the model's own.
+        model: the model.
+        picture: the image.
+        size: height and width in pixels; None: the model's default.
 
     Returns:
-        The input ``[1, C, height, width]``, and ``[height, width, C]`` from 0 to 1.
+        The input ``[1, C, height, width]``, and an image ``[height, width, C]`` in [0, 1].
     """
     settings = timm.data.resolve_model_data_config(model)
     channels, *own = input_size(model)
     settings["input_size"] = (channels, *(size or own))
-    for name in ("mean", "std"):  # timm's are for three channels; a grey image uses their mean
+    for name in ("mean", "std"):  # timm's have three channels; grey images use their mean
         if len(settings[name]) != channels:
             settings[name] = (sum(settings[name]) / len(settings[name]),) * channels
     if channels == 1:

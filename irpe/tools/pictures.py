@@ -1,11 +1,11 @@
-"""Create and write figures without a screen; colours and marks that all pictures share."""
+"""Create and write figures without a screen; shared colours and marks."""
 
 from pathlib import Path
 from typing import Any
 
 from ..errors import IrpeError
 
-# Monotonic in lightness, so that a grey print is readable.
+# Monotonic in lightness, for greyscale printing.
 COLOURS = "viridis"
 
 

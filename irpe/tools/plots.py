@@ -1,4 +1,4 @@
-"""Draw bucket maps: of images around one patch, of texts by offset."""
+"""Draw bucket maps: for images around one patch, for texts by offset."""
 
 from typing import Any
 
@@ -20,12 +20,16 @@ def bucket_maps(
     """Return the bucket ids of all patches as keys, for the query at a (row, column).
 
     Args:
-        grid: of a volume, the keys of one frame are shown.
-        at: for a volume (frame, row, column).
-        frame: of the keys; None: the query's.
+        spec: the encoding.
+        grid: the patches; of a volume, the result has the keys of one frame.
+        at: (row, column) of the query; for a volume (frame, row, column).
+        frame: frame of the keys; None: the query's.
 
     Returns:
-        Maps ``[height, width]``: one, or one for each axis for method cross.
+        Maps ``[height, width]``: one, or for method cross one for each axis.
+
+    Raises:
+        IrpeError: if the query or frame is outside the grid.
     """
     if not all(0 <= place < side for place, side in zip(at, grid.sides, strict=True)):
         what = type(grid).__name__.lower()
@@ -58,11 +62,17 @@ def plot_buckets(
     axes: Any,
     frame: int | None = None,
 ) -> None:
-    """Draw a bucket map into matplotlib axes: buckets in use as colours, ids as numbers.
+    """Draw a bucket map into matplotlib axes, with colours, ids and lines between buckets.
 
-    Arguments are those of ``bucket_maps``. For method cross, each combination of buckets of the
-    axes has a colour; ids are one above the other. Lines separate buckets, also in a grey print.
-    Grids too large for numbers get a colour bar instead.
+    For method cross, each combination of buckets has a colour, and the ids of the axes are below
+    each other. Large grids have a colour bar instead of ids.
+
+    Args:
+        spec: see ``bucket_maps``.
+        grid: see ``bucket_maps``.
+        at: see ``bucket_maps``.
+        axes: the matplotlib axes.
+        frame: see ``bucket_maps``.
     """
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
@@ -77,7 +87,7 @@ def plot_buckets(
         image = axes.imshow(buckets, cmap=COLOURS)
         colour_bar(axes.figure, image, axes, "bucket, numbered among those in use")
     else:
-        # Neighbouring buckets get distant colours, light enough for black numbers.
+        # Distinct colours for neighbouring buckets, light enough for black numbers.
         hues = (torch.arange(count) * 0.618033988749895 % 1.0).numpy()
         light = ListedColormap(colormaps["hsv"](hues) * 0.35 + 0.65)
         axes.imshow(buckets, cmap=light, vmin=-0.5, vmax=count - 0.5)

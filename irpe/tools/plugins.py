@@ -1,4 +1,4 @@
-"""Plugins: modules of the user that register encodings, backends and libraries."""
+"""Plugins: user modules that register encodings, backends and libraries."""
 
 import os
 import sys
@@ -9,7 +9,11 @@ from ..errors import IrpeError
 
 
 def import_plugins(modules: Iterable[str]) -> None:
-    """Import modules by name, ``mine`` for mine.py; those in the working directory are found."""
+    """Import modules by name, ``mine`` for mine.py, also from the working directory.
+
+    Raises:
+        IrpeError: if a module does not exist.
+    """
     for name in modules:
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())
@@ -19,6 +23,6 @@ def import_plugins(modules: Iterable[str]) -> None:
             if getattr(error, "name", name) not in (name, name.partition(".")[0]):
                 raise  # the plugin exists, but one of its imports does not
             raise IrpeError(
-                f"plugin {name!r} cannot be imported: it is the name of a module, as mine for "
+                f"plugin {name!r} cannot be imported: give the name of a module, as mine for "
                 "mine.py, which is installed or in the working directory"
             ) from None

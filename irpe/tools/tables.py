@@ -1,7 +1,7 @@
 """Learned tables of image encodings as maps over offsets, by layer and head.
 
-Offsets here are (row, column) of the key minus those of the query, so that a map looks like the
-image around the query.
+Offsets here are (row, column) of the key minus those of the query, so that maps have the
+orientation of the image.
 """
 
 import math
@@ -31,14 +31,14 @@ PLACES = {
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """The tables of one kind, all over the same offsets.
+    """The tables of one kind, over the same offsets.
 
     Args:
         kind: ``rpe_q``, ``rpe_k`` or ``rpe_v``.
         layers: numbers of the layers, from 1.
-        values: for each layer ``[H | 1, 2 height - 1, 2 width - 1]``. Contextual tables: the
-            Euclidean norm of the bucket's vector, or of the sum of the row's and the column's
-            vector for method cross. Bias tables: the bias, or the sum.
+        values: for each layer ``[H | 1, 2 height - 1, 2 width - 1]``: the Euclidean norm of the
+            bucket's vector, or the bias. For method cross, vectors or biases of rows and columns
+            are added first.
         what: description of the values.
     """
 
@@ -62,7 +62,11 @@ def trained_grid(weights: Mapping[str, Tensor]) -> tuple[int, int] | None:
 def read_tables(
     weights: Mapping[str, Tensor], spec: str | Spec, grid: tuple[int, int]
 ) -> list[Tables]:
-    """Return all tables of a state dict, over the offsets that occur in a grid (height, width)."""
+    """Return all tables of a state dict, over the offsets of a grid (height, width).
+
+    Raises:
+        IrpeError: if there are no tables, or they do not fit the spec.
+    """
     spec = parse_image(spec)
     found: dict[str, dict[str, dict[str, Tensor]]] = {}
     modes = set()
@@ -101,7 +105,7 @@ def over_offsets(
         raise IrpeError(f"{spec} has {' and '.join(names)} in {kind}, not {' and '.join(parts)}")
     rows, columns = (torch.arange(1 - n, n) for n in grid)
     offsets = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1)
-    # Buckets are those of query - key; on the queries, of key - query.
+    # Tables on keys and values have the buckets of query - key, tables on queries of key - query.
     offsets = offsets if kind == "rpe_q" else -offsets
     total: Any = 0
     for name, function in zip(names, spec.buckets(), strict=True):
@@ -120,7 +124,7 @@ def over_offsets(
 
 
 def draw_tables(tables: list[Tables], title: str) -> Any:
-    """Return a figure with a map for each layer and head and a scale for each kind; 0 is grey."""
+    """Return a figure with a map for each layer and head, and a scale for each kind; 0 is grey."""
     shapes = [_shape(t) for t in tables]
     height, width = tables[0].values[0].shape[1:]
     side = 1.15 if max(columns for _, columns in shapes) > 4 else 1.6
@@ -166,7 +170,7 @@ def _draw(band: Any, kind: Tables, shape: tuple[int, int]) -> None:
 
 
 def _shape(kind: Tables) -> tuple[int, int]:
-    """Return rows and columns of maps: a row per layer, or shared tables in lines of up to six."""
+    """Return rows and columns of maps: a row for each layer; shared tables in rows of up to six."""
     heads = max(len(value) for value in kind.values)
     if heads > 1:
         return len(kind.layers), heads

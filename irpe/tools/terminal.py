@@ -8,10 +8,10 @@ _LETTERS = string.digits + string.ascii_letters
 
 
 def number_map(rows: Sequence[Sequence[int]], at: tuple[int, int]) -> list[str]:
-    """Return lines with a map of small integers; the one at a (row, column) is in brackets.
+    """Return the lines of a map of small integers, with brackets around the (row, column) ``at``.
 
-    Numbers are used if they fit, else one letter or digit each. A map that is still too wide shows
-    the columns around ``at``, with a star there, and a last line says so.
+    If numbers do not fit, each is one letter or digit, and a last line has the key. If these do not
+    fit either, the map has the columns around ``at``, which is a star.
     """
     columns, digits = len(rows[0]), max(len(str(n)) for row in rows for n in row)
     if columns * (digits + 1) + 1 <= WIDTH:

@@ -179,7 +179,7 @@ def test_probabilities_of_eager_models(name):
 
 def test_what_cannot_be_fused_is_one_line():
     model = made("beit", use_shared_relative_position_bias=True)
-    with pytest.raises(irpe.IrpeError, match="one for all layers") as caught:
+    with pytest.raises(irpe.IrpeError, match="all layers share its relative bias") as caught:
         irpe.attach(model, native="fuse")
     assert "\n" not in str(caught.value)
     with pytest.raises(irpe.IrpeError, match="rotates"):

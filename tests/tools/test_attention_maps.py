@@ -153,8 +153,8 @@ WRONG = {
     "not a picture": (["attention", "test_vit", "text.png"], "'text.png' is not a picture"),
     "off the grid": (["attention", "test_vit", "a.png", "--at", "10,0"], "10, 0.*10x10"),
     "no such layer": (["attention", "test_vit", "a.png", "--layer", 7], "--layer 7.*6 layers"),
-    "no grid": (["attention", "resnet10t", "a.png"], "resnet10t has no patches"),
-    "windows": (["attention", "swin_tiny_patch4_window7_224", "a.png"], "not that of one row"),
+    "no grid": (["attention", "resnet10t", "a.png"], "resnet10t has no fixed grid"),
+    "windows": (["attention", "swin_tiny_patch4_window7_224", "a.png"], "not over all"),
     "another model's weights": (
         ["attention", "test_vit", "a.png", "--checkpoint", "other.pth"],
         "'other.pth' does not fit this model.*missing.*cls_token.*--rpe",

@@ -94,15 +94,15 @@ def test_truncated_files(suffix: str, share: float, state, tmp_path: Path):
 NO_WEIGHTS = {
     "list": ([1, 2], "list"),
     "numbers": ({"epoch": 3}, "epoch"),
-    "empty": ({}, "holds no weights"),
-    "nested numbers": ({"model": {"a": 1}}, "holds no weights"),
+    "empty": ({}, "has no weights"),
+    "nested numbers": ({"model": {"a": 1}}, "has no weights"),
 }
 
 
 @pytest.mark.parametrize(("content", "part"), NO_WEIGHTS.values(), ids=NO_WEIGHTS.keys())
 def test_files_without_weights(content, part: str, tmp_path: Path):
     torch.save(content, tmp_path / "a.pth")
-    with pytest.raises(IrpeError, match="holds no weights") as caught:
+    with pytest.raises(IrpeError, match="has no weights") as caught:
         read_weights(tmp_path / "a.pth")
     assert part in str(caught.value)
 

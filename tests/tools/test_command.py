@@ -92,24 +92,24 @@ WRONG = {
     "not a dtype": (["explain", "--dtype", "int8"], "'int8'.*bfloat16"),
     "an unknown model": (["cost", "diet_small_patch16_224", "--rpe", "rope"], "deit_small_patch"),
     "nothing like it": (["cost", "qqqqqqqqqqqq", "--rpe", "rope"], "timm.list_models"),
-    "no encoding": (["cost", "test_vit"], "test_vit brings no encoding along.*--rpe"),
+    "no encoding": (["cost", "test_vit"], "test_vit has no encoding.*--rpe"),
     "for texts": (["cost", "test_vit", "--rpe", "rope"], "rope is for positions on one axis"),
     "no attention": (["cost", "resnet18", "--rpe", "rope-axial"], "ResNet has no attention"),
     "a size that does not fit": (["cost", "test_vit", "--size", 161, "--rpe", "alibi"], "161"),
     "not a size": (["cost", "test_vit", "--size", "big"], "'big"),
     "tables of nothing": (["tables", "none.pth"], "'none.pth' is not a file"),
-    "an unknown encoding of tables": (["tables", "tables.pth"], "does not say its encoding.*--rpe"),
+    "an unknown encoding of tables": (["tables", "tables.pth"], "does not contain its spec.*--rpe"),
     "no tables": (["tables", "plain.pth", "--rpe", "rpe-1.9-product-ctx-1-k"], "no tables"),
     "other tables": (["tables", "tables.pth", "--rpe", "rpe-2.0-product-ctx-1-k"], "50.*81"),
     "tables of a bias": (["tables", "tables.pth", "--rpe", "rpe-1.9-product-bias-1-k"], "_bias"),
     "tables of another method": (["tables", "tables.pth", "--rpe", "rpe-1.9-cross-ctx-1-k"], "rp_"),
-    "tables of texts": (["tables", "tables.pth", "--rpe", "t5"], "t5.* is no image encoding"),
+    "tables of texts": (["tables", "tables.pth", "--rpe", "t5"], "t5.* is not of the form"),
     "missing checkpoint": (["convert", "none.pth", "b.safetensors"], "'none.pth' is not a file"),
     "nothing to convert": (["convert", "a.pth", "b.pt"], r"'a.pth' to 'b.pt'.*\.safetensors"),
     "not a checkpoint": (["convert", "text.pth", "b.safetensors"], "'text.pth' is trunc"),
     "not safetensors": (["convert", "text.safetensors", "b.pth"], "'text.safetensors' is trunc"),
-    "no weights": (["convert", "list.pth", "b.safetensors"], "holds no weights"),
-    "a file in the way": (["convert", "list.pth", "text.safetensors"], "is there already"),
+    "no weights": (["convert", "list.pth", "b.safetensors"], "has no weights"),
+    "a file in the way": (["convert", "list.pth", "text.safetensors"], "exists already"),
 }
 
 
@@ -213,7 +213,7 @@ def test_cost_of_a_published_name(capsys):
     status, _, err = run(
         capsys, "cost", "deit_tiny_patch16_224_ctx_product_50_shared_k", "--rpe", "alibi"
     )
-    assert status == 2 and "carries rpe-1.9-product-ctx-1-k already" in err[0]
+    assert status == 2 and "has rpe-1.9-product-ctx-1-k already" in err[0]
 
 
 def test_explain_says_what_explain_says(capsys):

@@ -38,22 +38,22 @@ def pack(folder: Path) -> None:
         shutil.rmtree(folder / split)
 
 
-SAME_COUNT = "files as before, and some of them changed"
+SAME_COUNT = "files, but some of them changed"
 CLASSES = {
     "removed": (lambda f: (f / "train/bee/0.png").unlink(), "train/bee' had 6 files, has 5"),
     "added": (lambda f: paint(f / "val/ant/new.png"), "val/ant' had 5 files, has 6"),
-    "painted": (lambda f: paint(f / "train/ant/1.png"), f"train/ant' has 6 {SAME_COUNT}"),
-    "another time": (lambda f: later(f / "val/bee/2.png"), f"val/bee' has 5 {SAME_COUNT}"),
+    "painted": (lambda f: paint(f / "train/ant/1.png"), f"train/ant' still has 6 {SAME_COUNT}"),
+    "another time": (lambda f: later(f / "val/bee/2.png"), f"val/bee' still has 5 {SAME_COUNT}"),
     "renamed": (
         lambda f: (f / "train/ant/1.png").rename(f / "train/ant/9.png"),
-        f"train/ant' has 6 {SAME_COUNT}",
+        f"train/ant' still has 6 {SAME_COUNT}",
     ),
     "archive": (lambda f: later(f / "train.tar"), "train.tar' changed"),
 }
 COCO = {
     "annotations": (save_without_a_crowd, "instances.json' changed"),
     "removed": (lambda f: (f / "images/20.png").unlink(), "instances.json' had 3 files, has 2"),
-    "painted": (lambda f: paint(f / "images/20.png"), f"instances.json' has 3 {SAME_COUNT}"),
+    "painted": (lambda f: paint(f / "images/20.png"), f"instances.json' still has 3 {SAME_COUNT}"),
     "archive": (lambda f: later(f / "images.zip"), "images.zip' changed"),
 }
 
@@ -131,7 +131,7 @@ def test_a_detector_refuses_and_resumes(tmp_path: Path, capsys):
         ({"a": (1, "x")}, {"a": (1, "x")}, []),
         ({}, {"a": (2, "x")}, ["'a' had 0 files, has 2"]),
         ({"a": (1, "x"), "b": (2, "y")}, {"b": (2, "z")},
-         ["'a' had 1 file, has 0", "'b' has 2 files as before, and some of them changed"]),
+         ["'a' had 1 file, has 0", "'b' still has 2 files, but some of them changed"]),
         ({"a": (1, "x")}, {"a": (1, "y")}, ["'a' changed"]),
     ],
 )  # fmt: skip

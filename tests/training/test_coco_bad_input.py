@@ -56,8 +56,8 @@ def test_paths_that_lead_nowhere(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     cases = [
         (str(tmp_path / "none"), file, ["images", "none' does not exist"]),
-        (file, file, ["images", "is no folder or zip archive"]),
-        (str(tmp_path / "bad.zip"), file, ["images", "no readable zip archive", "bad.zip"]),
+        (file, file, ["images", "is not a folder or zip archive"]),
+        (str(tmp_path / "bad.zip"), file, ["images", "not a readable zip archive", "bad.zip"]),
         (folder, str(tmp_path / "none.json"), ["annotations", "none.json' does not exist"]),
         (folder, folder, ["annotations", "cannot be read"]),
         (folder, str(tmp_path / "bad.zip/instances.json"), ["annotations", "cannot be read"]),
@@ -94,7 +94,7 @@ BAD_ANNOTATIONS = [
     (box(9, 10, area="big"), "area 'big'"),
     (box(9, 10, iscrowd="no"), "its iscrowd 'no' is not 0 or 1"),
     (box(9, 10, iscrowd=2), "its iscrowd 2 is not 0 or 1"),
-    ("ant", "'ant' is no annotation"),
+    ("ant", "'ant' is not an annotation"),
 ]
 
 
@@ -187,7 +187,7 @@ def test_absent_image_is_skipped_and_named_or_fails(tmp_path: Path, zipped: bool
     assert len(source.read(1)[1].boxes) == 2
     (reason,) = source.left_out
     assert f"image 10: no file '{folder}" in reason
-    assert "10.png'; 2 annotations go with it" in reason
+    assert "10.png'; it has 2 annotations" in reason
     truth = indexed(source.ground_truth())
     assert (sorted(truth.imgs), len(truth.anns)) == ([20, 30], 2)
     with pytest.raises(UserError, match="10.png.*on_bad_image: skip"):

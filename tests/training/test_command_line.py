@@ -66,7 +66,7 @@ def test_mappings_as_pairs(given: list[str]):
 
 BAD = [
     (["--model.kwargs={patch_size:4}"], ["'{patch_size:4}'", "{patch_size: 4}", "patch_size=4"]),
-    (["--model.kwargs", "{a: 1, b:2}"], ["'b:2'", "lacks a space"]),
+    (["--model.kwargs", "{a: 1, b:2}"], ["'b:2'", "needs a space"]),
     (["--optim.kwargs={eps:1}"], ["optim.kwargs", "eps=1"]),
     (["--learning_rate=3"], ["did you mean 'optim.lr'"]),
     (["--num-workers=3"], ["did you mean 'data.workers'"]),

@@ -27,7 +27,7 @@ def test_a_finished_run_is_extended(cls, tmp_path: Path):
     more = ["--epochs=4", "--run.progress=lines"]
     status, out, err = cls("--run.experiment=x", *more, f"--resume={folder}")
     assert status == 0, err
-    assert "extended from 2 to 4 epochs; from here on the learning rate is that of a run" in err
+    assert "extended from 2 to 4 epochs; the learning rate is now that of a run" in err
     assert f"run directory: {folder}\n" in out
     assert yaml.safe_load((folder / "config.yaml").read_text())["epochs"] == 4
     assert cls("--run.experiment=whole", "--epochs=4")[0] == 0
@@ -39,7 +39,7 @@ def test_a_finished_run_is_extended(cls, tmp_path: Path):
 def test_a_warm_up_longer_than_the_run_is_shortened(cls, warmup: int):
     status, out, err = cls(f"--sched.warmup_epochs={warmup}")
     assert status == 0, err
-    assert f"note: sched.warmup_epochs: {warmup} is all of epochs: 2" in out and "for 0.4" in out
+    assert f"note: sched.warmup_epochs: {warmup} is not below epochs: 2" in out and "for 0.4" in out
 
 
 @pytest.mark.cases(1)

@@ -41,7 +41,7 @@ def test_the_help_says_so(script, capsys):
     with pytest.raises(SystemExit):
         importlib.import_module(script).main(["--help"])
     told = " ".join(capsys.readouterr().out.split())
-    assert "shared among its processes, at most 8" in told
+    assert "divided by its processes, at most 8" in told
 
 
 @pytest.mark.cases(1)

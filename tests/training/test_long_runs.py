@@ -299,7 +299,7 @@ def test_a_state_that_cannot_be_written(policy, lm, whole, tmp_path: Path, monke
         assert steps == ["state-epoch1-step3"]
     else:
         assert status == 0
-        assert err.count("training continues with the checkpoint before") == 2
+        assert err.count("training continues with the previous checkpoint") == 2
         assert steps == ["state-epoch4-step12", "state-epoch1-step3"]
     monkeypatch.setattr(torch, "save", real)
     if policy == "stop":

@@ -73,7 +73,7 @@ def test_records_after_the_state_are_trained_again(cls, interrupted, tmp_path: P
     folder = tmp_path / "runs" / "x"
     status, _, err = cls(*OPTIONS, f"--resume={folder}")
     assert status == 2
-    assert "holds no checkpoints/state-*.pt" in err
+    assert "has no checkpoints/state-*.pt" in err
     interrupted("--run.experiment=y")
     folder = tmp_path / "runs" / "y"
     with (folder / "metrics.jsonl").open("a") as file:

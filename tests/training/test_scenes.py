@@ -154,7 +154,7 @@ def test_interrupted_making_leaves_nothing_behind(tmp_path: Path, monkeypatch):
 def test_something_else_is_not_replaced(tmp_path: Path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="mine' holds something that is no set of scenes"):
+    with pytest.raises(UserError, match="mine' has other contents than a set of scenes"):
         make_scenes(tmp_path / "mine", FEW)
     assert (tmp_path / "mine" / "thesis.txt").exists()
     (tmp_path / "file").write_text("")

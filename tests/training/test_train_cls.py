@@ -173,7 +173,7 @@ def test_eval_only_of_a_released_file(cls, tmp_path: Path):
     status, _, err = cls("--eval-only", checkpoint)
     assert status == 2
     assert "blocks.0.attn.rpe_k.lookup_table_weight" in err
-    assert "does not say of which encoding" in err
+    assert "without the spec of their encoding" in err
 
 
 def test_non_finite_loss_stops_the_run(cls, tmp_path: Path):

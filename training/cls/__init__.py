@@ -1,1 +1,1 @@
-"""Image classification: options, model, the task that the loop trains, the run."""
+"""Image classification: options, model, task and run."""

@@ -1,4 +1,4 @@
-"""The task of train_cls.py: mixing, the loss and the evaluation of a classifier."""
+"""The task of train_cls.py: mixup and cutmix, loss and evaluation of a classifier."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Classify(ImageTask):
     """Training and evaluation of a classifier.
 
     Args:
-        aug: its options of mixing and smoothing are read.
-        num_classes: of the model.
-        given: of :class:`ImageTask`.
+        aug: options of mixup, cutmix and label smoothing.
+        num_classes: number of classes of the model.
+        given: the arguments of :class:`ImageTask`.
     """
 
     best, lower, panels, sums = "top1", False, CLASSIFIER, ("loss", "top1", "top5")
@@ -49,13 +49,13 @@ class Classify(ImageTask):
             )
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Step:
-        """Cross entropy of a batch; accuracy counts the heavier label where two are mixed."""
+        """Compute the cross entropy of a batch, and the accuracy by the main labels."""
         images, targets = batch.images, batch.targets
         if self.mixup is None:
             logits = model(images)
             loss = F.cross_entropy(logits, targets, label_smoothing=self.smoothing)
         else:
-            # timm mixes pairs. Batches are even, but one may have lost a sample.
+            # timm needs an even batch. Batches may miss a sample that did not decode.
             even = len(targets) // 2 * 2
             images, targets = images[:even], targets[:even]
             with forked(derive(self.config.seed, "mix", step)):
@@ -67,7 +67,7 @@ class Classify(ImageTask):
         return Step(loss, len(targets), {"top1": correct})
 
     def measure(self, model: nn.Module, batch: Batch, number: int) -> list[Tensor]:
-        """Return the sums of the cross entropy and of correct labels, first and among five."""
+        """Return the sums of the cross entropy, and of correct labels, top-1 and top-5."""
         with self.accelerator.autocast():
             logits = model(batch.images).float()
         ranked = logits.topk(min(5, logits.shape[1])).indices == batch.targets[:, None]
@@ -75,11 +75,11 @@ class Classify(ImageTask):
         return [loss, ranked[:, 0].sum(), ranked.sum()]
 
     def check(self, batch: Batch) -> None:
-        """Raise for a class that the model does not have."""
+        """Raise if a class is not in the model."""
         low, high = int(batch.targets.min()), int(batch.targets.max())
         if low < 0 or high >= self.num_classes:
             raise UserError(
-                f"the data holds class {low if low < 0 else high}, but the model has "
+                f"the data has class {low if low < 0 else high}, but the model has "
                 f"{self.num_classes} classes (0 to {self.num_classes - 1}); set model.num_classes"
             )
 

@@ -1,4 +1,4 @@
-"""Build the classifier, a timm model with or without encoding, and the transforms of its images."""
+"""Build the classifier, a timm model with or without encoding, and its image transforms."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from training.errors import UserError
 
 
 def check_name(name: str) -> None:
-    """Raise :class:`UserError` with the nearest names for a name that timm does not have."""
-    if ":" in name:  # a scheme such as hf-hub:... is not in the registry
+    """Raise :class:`UserError` with similar names if timm does not have this name."""
+    if ":" in name:  # schemes such as hf-hub:... are not in the registry
         return
     base, _, tag = name.partition(".")
     if timm.is_model(base):
@@ -38,10 +38,11 @@ def check_name(name: str) -> None:
 
 
 def build_model(config: ClsConfig, num_classes: int) -> nn.Module:
-    """Create the model that ``config`` describes and attach its encoding.
+    """Create the model of a config and attach its encoding.
 
-    Raises :class:`UserError` for an unknown name or an argument that the model does not take, and
-    ``irpe.IrpeError`` for an encoding that is malformed or that fits no part of the model.
+    Raises:
+        UserError: if the name is unknown, or the model does not take an argument.
+        irpe.IrpeError: if the encoding is invalid, or the model does not support it.
     """
     spec = irpe.parse(config.rpe) if config.rpe is not None else None
     options: dict[str, Any] = {"num_classes": num_classes, "in_chans": config.model.in_chans}
@@ -60,12 +61,12 @@ def build_model(config: ClsConfig, num_classes: int) -> nn.Module:
 
 def _create(config: ClsConfig, options: dict[str, Any]) -> nn.Module:
     name, pretrained = config.model.name, config.model.pretrained
-    # For other sizes timm resizes absolute embeddings, each time from the trained ones.
+    # At other sizes, timm resizes the trained absolute embeddings.
     dynamic = {} if config.sizes is None else {"dynamic_img_size": True}
     try:
         with contextlib.suppress(*[TypeError] * len(dynamic)):
             return timm.create_model(name, pretrained, **{**dynamic, **options})
-        # A convolutional network takes any size as it is.
+        # Convolutional networks have no such option.
         return timm.create_model(name, pretrained, **options)
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
         raise UserError(f"model {name!r} cannot be built with {options}: {error}") from error
@@ -74,14 +75,17 @@ def _create(config: ClsConfig, options: dict[str, Any]) -> nn.Module:
 def check_memory(
     config: ClsConfig, model: nn.Module, size: Sequence[int], batch: int, device: torch.device
 ) -> None:
-    """Raise where the attention logits of one layer alone exceed the memory of the device.
+    """Raise if the attention logits of one layer exceed the memory of the device.
 
-    Only attention that materialises them ([B, H, L, L]) is checked: timm's without its fused
-    kernel, and that of an encoding with rpe_backend: reference. Windowed models are not checked.
+    Only attention that materialises ``[B, H, L, L]`` is checked: timm's without its fused kernel,
+    and encodings with rpe_backend: reference. Windowed models are not checked.
 
     Args:
+        config: options of the script.
+        model: the model.
         size: height and width of the images.
-        batch: images of a forward pass of this process.
+        batch: number of images of a forward pass of this process.
+        device: the device of the model.
     """
     if not isinstance(model, VisionTransformer) or config.model.kwargs.get("patch_drop_rate"):
         return
@@ -135,7 +139,7 @@ def input_settings(config: ClsConfig, model: nn.Module) -> dict[str, Any]:
                 f"but model.in_chans is {channels}"
             )
     if channels != 3 and data.mean is None:
-        # timm's values are for three channels; grey images use their average.
+        # timm's values are for three channels; use their average for grey images.
         given["mean"], given["std"] = [0.45] * channels, [0.225] * channels
     if given["img_size"] is not None:
         size = given.pop("img_size")
@@ -145,7 +149,7 @@ def input_settings(config: ClsConfig, model: nn.Module) -> dict[str, Any]:
         {key: value for key, value in given.items() if value is not None}, model=model
     )
     settings["input_size"] = (channels, *settings["input_size"][1:])
-    for name in ("mean", "std"):  # timm repeats a single value for the channels it expects
+    for name in ("mean", "std"):  # timm repeats a single value for three channels
         settings[name] = settings[name][:channels]
     return settings
 
@@ -155,11 +159,12 @@ def make_transform(
 ) -> Callable[[Any], Tensor]:
     """Return a function from a PIL image to a normalised tensor [C, H, W].
 
-    The transforms are timm's, with the small affine ones that it has no option for.
+    The transforms are timm's, and small affine ones, which timm has no option for.
 
     Args:
         aug: augmentation, used in training only.
         data: ``input_size`` (C, H, W), ``mean``, ``std``, ``interpolation``, ``crop_pct``.
+        training: whether to augment.
     """
     augment = training and aug.enabled
     shared = {key: data[key] for key in ("input_size", "mean", "std", "interpolation")}
@@ -184,7 +189,7 @@ def make_transform(
             "for example rand-m9-mstd0.5-inc1, original, v0, 3a"
         ) from error
     if aug.affine_degrees or aug.affine_translate or aug.affine_scale:
-        # After the crop, at the size the model sees, and before the conversion to a tensor.
+        # After the crop, and before the conversion to a tensor.
         affine = tv.RandomAffine(
             degrees=aug.affine_degrees,
             translate=(aug.affine_translate,) * 2,

@@ -17,16 +17,16 @@ from training.options import (
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """The network: any name in timm's registry, the published iRPE names included."""
+    """The model: any name in timm's registry, also the published iRPE names."""
 
     name: str = "deit_small_patch16_224"
     """model name in timm's registry"""
     pretrained: bool = False
     """start from the published weights (downloads them)"""
     num_classes: int | None = None
-    """number of classes; null: as many as the data set has"""
+    """number of classes; null: that of the data set"""
     img_size: int | None = None
-    """side of the square input; null: the model's own"""
+    """side of the square input; null: the model's default"""
     in_chans: int = 3
     """1 for grey images, 3 for colour"""
     drop: float = 0.0
@@ -41,30 +41,30 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class DataConfig(ImagesConfig):
-    """The images: digits, Fashion-MNIST or whatever timm.data.create_dataset reads."""
+    """The images: digits, Fashion-MNIST, or a data set of timm.data.create_dataset."""
 
     name: str = "digits"
     """digits (embedded), fashion (Fashion-MNIST; splits train, validation, train+validation, test),
     folder (also a .tar file), torch/NAME, hfds/NAME, hfids/NAME, wds/NAME"""
     root: str | None = None
-    """folder of the splits (train, validation or val), each with a folder a class, or a .tar; for
-    fashion, of its IDX files, null: that of Debian's package dataset-fashion-mnist"""
+    """folder of the splits (train, validation or val), each with one folder per class or a .tar;
+    for fashion, the folder of its IDX files; null: that of Debian's dataset-fashion-mnist"""
     train_split: str = "train"
     """split to train on"""
     val_split: str = "validation"
     """split to evaluate on"""
     class_map: str | None = None
-    """text file with a class name a line, in order; null: the folders' names in natural order"""
+    """text file with one class name per line; null: the folder names in natural order"""
     download: bool = False
-    """download the data set into root: fashion, and where timm supports it"""
+    """download the data set into root, for fashion and timm data sets that support it"""
     interpolation: str | None = None
-    """bilinear or bicubic; null: the model's own"""
+    """bilinear or bicubic; null: the model's default"""
     crop_pct: float | None = None
-    """share of the resized image that evaluation crops; null: the model's own"""
+    """fraction of the resized image that evaluation crops; null: the model's default"""
     mean: list[float] | None = None
-    """mean of each channel in [0, 1]; null: the model's own"""
+    """mean of each channel in [0, 1]; null: the model's default"""
     std: list[float] | None = None
-    """standard deviation of each channel; null: the model's own"""
+    """standard deviation of each channel; null: the model's default"""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """further keyword arguments of timm.data.create_dataset"""
 
@@ -74,9 +74,9 @@ class AugConfig:
     """Augmentation of the training images. With enabled: false they are only resized."""
 
     enabled: bool = True
-    """augment at all"""
+    """whether to augment"""
     scale: tuple[float, float] = (0.08, 1.0)
-    """share of the area that the random crop takes"""
+    """area of the random crop, as a fraction of the image"""
     ratio: tuple[float, float] = (0.75, 1.3333333333333333)
     """aspect ratio of the random crop"""
     hflip: float = 0.5
@@ -86,20 +86,20 @@ class AugConfig:
     aa: str | None = None
     """timm policy, such as rand-m9-mstd0.5-inc1"""
     affine_degrees: float = 0.0
-    """largest random rotation"""
+    """largest random rotation, in degrees"""
     affine_translate: float = 0.0
-    """largest random shift, as a share of the side"""
+    """largest random shift, as a fraction of the side"""
     affine_scale: float = 0.0
     """largest random change of size: 0.1 gives 0.9 to 1.1"""
     reprob: float = 0.0
     """probability of random erasing"""
     remode: Literal["const", "rand", "pixel"] = "pixel"
-    """what erased regions are filled with"""
+    """content of erased regions"""
     recount: int = 1
-    """regions to erase"""
+    """number of regions to erase"""
     repeats: int = 1
-    """copies of each image in a batch, or in those of several processes, each augmented differently
-    (repeated augmentation; DeiT: 3); an epoch then sees that many times fewer images"""
+    """copies of each image in the batch of all processes, augmented differently (repeated
+    augmentation; DeiT: 3); an epoch then has that many times fewer different images"""
     mixup: float = 0.0
     """alpha of mixup; 0: none"""
     cutmix: float = 0.0
@@ -107,9 +107,9 @@ class AugConfig:
     mixup_prob: float = 1.0
     """probability that a batch is mixed"""
     mixup_switch_prob: float = 0.5
-    """probability of cutmix when both are on"""
+    """probability of cutmix if both are used"""
     mixup_mode: Literal["batch", "pair", "elem"] = "batch"
-    """one draw for the whole batch, for each pair or for each image"""
+    """one random mix for the batch, for each pair or for each image"""
     smoothing: float = 0.1
     """label smoothing"""
 
@@ -121,13 +121,13 @@ class ClsConfig(ScriptConfig):
     rpe: str | None = None
     """relative position encoding to attach, such as rpe-2.0-product-ctx-1-k; null: none"""
     rpe_where: str = "*"
-    """glob over the names of the attention modules that get the encoding"""
+    """shell pattern for the names of the attention modules that get the encoding"""
     rpe_backend: str = "auto"
     """backend of attention with an encoding: auto, reference, sdpa or triton"""
     epochs: int = 300
     """passes over the training images"""
     batch_size: int = 1024
-    """images per optimiser step, over all processes and accumulated batches together"""
+    """images per optimiser step, in all processes and accumulated batches"""
     eval_batch_size: int | None = None
     """images per forward pass of each process in evaluation; null: as in training"""
     sizes: str | None = None

@@ -1,4 +1,4 @@
-"""A classifier of images from its configuration."""
+"""Open the data and the model of train_cls.py."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from training.weights import check_same_classes, identity, start_from
 
 
 def open_task(config: ClsConfig, accelerator: Accelerator) -> ImageClassify:
-    """Open the images and the model, after what is quick to check."""
+    """Check the options, and open the images and the model."""
     if config.sizes is not None:
         parse_sizes(config.sizes)
     check_name(config.model.name)
@@ -51,7 +51,9 @@ class ImageClassify(Classify):
     """Training and evaluation of a classifier of images.
 
     Args:
-        sources: training, unless it is only evaluated, and held-out images.
+        config: options of the script.
+        accelerator: joins the processes.
+        sources: training images, unless evaluation only, and held-out images.
     """
 
     def __init__(self, config: ClsConfig, accelerator: Accelerator, sources: list[Any]) -> None:
@@ -85,7 +87,7 @@ class ImageClassify(Classify):
         )
 
     def report(self) -> list[dict[str, Any]]:
-        """Evaluate at the trained size, or at each of ``config.sizes``, with a curve."""
+        """Evaluate at the training size, or at each of ``config.sizes`` with a curve."""
         config, accelerator = self.config, self.accelerator
         if config.sizes is None:
             return [super().report()]
@@ -114,7 +116,7 @@ def _prepare_model(
     num_classes = config.model.num_classes or len(getattr(source, "classes", None) or ())
     if not num_classes:
         raise UserError(
-            f"data set {config.data.name!r} does not say how many classes it has; "
+            f"data set {config.data.name!r} does not have a number of classes; "
             "set model.num_classes"
         )
     torch.manual_seed(derive(config.seed, "model"))
@@ -124,7 +126,7 @@ def _prepare_model(
         heads = heads if isinstance(heads, tuple | list) else (heads,)
         start_from(model, config.checkpoint, classes, heads, training=not config.eval_only)
     settings = input_settings(config, model)
-    # The weights files describe the model, with how its images are prepared.
+    # Weights files contain the model's configuration with the preparation of its images.
     model.pretrained_cfg = {**model.pretrained_cfg, **settings}
     return model, settings, num_classes
 
@@ -137,7 +139,7 @@ def _open(config: ClsConfig, accelerator: Accelerator, *, training: bool) -> Any
         data.train_split if training else data.val_split,
         training=training,
         in_chans=config.model.in_chans,
-        # A stream gives whole batches to each process.
+        # For streams, which return whole batches to each process.
         batch_size=per_process_batch(accelerator, config.batch_size, config.grad_accum_steps),
         seed=config.seed,
         **{name: getattr(data, name) for name in ("class_map", "download", "exif", "kwargs")},

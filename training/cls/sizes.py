@@ -1,4 +1,4 @@
-"""One trained model at several image sizes: its accuracy as a table and as a curve."""
+"""Evaluate a model at several image sizes, with a table and a curve of its accuracy."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Size = tuple[int, int]
 
 
 def parse_sizes(text: str) -> list[Size]:
-    """Read ``112,160,112x224``: sides of squares, and HEIGHTxWIDTH."""
+    """Parse ``112,160,112x224``: sides of squares, or HEIGHTxWIDTH."""
     sizes = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*0*([1-9]\d*)(?:x0*([1-9]\d*))?\s*", part)
         if match is None:
             raise UserError(
-                f"sizes: {part.strip()!r} in {text!r} is not valid; expected sides of squares and "
+                f"sizes: {part.strip()!r} in {text!r} is not valid; expected sides of squares or "
                 "HEIGHTxWIDTH in pixels, as 112,160,224,112x224"
             )
         height, width = match.groups()
@@ -34,16 +34,16 @@ def parse_sizes(text: str) -> list[Size]:
 
 
 def check_patches(model: nn.Module, sizes: list[Size]) -> None:
-    """Raise for a size that is no whole number of the model's patches."""
+    """Raise if a size is not a multiple of the patch size."""
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    if patch is None:  # a convolutional network takes any
+    if patch is None:  # convolutional networks take any size
         return
     for size in sizes:
         if any(side % step for side, step in zip(size, patch, strict=True)):
             sides = zip(size, patch, strict=True)
             near = [max(1, round(side / step)) * step for side, step in sides]
             raise UserError(
-                f"sizes: {_name(size)} is no whole number of patches of {_name(patch)} pixels; "
+                f"sizes: {_name(size)} is not a multiple of the patch size {_name(patch)}; "
                 f"{_name(near)} is"
             )
 
@@ -57,9 +57,10 @@ def measure_sizes(
     """Evaluate at every size, print a table, and write it and a curve into the run directory.
 
     Args:
-        trained: the size that the model was trained at.
-        measure: evaluates at a size.
-        directory: None on all processes but the main one.
+        sizes: (height, width) of the images, in pixels.
+        trained: the training size.
+        measure: returns the metrics at a size.
+        directory: the run directory; None except on the main process.
 
     Returns:
         A record of each size, in the order of ``sizes``.
@@ -89,7 +90,7 @@ def measure_sizes(
 
 
 def draw_sizes(records: list[dict[str, Any]], trained: Size, path: Path, title: str) -> None:
-    """Draw accuracy against the square root of the image's area, rectangles as single points."""
+    """Draw accuracy against the square root of the image area; rectangles are single points."""
     from matplotlib.patheffects import withStroke
 
     made = figure(6.4, 4.7)

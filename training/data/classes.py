@@ -1,7 +1,7 @@
-"""Images in one folder a class, below a folder or inside a tar archive.
+"""Images in one folder per class, in a folder or a tar archive.
 
-A class is the folder right under the split's root, however deep its images are. Hidden files and
-folders are skipped; every other file that is no image of a class is listed in ``left_out``.
+A class is a direct sub-folder of the split's root; its images may be at any depth. Hidden files and
+folders are ignored; other files that are not images of a class are listed in ``left_out``.
 """
 
 from __future__ import annotations
@@ -23,20 +23,22 @@ SPLITS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluat
 
 
 class ClassFolder:
-    """A split's images, as a source (training/data/sources.py).
+    """The images of a split, as a source (training/data/sources.py).
 
     Classes are numbered by their names in natural order (2 before 10), or by a class map.
 
     Args:
-        root: the folder that holds the splits, each a folder or ``SPLIT.tar``; or an archive of
-            the split's folder, or of class folders.
-        class_map: text file with a class name a line, here or below the split's root.
+        root: the folder with the splits, each a folder or ``SPLIT.tar``; or an archive with the
+            folder of the split, or with class folders.
+        split: name of the split.
+        class_map: text file with one class name per line, in the working directory or the split's
+            root; None: no map.
         mode: "RGB" or "L".
         exif: apply the EXIF orientation.
 
     Raises:
-        UserError: for no such split, no images, a class folder without images, a link that leads
-            to a folder above it, and a class map that does not fit.
+        UserError: if the split or images are missing, a class folder is empty, a link points to a
+            parent folder, or the class map does not fit.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class ClassFolder:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         name, (start, size) = self._images[index]
-        # An archive is opened by each read: loader processes must not share a place in it.
+        # Open the archive in each read: loader processes must not share its file position.
         with open(self.root if self.archive else self._path(name), "rb") as file:
             file.seek(start)
             content = io.BytesIO(file.read(size)) if self.archive else file
@@ -97,7 +99,7 @@ class ClassFolder:
         return self._path(self._images[index][0])
 
     def parts(self) -> dict[str, list[str]]:
-        """Return the paths of each class folder's images by the folder; or the archive alone."""
+        """Return the paths of the images by class folder; for an archive, its path."""
         if self.archive:
             return {self.root: [self.root]}
         parts: dict[str, list[str]] = {}
@@ -106,7 +108,7 @@ class ClassFolder:
         return parts
 
     def files(self) -> tuple:
-        """Return the root and the first and last image: equal for two splits of the same files."""
+        """Return the root and the first and last image, to compare two splits."""
         return self.root, self._images[0], self._images[-1]
 
     def _path(self, name: str) -> str:
@@ -114,14 +116,22 @@ class ClassFolder:
 
 
 def read_class_map(path: str, root: str = "") -> tuple[str, ...]:
-    """Return the class names of a text file, one a line, in the order of their numbers."""
+    """Return the class names of a text file with one name per line.
+
+    Args:
+        path: path of the file, relative to the working directory or ``root``.
+        root: folder of the split.
+
+    Raises:
+        UserError: if the file is missing or invalid.
+    """
     found = next((p for p in (path, os.path.join(root, path)) if os.path.isfile(p)), None)
     if found is None:
         raise UserError(f"data.class_map: {path!r} is not a file")
     try:
         names = [line.strip() for line in Path(found).read_text("utf-8").splitlines()]
     except UnicodeDecodeError as error:
-        raise UserError(f"data.class_map: {path!r} is not UTF-8 text, a class a line") from error
+        raise UserError(f"data.class_map: {path!r} is not UTF-8 text") from error
     for number, name in enumerate(names, start=1):
         if not name:
             raise UserError(f"data.class_map: line {number} of {path!r} is blank: remove it")
@@ -131,7 +141,7 @@ def read_class_map(path: str, root: str = "") -> tuple[str, ...]:
 
 
 def _split_root(root: Path, split: str) -> str:
-    """Return the sub-folder or archive in ``root`` of a split, under one of its usual names."""
+    """Return the folder or archive of a split in ``root``, with one of its usual names."""
     if not root.is_dir():
         return str(root)
     names = _names(split)
@@ -151,7 +161,7 @@ def _names(split: str) -> list[str]:
 
 
 def _below(root: str) -> Iterator[str]:
-    """Yield the paths of the files below a folder, relative to it, without hidden ones."""
+    """Yield the relative paths of all files in a folder, without hidden ones."""
     for parent, folders, files in os.walk(root, followlinks=True):
         folders[:] = [name for name in folders if name[0] != "."]
         for name in folders:
@@ -163,22 +173,19 @@ def _below(root: str) -> Iterator[str]:
 
 
 def _check_link(parent: str, name: str) -> None:
-    """Raise for a link to a folder above it: its images would be counted dozens of times."""
+    """Raise for a link to a parent folder, whose images would repeat."""
     path = os.path.join(parent, name)
     if os.path.islink(path):
         target, inside = os.path.realpath(path), os.path.realpath(parent)
         if os.path.commonpath([target, inside]) == target:
-            raise UserError(f"the link {path!r} leads back to {target!r}, which holds it")
+            raise UserError(f"the link {path!r} points to its parent folder {target!r}")
 
 
 Members = list[tuple[str, tuple[int, int]]]
 
 
 def _members(path: str) -> Members:
-    """Return name, offset and size of each file in an archive and in the archives inside it.
-
-    An archive inside counts as a folder of its name.
-    """
+    """Return name, offset and size of each file in an archive; inner archives count as folders."""
 
     def read(file: tarfile.TarFile, prefix: str, offset: int) -> Iterator[tuple]:
         for member in file:
@@ -200,10 +207,10 @@ def _members(path: str) -> Members:
 
 
 def _inside(members: Members, split: str) -> Members:
-    """Return the members of a split's folder, or all where there are class folders at the top."""
+    """Return the members of a split's folder; all members if the top folders are classes."""
     tops = {name.partition("/")[0] for name, _ in members if "/" in name}
     usual = {name for names in SPLITS for name in names} | {split, "test"}
-    if tops and tops <= usual:  # a class may be called train, beside others
+    if tops and tops <= usual:  # all names are splits, since a class may be called train
         top = next((name for name in _names(split) if name in tops), None)
         if top is None:
             raise UserError(

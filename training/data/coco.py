@@ -1,4 +1,4 @@
-"""COCO's detection data: an instances file and images in a folder or an unextracted zip archive."""
+"""COCO's detection data: an instances file, and images in a folder or a zip archive."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ Policy = Literal["skip", "fail"]
 
 @dataclass(frozen=True)
 class Annotations:
-    """What is in an image; crowds too.
+    """The annotations of an image, with crowds.
 
     Attributes:
         boxes: float32 [T, 4], x, y, width, height in pixels, clipped to the image.
         category_ids: int64 [T].
         iscrowd: bool [T].
-        area: float32 [T].
+        area: float32 [T], in pixels.
+        image_id: id of the image.
     """
 
     boxes: Tensor
@@ -41,10 +42,16 @@ class Annotations:
 
 
 class CocoSource:
-    """Images and their annotations by number, in ascending order of image ids.
+    """Images and their annotations by index, in ascending order of image ids.
+
+    Args:
+        files: the files of the images.
+        instances: the instances file.
+        annotations: path of the instances file.
+        exif: whether to apply the EXIF orientation.
 
     Attributes:
-        left_out: images and annotations that were left out, one line each.
+        left_out: a line for each image and annotation that was left out.
     """
 
     def __init__(
@@ -72,8 +79,9 @@ class CocoSource:
     def read(self, index: int) -> tuple[Image.Image, Annotations]:
         """Return an RGB image and its annotations.
 
-        Raises one of ``DECODE_ERRORS`` if the image cannot be read, or has another size than the
-        annotations say, as the boxes then have no meaning.
+        Raises:
+            Exception: one of ``DECODE_ERRORS`` if the image cannot be read, or its size differs
+                from the annotated size.
         """
         content = self.files.read(str(self._instances.names[index]))
         image = to_rgb(decode(io.BytesIO(content), exif=self.exif))
@@ -102,20 +110,20 @@ class CocoSource:
         )
 
     def digest(self) -> Digest:
-        """Return the digest of the instances file's content and of the images' files."""
+        """Return the digest of the instances file and of the image files."""
         content = hashlib.sha256(read_file(self.file, "annotations")).hexdigest()[:16]
         if isinstance(self.files, Archive):
             parts = {self.files.archive: [self.files.archive]}
         else:
-            name = f"{self.files.root} of {self.file}"  # both splits may be in one folder
+            name = f"{self.files.root} of {self.file}"  # splits may share a folder
             parts = {name: [self.name(index) for index in range(len(self))]}
         return {self.file: (1, content), **stat_digest(parts)}
 
     def ground_truth(self) -> dict[str, Any]:
-        """Return the content of the instances file, without what was left out.
+        """Return the content of the instances file, without entries that were left out.
 
-        Boxes are not clipped. Annotations are numbered from 1: pycocotools takes a match with
-        number 0 for none.
+        Boxes are not clipped. Ids of annotations start from 1: pycocotools treats a match with id 0
+        as none.
         """
         held = self._instances
         images = zip(self.image_ids, held.names.tolist(), *held.sizes.T.tolist(), strict=True)
@@ -151,14 +159,13 @@ def open_coco(
     Args:
         images: a folder, ``train2017.zip``, or a folder in one, ``coco.zip/train2017``.
         annotations: a file, or a file in an archive.
-        on_bad_annotation: entries of the file that cannot be used are left out, and named in
-            ``left_out``, or end in an error.
-        on_bad_image: the same for images that the file lists and that are not there.
-        exif: apply the EXIF orientation of images; annotations are of the turned images.
+        on_bad_annotation: "skip" lists invalid entries of the file in ``left_out``; "fail" raises.
+        on_bad_image: the same for images in the file that do not exist.
+        exif: apply the EXIF orientation of images; annotations must be of the rotated images.
 
     Raises:
         UserError: if a path cannot be read, the file is not an instances file, a policy is "fail"
-            and something is wrong, or nothing is left.
+            and an entry is invalid, or no image is left.
     """
     files = open_files(images, "images")
     instances = read_instances(annotations)
@@ -177,7 +184,7 @@ def open_coco(
     counts = np.bincount(instances.image, minlength=len(there))
     absent = [
         f"image {instances.image_ids[index]}: no file {files.path(str(instances.names[index]))!r}; "
-        f"{counts[index]} annotations go with it"
+        f"it has {counts[index]} annotations"
         for index in np.flatnonzero(~there)
     ]
     _apply(on_bad_image, absent, annotations, "data.on_bad_image")
@@ -192,10 +199,10 @@ def _apply(policy: Policy, problems: list[str], path: str, option: str) -> None:
 
 
 def _clipped(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Boxes [A, 4] (x, y, width, height) clipped to images of ``sizes`` [A, 2] (height, width)."""
+    """Clip boxes [A, 4] (x, y, width, height) to images of ``sizes`` [A, 2] (height, width)."""
     limits = sizes[:, ::-1]
     first = np.clip(boxes[:, :2], 0, limits)
     last = np.clip(boxes[:, :2] + boxes[:, 2:], 0, limits)
     inside = (boxes[:, :2] >= 0).all(1) & (boxes[:, :2] + boxes[:, 2:] <= limits).all(1)
-    # x + width - x is not always width.
+    # Keep inner boxes exact: x + width - x may round.
     return np.where(inside[:, None], boxes, np.concatenate((first, last - first), axis=1))

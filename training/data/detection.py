@@ -1,8 +1,8 @@
 """Detection batches, and DETR's transforms of an image with its boxes.
 
-The transforms have the original's order and rules (Carion et al., ECCV 2020, appendix A.4), on
-torchvision's v2 transforms: sizes are rounded as there, and boxes that a crop leaves without area
-are dropped with their labels.
+The transforms have the order and rounding of the authors' code (Carion et al., ECCV 2020, appendix
+A.4), and use torchvision's v2 transforms. Boxes without area after a crop are dropped with their
+labels.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from training.errors import UserError
 
 
 def resized_size(height: int, width: int, size: int, max_size: int | None) -> tuple[int, int]:
-    """Height and width of an image whose shorter side becomes ``size`` pixels.
+    """Return height and width of an image resized to a shorter side of ``size`` pixels.
 
-    Fewer where the longer side would exceed ``max_size`` (rounding may then leave it a pixel more).
+    The shorter side is smaller if the longer side would exceed ``max_size``; due to rounding, the
+    longer side may still exceed it by a pixel.
     """
     short, long = min(height, width), max(height, width)
     if max_size is not None and long / short * size > max_size:
-        # At least 1, or a thread-like image would vanish.
+        # At least 1, for very thin images.
         size = max(1, round(max_size * short / long))
     longer = int(size * long / short)
     return (longer, size) if height >= width else (size, longer)
@@ -56,7 +57,7 @@ class ShorterSide(v2.Transform):
 
 
 class RandomSizeCrop(v2.Transform):
-    """Crop to a height and a width that are drawn each from ``smallest`` to ``largest`` pixels."""
+    """Crop to a random height and width, each from ``smallest`` to ``largest`` pixels."""
 
     def __init__(self, smallest: int, largest: int) -> None:
         super().__init__()
@@ -76,12 +77,16 @@ class RandomSizeCrop(v2.Transform):
 
 
 class DetectionTransform:
-    """A PIL image and its annotations to what a model takes.
+    """Converts a PIL image and its annotations to model inputs.
 
-    Returns the normalised image, float32 [3, H, W], and its target: labels int64 [T] (category
-    ids), boxes float32 [T, 4] (center x, center y, width, height in units of this image, before
-    any padding), image_id, and size, the (height, width) of the image as it was. Crowds are left
-    out.
+    The image is normalised, float32 [3, H, W]. The target has labels int64 [T] (category ids),
+    boxes float32 [T, 4] (center x, center y, width, height as fractions of this image before
+    padding), image_id, and size, the original (height, width). Crowds are left out.
+
+    Args:
+        steps: geometric transforms.
+        mean: mean of each channel.
+        std: standard deviation of each channel.
     """
 
     def __init__(
@@ -114,18 +119,21 @@ class DetectionTransform:
 
 
 def make_transform(aug: DetAugConfig, *, training: bool) -> DetectionTransform:
-    """Return the transform of held-out images, which resizes only, or of training images.
+    """Return the transform of training or held-out images.
 
-    These are flipped, then resized, with or without resizing and cropping before that. Raises
-    :class:`UserError` for sizes and probabilities that make no sense.
+    Held-out images are only resized. Training images are flipped at random, at random resized and
+    cropped, then resized.
+
+    Raises:
+        UserError: if sizes are invalid.
     """
     for name in ("scales", "max_size", "crop_scales", "crop_size", "eval_size"):
         value = getattr(aug, name)
         sizes = [value] if isinstance(value, int) else value
         if not len(sizes) or min(sizes) < 1:
-            raise UserError(f"aug.{name}: {value} is no number of pixels, or holds what is none")
+            raise UserError(f"aug.{name}: {value} must be at least 1 pixel")
     if aug.crop_size[0] > aug.crop_size[1]:
-        raise UserError(f"aug.crop_size: {aug.crop_size} is not a least and a greatest size")
+        raise UserError(f"aug.crop_size: {aug.crop_size} must be a smallest and a largest size")
     steps: list[v2.Transform] = [ShorterSide([aug.eval_size], aug.max_size)]
     if training and aug.enabled:
         cropped = [ShorterSide(aug.crop_scales), RandomSizeCrop(*aug.crop_size)]
@@ -138,7 +146,7 @@ def make_transform(aug: DetAugConfig, *, training: bool) -> DetectionTransform:
 
 
 class DetectionDataset(SeededDataset):
-    """A :class:`~training.data.coco.CocoSource` with a ``DetectionTransform``; else as its base."""
+    """A :class:`~training.data.coco.CocoSource` with a ``DetectionTransform``."""
 
     def apply(self, image: Image.Image, target: Annotations) -> tuple[Tensor, dict[str, Any]]:
         return self.transform(image, target)
@@ -146,14 +154,14 @@ class DetectionDataset(SeededDataset):
 
 @dataclass
 class DetectionBatch(Movable):
-    """Images of a batch and what is in them.
+    """Images of a batch and their targets.
 
     Attributes:
-        images: [B, 3, H, W], padded with zeros right and below. mask: bool [B, H, W], True for
-            padding.
+        images: float32 [B, 3, H, W], padded with zeros at the right and bottom.
+        mask: bool [B, H, W], True for padding.
         targets: for each image labels [T], boxes [T, 4], image_id and size; see
             ``DetectionTransform``.
-        bad: the images that were skipped for them.
+        bad: the images that were skipped.
     """
 
     images: Tensor
@@ -163,7 +171,7 @@ class DetectionBatch(Movable):
 
 
 def collate_detection(samples: list[Sample]) -> DetectionBatch:
-    """Pad the samples that have an image to their largest; B may be 0 where none of them has."""
+    """Pad the images of samples to the largest one; B is 0 if no sample has an image."""
     bad = tuple(item for sample in samples for item in sample.bad)
     good = [(sample.image, sample.target) for sample in samples if sample.image is not None]
     height, width = (max((image.shape[axis] for image, _ in good), default=0) for axis in (1, 2))

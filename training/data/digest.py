@@ -1,4 +1,4 @@
-"""Digests of training data, by which a resumed run notices that its data changed."""
+"""Digests of training data, to detect changes when a run is resumed."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from training.errors import UserError
 # Number of files and hash of each part: a class folder, an archive or a file.
 Digest = dict[str, tuple[int, str]]
 _SHOWN = 6
-_THREADS = 16  # network file systems answer many requests at once
+_THREADS = 16  # for network file systems
 
 
 def stat_digest(parts: Mapping[str, Iterable[str]]) -> Digest:
     """Digest files by their names, sizes and modification times.
 
     Args:
-        parts: the paths of the files of each part, by the part's name.
+        parts: the paths of the files of each part, by name of the part.
     """
     with ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(parts, pool.map(_hash_stats, parts.values()), strict=True))
 
 
 def array_digest(**parts: Iterable[np.ndarray]) -> Digest:
-    """Digest arrays by their contents, by the part's name."""
+    """Digest arrays by their contents; ``parts``: arrays by name of the part."""
     found: Digest = {}
     for part, arrays in parts.items():
         hashed = hashlib.blake2b(digest_size=8)
@@ -39,7 +39,7 @@ def array_digest(**parts: Iterable[np.ndarray]) -> Digest:
 
 
 def parts_below(root: str) -> dict[str, list[str]]:
-    """Return the files below a folder: a part for each entry right in it."""
+    """Return the files of a folder, with a part for each direct entry."""
     if not os.path.isdir(root):
         return {root: [root]} if os.path.exists(root) else {}
     parts: dict[str, list[str]] = {}
@@ -50,7 +50,7 @@ def parts_below(root: str) -> dict[str, list[str]]:
 
 
 def changes(before: Digest, now: Digest) -> list[str]:
-    """Return a line for each part in which two digests differ."""
+    """Return a line for each part that differs between two digests."""
     lines = []
     for part in sorted({**before, **now}):
         (was, old), (count, new) = before.get(part, (0, "")), now.get(part, (0, ""))
@@ -61,14 +61,14 @@ def changes(before: Digest, now: Digest) -> list[str]:
         elif count == 1:
             lines.append(f"{part!r} changed")
         else:
-            lines.append(f"{part!r} has {count} files as before, and some of them changed")
+            lines.append(f"{part!r} still has {count} files, but some of them changed")
     return lines
 
 
 def check_unchanged(
     before: Digest, now: Digest, *, allowed: bool, say: Callable[[str], None]
 ) -> None:
-    """Raise :class:`UserError` for changed data; where that is ``allowed``, print the changes."""
+    """Raise :class:`UserError` if the data changed; if ``allowed``, print the changes instead."""
     lines = changes(before, now)
     if not lines:
         return

@@ -1,7 +1,7 @@
 """The embedded data set: scikit-learn's handwritten digits, with a fixed split.
 
-1,797 scans of 8 x 8 pixels that come inside scikit-learn, so that a first run needs no download.
-(E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.)
+It has 1,797 scans of 8 x 8 pixels and needs no download. (E. Alpaydin and C. Kaynak, Optical
+Recognition of Handwritten Digits, UCI, 1998.)
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ CLASSES = 10
 
 
 class Digits(ArraySource):
-    """Digits as an image source: ``read(index)`` gives an 8 x 8 grey PIL image and its class.
+    """Digits as an image source: ``read(index)`` returns an 8 x 8 PIL image and its class.
 
     Args:
-        mode: "L" or "RGB".
         split: "train" for four fifths, "validation" for the held-out fifth; stratified.
+        mode: "L" or "RGB".
     """
 
     classes: tuple[str, ...] | None = tuple(str(digit) for digit in range(CLASSES))
@@ -28,11 +28,11 @@ class Digits(ArraySource):
         from sklearn.model_selection import train_test_split
 
         images, targets = load_digits(return_X_y=True)
-        # The split belongs to the data set: it must not move with the seed of a run.
+        # The split must not depend on the seed of a run.
         options = {"test_size": 0.2, "stratify": targets, "random_state": 0}
         parts = train_test_split(np.arange(len(targets)), **options)
         self.split = split
         chosen = np.sort(parts[0] if split == "train" else parts[1])
-        # Ink is counted from 0 to 16 in the original; PIL takes bytes.
+        # Pixels are 0 to 16 in the original.
         pixels = np.rint(images[chosen].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
         super().__init__(pixels, targets[chosen], chosen, mode, "digit")

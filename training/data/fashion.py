@@ -1,7 +1,7 @@
 """Fashion-MNIST: 60,000 + 10,000 grey images of clothes, 28 x 28 pixels, ten classes.
 
-H. Xiao, K. Rasul and R. Vollgraf, Fashion-MNIST, 2017 (arXiv 1708.07747); MIT licence. Read from
-its four IDX files: Debian's package ``dataset-fashion-mnist``, or what torchvision downloads.
+H. Xiao, K. Rasul and R. Vollgraf, Fashion-MNIST, 2017 (arXiv 1708.07747); MIT licence. The four IDX
+files come from Debian's package ``dataset-fashion-mnist`` or torchvision's download.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ SPLITS = {
 
 
 class Fashion(ArraySource):
-    """Fashion-MNIST as an image source: ``read(index)`` gives a PIL image and its class.
+    """Fashion-MNIST as an image source: ``read(index)`` returns a PIL image and its class.
 
     Args:
         split: "train" for the first 50,000 training images, "validation" for the last 10,000,
             "train+validation" for both, "test" for the 10,000 test images.
         mode: "L" or "RGB".
-        root: folder of the IDX files, or that torchvision downloads to; None: Debian's.
-        download: let torchvision download the files into ``root`` where they lack.
+        root: folder of the IDX files, or of torchvision's download; None: Debian's.
+        download: whether torchvision downloads missing files into ``root``.
 
     Raises:
-        UserError: for another split, files that are missing or damaged, a download that failed.
+        UserError: if the split is unknown, files are missing or damaged, or the download fails.
     """
 
     classes: tuple[str, ...] | None = NAMES
@@ -79,7 +79,7 @@ def _find(root: str | None, *, download: bool) -> Path:
 
 
 def _read_idx(folder: Path, part: str, kind: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Read the bytes [N, *shape] of an IDX file, whose header is checked."""
+    """Return the bytes [N, *shape] of an IDX file, after checking its header."""
     path = folder / f"{part}-{kind}-ubyte"
     path = path if path.exists() else path.with_name(f"{path.name}.gz")
     try:
@@ -90,5 +90,5 @@ def _read_idx(folder: Path, part: str, kind: str, shape: tuple[int, ...]) -> np.
     sizes = (COUNTS[part], *shape)
     header = np.array([0x800 + len(sizes), *sizes], ">i4").tobytes()
     if not content.startswith(header) or len(content) != len(header) + np.prod(sizes):
-        raise UserError(f"fashion: {path} is damaged: it should hold {sizes} bytes")
+        raise UserError(f"fashion: {path} is damaged: it should have {sizes} bytes")
     return np.frombuffer(content, np.uint8, offset=len(header)).reshape(sizes)

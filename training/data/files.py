@@ -1,6 +1,6 @@
-"""Files by name, from a folder or from inside a zip archive.
+"""Files by name, in a folder or a zip archive.
 
-A path may lead through an archive: ``annotations.zip/annotations/instances_val2017.json``.
+A path may continue inside an archive: ``annotations.zip/annotations/instances_val2017.json``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Folder:
         self._listed: dict[str, frozenset[str]] = {}
 
     def __contains__(self, name: str) -> bool:
-        # One listing for each folder: asking for COCO's files one by one is slow.
+        # List each folder once, since checking COCO's files one by one is slow.
         folder, file = os.path.split(self.path(name))
         if folder not in self._listed:
             self._listed[folder] = frozenset()
@@ -38,19 +38,17 @@ class Folder:
 
 
 class Archive:
-    """Files inside a zip archive, below its folder ``inner``.
+    """Files in the folder ``inner`` of a zip archive.
 
-    Where ``inner`` is not given, names may leave out the one folder that all files are in, as in
-    COCO's archives.
-    Each process opens the archive for itself, when it first reads: an inherited handle would share
-    its place in the file with the parent's.
+    If ``inner`` is "" and all files are in one folder, as in COCO's archives, names may omit it.
+    Each process opens the archive itself: an inherited handle shares its file position.
     """
 
     def __init__(self, archive: str, inner: str = "") -> None:
         self.archive, self.folders = archive, [inner]
         self._open: tuple[int, zipfile.ZipFile] | None = None
         if not inner:
-            # __MACOSX is what macOS adds to each archive.
+            # macOS adds __MACOSX to archives.
             names = [name for name in self._zip().namelist() if not name.startswith("__MACOSX/")]
             first = {name.partition("/")[0] if "/" in name else "" for name in names}
             self.folders = [*first, ""] if len(first) == 1 else [""]
@@ -59,14 +57,14 @@ class Archive:
         return self._member(name) is not None
 
     def read(self, name: str) -> bytes:
-        """Return a file's bytes. Raises OSError where it is absent or damaged."""
+        """Return the bytes of a file; raise OSError if it is missing or damaged."""
         member = self._member(name)
         if member is None:
             raise FileNotFoundError(f"not in the archive {self.archive}")
         try:
             return self._zip().read(member)
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-            raise OSError(f"damaged or locked in its archive: {error}") from error
+            raise OSError(f"damaged or encrypted in its archive: {error}") from error
 
     def path(self, name: str) -> str:
         return os.path.join(self.archive, self.folders[0], name)
@@ -86,21 +84,21 @@ class Archive:
 
 
 def open_files(path: str, option: str) -> Folder | Archive:
-    """Open a folder, a zip archive or a folder in one. ``option`` is named in errors."""
+    """Open a folder, a zip archive or a folder in one; ``option``: its name in errors."""
     archive, inner = _through_archive(path)
     if archive is None:
         if not os.path.isdir(path):
-            state = "is no folder or zip archive" if os.path.exists(path) else "does not exist"
+            state = "is not a folder or zip archive" if os.path.exists(path) else "does not exist"
             raise UserError(f"{option}: {path!r} {state}")
         return Folder(path)
     try:
         return Archive(archive, inner)
     except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{option}: {archive!r} is no readable zip archive: {error}") from error
+        raise UserError(f"{option}: {archive!r} is not a readable zip archive: {error}") from error
 
 
 def read_file(path: str, option: str) -> bytes:
-    """Return a file's bytes. Raises :class:`UserError`, naming ``option``, if it cannot be read."""
+    """Return the bytes of a file; raise :class:`UserError` with ``option`` if it is unreadable."""
     archive, inner = _through_archive(path)
     if archive is None and not os.path.exists(path):
         raise UserError(f"{option}: {path!r} does not exist")
@@ -119,7 +117,7 @@ def read_file(path: str, option: str) -> bytes:
 
 
 def _through_archive(path: str) -> tuple[str | None, str]:
-    """Split a path that leads into a zip archive into the archive and the rest."""
+    """Split a path into a zip archive, or None, and the path inside."""
     for part in (Path(path), *Path(path).parents):
         if part.suffix.lower() == ".zip" and part.is_file():
             inner = Path(path).relative_to(part).as_posix()

@@ -1,4 +1,4 @@
-"""COCO's instances files: what is in them, checked entry by entry."""
+"""COCO's instances files, checked entry by entry."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ _LARGEST = 9999  # category id
 
 @dataclass
 class Instances:
-    """An instances file as arrays, which loader processes share; annotations image by image.
+    """An instances file of I images and A annotations as arrays, which loader processes share.
 
     Attributes:
-        image_ids: [I], ascending.
-        names: [I], of files.
-        sizes: [I, 2], height and width.
-        image: [A], the number in image_ids that an annotation belongs to, ascending.
-        category_ids, iscrowd, area: [A].
+        image_ids: int64 [I], ascending.
+        names: [I], names of files.
+        sizes: int64 [I, 2], height and width.
+        image: int64 [A], index of an annotation's image in ``image_ids``, ascending.
+        category_ids: int64 [A].
+        iscrowd: bool [A].
+        area: [A], in pixels.
         boxes: [A, 4], x, y, width, height as in the file.
         categories: names by id.
-        problems: what was left out, one line each.
+        problems: a line for each entry that was left out.
     """
 
     image_ids: np.ndarray
@@ -44,7 +46,7 @@ class Instances:
     problems: list[str] = field(default_factory=list)
 
     def only(self, keep: np.ndarray) -> Instances:
-        """Those images for which the bool array ``keep`` [I] is true, and their annotations."""
+        """Return the images whose ``keep``, bool [I], is true, and their annotations."""
         mine = keep[self.image]
         parts = {name: getattr(self, name)[mine] for name in _OF_ANNOTATIONS}
         parts["image"] = (np.cumsum(keep) - 1)[parts["image"]]
@@ -53,17 +55,17 @@ class Instances:
 
 
 def read_instances(path: str) -> Instances:
-    """Read an instances file, leaving out what cannot be used.
+    """Read an instances file, without invalid entries.
 
     Raises:
-        UserError: if the file cannot be read, is not JSON or not an instances file.
+        UserError: if the file cannot be read, or is not an instances file in JSON.
     """
     data = _load(path)
     categories = _categories(path, data["categories"])
     problems: list[str] = []
     images = _images(data["images"], problems)
     place = {number: index for index, number in enumerate(sorted(images))}
-    # Plain numbers: COCO has 860,000 annotations.
+    # An array to save memory: COCO has 860,000 annotations.
     rows = array("d")
     for number, entry in enumerate(data["annotations"]):
         reason = _check_annotation(entry, images, categories)
@@ -75,7 +77,7 @@ def read_instances(path: str) -> Instances:
         else:
             label = entry.get("id") if isinstance(entry, dict) else None
             problems.append(f"annotation {label!r} (number {number} of the list): {reason}")
-    # Image by image, each one's annotations in the order of the file.
+    # Sort by image; the annotations of an image stay in the order of the file.
     table = np.array(rows).reshape(-1, 8)
     table = table[np.argsort(table[:, 0], kind="stable")]
     return Instances(
@@ -100,7 +102,7 @@ def _load(path: str) -> dict[str, Any]:
         raise UserError(f"annotations: {path!r} is not JSON: {error}") from error
     wanted = "an instances file has the lists images, annotations and categories"
     if not isinstance(data, dict):
-        raise UserError(f"annotations: {path!r} holds a {type(data).__name__}; {wanted}")
+        raise UserError(f"annotations: {path!r} contains a {type(data).__name__}; {wanted}")
     for name in ("images", "annotations", "categories"):
         if not isinstance(data.get(name), list):
             held = ", ".join(sorted(map(str, data))[:8]) or "nothing"
@@ -114,7 +116,7 @@ def _load(path: str) -> dict[str, Any]:
 
 
 def _optional(value: object, default: float) -> float | None:
-    """Return area or iscrowd as a number: null is the default, text is read; None if it is none."""
+    """Return area or iscrowd as a number; null is the default, strings are parsed; else None."""
     if value is None:
         return default
     if isinstance(value, str | bool):
@@ -126,17 +128,17 @@ def _optional(value: object, default: float) -> float | None:
 
 
 def _number(value: object) -> bool:
-    """Whether it is a number, and a double holds it; not NaN and not infinite."""
+    """Return whether a value is a finite number that fits in a double."""
     return type(value) in (int, float) and -(2**53) < value < 2**53
 
 
 def _whole(value: object) -> bool:
-    """Whether it is a whole number; one that a program wrote as 480.0 is one."""
+    """Return whether a value is a whole number, such as 480 or 480.0."""
     return _number(value) and value == int(value)
 
 
 def _categories(path: str, entries: list[Any]) -> dict[int, str]:
-    """Names by id. One that is wrong makes all others doubtful, so none is left out."""
+    """Return names by id; raise if one is invalid."""
     names: dict[int, str] = {}
     for entry in entries:
         number = entry.get("id") if isinstance(entry, dict) else None
@@ -147,8 +149,8 @@ def _categories(path: str, entries: list[Any]) -> dict[int, str]:
             problem = f"{names[number]!r} has the same id"
         elif number > _LARGEST:
             problem = (
-                f"ids are class numbers, of which a model would have {number + 1}: renumber them, "
-                f"to {_LARGEST} at most"
+                f"ids are class numbers, and a model would have {number + 1} classes: renumber "
+                f"them, to {_LARGEST} at most"
             )
         if problem is not None:
             raise UserError(f"annotations: {path!r} has the category {entry!r}; {problem}")
@@ -157,7 +159,7 @@ def _categories(path: str, entries: list[Any]) -> dict[int, str]:
 
 
 def _images(entries: list[Any], problems: list[str]) -> dict[int, tuple[str, int, int]]:
-    """(file name, height, width) by image id."""
+    """Return (file name, height, width) by image id."""
     images: dict[int, tuple[str, int, int]] = {}
     for place, entry in enumerate(entries):
         entry = entry if isinstance(entry, dict) else {}
@@ -180,9 +182,9 @@ def _images(entries: list[Any], problems: list[str]) -> dict[int, tuple[str, int
 
 
 def _check_annotation(entry: Any, images: dict[int, Any], categories: dict[int, str]) -> str | None:
-    """What is wrong with an annotation, if anything."""
+    """Return why an annotation is invalid, or None."""
     if not isinstance(entry, dict):
-        return f"{entry!r} is no annotation"
+        return f"{entry!r} is not an annotation"
     number, category, box = entry.get("image_id"), entry.get("category_id"), entry.get("bbox")
     if not _whole(number) or number not in images:
         return f"there is no image {number!r}"

@@ -1,7 +1,7 @@
 """Samplers and loaders in which every sample occurs exactly once.
 
-Processes share an epoch by taking every W-th sample of one common order. Loaders are not handed to
-``accelerate.prepare``: it would shard again what timm's samplers and streams have sharded.
+Each of W processes reads every W-th sample of a common order. Loaders are not passed to
+``accelerate.prepare``, which would shard them again.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ from training.seeding import derive
 
 @dataclass(kw_only=True, eq=False)
 class EpochSampler(Sampler):
-    """Numbers of one epoch's samples for one process, as (epoch, sample, copy).
+    """The samples of one epoch and process, as (epoch, sample, copy).
 
     Args:
-        length: samples in the data set.
-        shuffle: a new order each epoch, from (seed, epoch); else ascending.
-        even: give each process equally many, leaving out the last few of the order (training, as
-            the others would wait for a process with more steps). Otherwise every sample occurs in
-            exactly one process.
-        repeats: copies of each sample of the order, one after the other (repeated
-            augmentation, Hoffer et al., 2020): several processes have it at once, each
-            augmented differently. An epoch is as long as without, over fewer samples.
+        length: number of samples in the data set.
+        seed: seed of the order.
+        shuffle: whether each epoch has a new order, from (seed, epoch); else ascending.
+        even: whether each process gets the same number of samples, without the last few of the
+            order (training). Otherwise every sample occurs in exactly one process.
+        rank: index of the process.
+        world: number of processes.
+        repeats: number of consecutive copies of each sample, augmented differently in several
+            processes (repeated augmentation, Hoffer et al., 2020). The length of an epoch stays,
+            with fewer samples.
     """
 
     length: int = field(kw_only=False)
@@ -48,7 +50,7 @@ class EpochSampler(Sampler):
     epoch = first = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, and to begin it with the first sample; ``first`` may be raised."""
+        """Set the epoch, and ``first``, the index of its first sample, to 0."""
         self.epoch, self.first = epoch, 0
 
     def __len__(self) -> int:
@@ -68,7 +70,7 @@ class EpochSampler(Sampler):
 
 
 class Rows(Dataset):
-    """A list, indexed by what :class:`EpochSampler` yields."""
+    """A list, indexed by the items of :class:`EpochSampler`."""
 
     def __init__(self, rows: Sequence[Any]) -> None:
         self.rows = rows
@@ -81,7 +83,7 @@ class Rows(Dataset):
 
 
 def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return a dataclass, list or dict with every tensor in it changed."""
+    """Apply a function to every tensor in a dataclass, list or dict, and return the result."""
     if isinstance(value, Tensor):
         return change(value)
     if is_dataclass(value):
@@ -97,7 +99,7 @@ class Movable:
     """A batch that can be pinned and copied to a device."""
 
     def to(self, device: torch.device | str) -> Any:
-        """Return the batch on a device, without waiting for copies from pinned memory."""
+        """Return the batch on a device, copied asynchronously from pinned memory."""
         return each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Any:
@@ -107,7 +109,7 @@ class Movable:
 
 @dataclass
 class Batch(Movable):
-    """Images [B, C, H, W], their classes [B], and the images that were skipped for them."""
+    """Images [B, C, H, W], their classes [B], and skipped images."""
 
     images: Tensor
     targets: Tensor
@@ -115,7 +117,7 @@ class Batch(Movable):
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Stack the samples that have an image; B may be 0 where none of them has."""
+    """Stack the images of samples; B is 0 if no sample has an image."""
     bad = tuple(item for sample in samples for item in sample.bad)
     good = [sample for sample in samples if sample.image is not None]
     images = torch.stack([sample.image for sample in good]) if good else torch.empty(0)
@@ -135,10 +137,22 @@ def make_loader(
     repeats: int = 1,
     collate: Callable[[list[Sample]], Any] = collate,
 ) -> DataLoader:
-    """Return a loader of what ``collate`` makes, for one process; see :func:`set_epoch`.
+    """Return a loader for one process; see :func:`set_epoch`.
 
-    Training shuffles and leaves out the last incomplete batch; evaluation does neither. For
-    ``repeats``, see :class:`EpochSampler`.
+    Args:
+        dataset: the data set.
+        batch_size: batch size of this process.
+        training: whether to shuffle and drop the last incomplete batch.
+        seed: seed of the order.
+        workers: number of loader processes.
+        rank: index of the process.
+        world: number of processes.
+        pin_memory: whether to copy batches into pinned memory.
+        repeats: see :class:`EpochSampler`.
+        collate: makes a batch of samples.
+
+    Raises:
+        UserError: if ``repeats`` is given for a stream.
     """
     streaming = isinstance(dataset, SeededStream)
     sampler = None
@@ -148,7 +162,7 @@ def make_loader(
             repeats=repeats,
         )  # fmt: skip
     elif repeats > 1:
-        raise UserError(f"aug.repeats: {repeats} needs samples with numbers, and a stream has none")
+        raise UserError(f"aug.repeats: {repeats} is not supported for streams")
     elif hasattr(dataset.stream, "set_loader_cfg"):
         dataset.stream.set_loader_cfg(num_workers=workers)
     return DataLoader(
@@ -159,25 +173,25 @@ def make_loader(
         collate_fn=collate,
         drop_last=training,
         pin_memory=pin_memory,
-        # A stream learns its epoch when its workers start.
+        # Workers of a stream read the epoch when they start.
         persistent_workers=workers > 0 and not streaming,
-        # Of its own, so that drawing base seeds does not disturb the model's generator.
+        # A separate generator, so that base seeds do not change the global one.
         generator=torch.Generator().manual_seed(derive(seed, "loader", rank)),
         worker_init_fn=_outlive_signals,
     )
 
 
 def _outlive_signals(worker: int) -> None:
-    """Ignore signals that all processes of a job receive, as the loop handles them.
+    """Ignore signals to all processes of a job, since the loop needs batches to finish its step.
 
-    The loop needs batches to finish its step. After a minute the process ends in any case.
+    A minute after SIGTERM the process ends in any case.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *given: signal.alarm(60))
 
 
 def set_epoch(loader: DataLoader, epoch: int) -> None:
-    """Tell a loader's sampler, or its stream, which epoch comes next."""
+    """Set the epoch of a loader's sampler or stream."""
     target = loader.sampler if isinstance(loader.sampler, EpochSampler) else loader.dataset
     target.set_epoch(epoch)
 
@@ -185,10 +199,11 @@ def set_epoch(loader: DataLoader, epoch: int) -> None:
 def batches_of(loader: DataLoader, epoch: int, skip: int = 0) -> Iterator[Any]:
     """Yield the batches of an epoch without the first ``skip``.
 
-    Samples that have numbers are skipped unread; a stream must be read up to there.
+    A sampler skips samples without reading them; a stream reads and drops them.
 
     Raises:
-        Interrupted: where a loader process was killed. Its exceptions are raised as themselves.
+        Interrupted: if a loader process was killed.
+        UserError: from a loader process.
     """
     batches: Iterable[Any] = loader
     set_epoch(loader, epoch)
@@ -199,17 +214,17 @@ def batches_of(loader: DataLoader, epoch: int, skip: int = 0) -> Iterator[Any]:
     try:
         yield from batches
     except (UserError, IrpeError) as error:
-        # A loader process sends its traceback as text, with the message at the end.
+        # The error of a loader process is its traceback as text, with the message at the end.
         message = str(error)
         if " in DataLoader worker process " in message:
             message = message.strip().rpartition("\n")[2].partition(": ")[2]
         raise UserError(message) from error
     except RuntimeError as error:
-        # Not the exceptions of a process: "Caught ... in DataLoader worker process 0".
+        # Not the exceptions of a worker: "Caught ... in DataLoader worker process 0".
         died = re.search(r"DataLoader worker \(pid.*", one_line(error))
         if died is None:
             raise
         raise Interrupted(
-            f"a process that loads data died ({died[0]:.160}); often memory ran out: fewer "
-            "data.workers or a smaller batch_size may help; then use --resume auto"
+            f"a process that loads data died ({died[0]:.160}), often because memory ran out: use "
+            "fewer data.workers or a smaller batch_size, and --resume auto"
         ) from error

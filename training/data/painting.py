@@ -1,4 +1,4 @@
-"""Paints scenes: digits over smooth noise, fragments of digits and strokes."""
+"""Paint scenes: digits over smooth noise, fragments of digits and strokes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-# A pixel belongs to a digit from this opacity on; boxes are the hulls of such pixels.
+# Minimum opacity of the pixels of a digit; boxes are around these pixels.
 INK = 0.25
-# Ink paler than the first vanishes; it is opaque where it is darker by the second.
+# Ink up to _PALE becomes transparent, from _PALE + _SLOPE opaque.
 _PALE, _SLOPE = 0.35, 0.4
-# Least difference in brightness, of 255, between a digit and what it is painted on.
+# Minimum difference in brightness between a digit and its background, of 255.
 _CONTRAST = 80
-# At most this share of the smaller one's box is under or over another digit's box.
+# Maximum overlap of two digits' boxes, as a fraction of the smaller box.
 _OVERLAP = 0.2
 _TRIES = 60
 _BRIGHTNESS = np.array((0.299, 0.587, 0.114))
@@ -21,7 +21,7 @@ _BRIGHTNESS = np.array((0.299, 0.587, 0.114))
 
 @dataclass(frozen=True)
 class Placed:
-    """A digit in a scene: which scan, its class, its opacity [h, w] and its upper left corner."""
+    """A digit in a scene: number of the scan, class, opacity [h, w] and upper left corner."""
 
     scan: int
     digit: int
@@ -37,12 +37,12 @@ class Placed:
 
 
 def glyph(scan: Image.Image, height: int) -> np.ndarray:
-    """Opacity, float [h, w], of a digit about ``height`` pixels high, cut out along its ink."""
-    # Cut where ink will count as such after the next steps, or the height would shrink.
+    """Return the opacity, float [h, w], of a digit about ``height`` pixels high, cropped to ink."""
+    # Crop to the pixels that are ink after the next steps, so that the height stays.
     ink = _cut(np.asarray(scan), 255 * (_PALE + INK * _SLOPE))
     width = max(1, round(height * ink.shape[1] / ink.shape[0]))
     grown = Image.fromarray(ink).resize((width, height), Image.Resampling.BICUBIC)
-    # Steeper edges than interpolation leaves, so that strokes are solid and holes are open.
+    # Make edges steeper after interpolation, so that strokes are solid and holes are open.
     return _cut(np.clip((np.asarray(grown) / 255.0 - _PALE) / _SLOPE, 0, 1), INK)
 
 
@@ -52,7 +52,7 @@ def place_digits(
     size: int,
     heights: tuple[int, int],
 ) -> list[Placed]:
-    """Find places for digits (scan, class, image); one for which there is no room is left out."""
+    """Find positions for digits (scan, class, image); those without space are left out."""
     placed: list[Placed] = []
     for scan, digit, image in digits:
         for _ in range(_TRIES):
@@ -71,7 +71,7 @@ def place_digits(
 def background(
     rng: np.random.Generator, size: int, clutter: int, fragments: list[Image.Image]
 ) -> np.ndarray:
-    """Smooth noise with strokes and with parts of ``fragments`` on it: float [size, size, 3]."""
+    """Return smooth noise with strokes and parts of ``fragments``, float [size, size, 3]."""
     cells = int(rng.integers(2, 7))
     noise = rng.normal(rng.uniform(20, 90), rng.uniform(8, 35), (cells, cells, 3))
     noise = Image.fromarray(np.uint8(np.clip(noise, 0, 255)))
@@ -89,7 +89,7 @@ def background(
 
 
 def paint(rng: np.random.Generator, canvas: np.ndarray, placed: list[Placed]) -> Image.Image:
-    """Paint digits on a canvas, each in one light colour that stands out where it is."""
+    """Paint digits on a canvas, each in a light colour with enough contrast."""
     for item in placed:
         left, top, width, height = item.box
         under = canvas[top : top + height, left : left + width]
@@ -97,21 +97,21 @@ def paint(rng: np.random.Generator, canvas: np.ndarray, placed: list[Placed]) ->
         colour = rng.uniform(130, 255, 3)
         lighter = min(255.0, brightness + _CONTRAST)
         lack = lighter - float(colour @ _BRIGHTNESS)
-        if lack > 0:  # towards white, as far as it takes
+        if lack > 0:  # move towards white
             colour += (255 - colour) * lack / (255 - float(colour @ _BRIGHTNESS))
         canvas = _over(canvas, item.alpha, left, top, colour)
     return Image.fromarray(np.uint8(np.clip(np.rint(canvas), 0, 255)))
 
 
 def _cut(alpha: np.ndarray, least: float) -> np.ndarray:
-    """The part of a digit that its ink, all that is ``least`` or more, fills."""
+    """Crop a digit to its ink, the pixels of at least ``least``."""
     ink = alpha >= least
     rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
     return alpha[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
 def _part(rng: np.random.Generator, alpha: np.ndarray) -> np.ndarray:
-    """Less than half of a digit: from one side, up to a slanted edge."""
+    """Keep less than half of a digit, on one side of a slanted line."""
     height, width = alpha.shape
     y, x = np.mgrid[0.5:height, 0.5:width]
     angle = rng.uniform(0, 2 * np.pi)
@@ -120,7 +120,7 @@ def _part(rng: np.random.Generator, alpha: np.ndarray) -> np.ndarray:
 
 
 def _stroke(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A thin line or arc across a scene, drawn large and made smaller for smooth edges."""
+    """Return a thin line or arc across a scene, downscaled for smooth edges."""
     finer = 3
     sheet = Image.new("L", (size * finer,) * 2)
     draw = ImageDraw.Draw(sheet)
@@ -139,7 +139,7 @@ def _stroke(rng: np.random.Generator, size: int) -> np.ndarray:
 def _over(
     canvas: np.ndarray, alpha: np.ndarray, left: int, top: int, colour: np.ndarray
 ) -> np.ndarray:
-    """The canvas with a colour laid over it; what reaches beyond its edges is cut off."""
+    """Blend a colour over a canvas, and clip it at the edges."""
     x, y = max(left, 0), max(top, 0)
     alpha = alpha[y - top :, x - left :]
     alpha = alpha[: canvas.shape[0] - y, : canvas.shape[1] - x, None]
@@ -150,7 +150,7 @@ def _over(
 
 
 def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> float:
-    """Intersection of two boxes over the area of the smaller: never less than their IoU."""
+    """Return the intersection of two boxes over the area of the smaller one."""
     width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
     height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
     return max(width, 0) * max(height, 0) / min(a[2] * a[3], b[2] * b[3])

@@ -1,4 +1,4 @@
-"""Any image file as 8-bit RGB, and images in memory."""
+"""Decode image files of any mode to 8-bit RGB; images in memory."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from PIL import ExifTags, Image, ImageOps
 
 
 def decode(file: IO[bytes], *, exif: bool = False) -> Image.Image:
-    """Decode an image of any mode; raises OSError if that fails.
-
-    The first picture of an animation is taken.
+    """Decode an image of any mode; of an animation, the first picture.
 
     Args:
-        exif: apply the EXIF orientation. Boxes of COCO are in pixels as they are stored.
+        file: the open file.
+        exif: apply the EXIF orientation; COCO's boxes are without it.
+
+    Raises:
+        OSError: if the file is not a valid image.
     """
     try:
         opened = Image.open(file)
-        # Now, while the file is open and where a damaged one can be caught.
+        # Decode now, while the file is open, to catch errors.
         opened.load()
         if exif:
             opened = ImageOps.exif_transpose(opened)
-    except (OSError, MemoryError):  # the file is not the cause of the latter
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # PIL's decoders raise any exception for damaged files
         raise OSError(f"{type(error).__name__}: {error}") from error
@@ -40,7 +42,10 @@ def swaps_sides(content: bytes) -> bool:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return an image of any mode as 8-bit RGB; transparency is dropped.
 
-    16 bits are scaled, where PIL would clip them.
+    16-bit pixels are scaled; PIL would clip them.
+
+    Raises:
+        OSError: for modes with an unknown range of pixels.
     """
     if image.mode == "RGB":
         return image.copy()
@@ -53,7 +58,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     elif image.mode == "F":
         raise OSError("floating-point pixels: their range is not known")
     elif image.mode in ("P", "PA"):
-        # By way of RGBA: PIL warns of palettes with transparency otherwise.
+        # Via RGBA, since PIL warns about palettes with transparency.
         image = image.convert("RGBA")
     return image.convert("RGB")
 
@@ -62,9 +67,11 @@ class ArraySource:
     """Images in memory as a source (see sources.py).
 
     Args:
-        pixels: uint8 [N, H, W]. targets: [N], classes. numbers: [N], of the whole data set.
-        mode: "L", or "RGB" for models of three channels.
-        what: name of an image, before its number.
+        pixels: uint8 [N, H, W].
+        targets: integer [N], classes.
+        numbers: [N], numbers of the images in the whole data set.
+        mode: "L", or "RGB" for models with three channels.
+        what: prefix of an image's name, before its number.
     """
 
     def __init__(

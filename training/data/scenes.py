@@ -1,8 +1,8 @@
-"""The embedded detection set: scikit-learn's digits in cluttered scenes, in COCO's own format.
+"""The embedded detection set: scikit-learn's digits in cluttered scenes, in COCO's format.
 
-Written once, as images and instances files, into a folder of its own. A scene depends on (seed,
-split, number) only. Held-out scenes are made of held-out digits, their clutter too. Category n is
-the digit n: a category id is a class number, so there are 10 classes and none goes unused.
+It is written once into a folder, as images and instances files. A scene depends only on (seed,
+split, number). Held-out scenes, with their clutter, have held-out digits. Category ids are the
+digits 0 to 9.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from training.data.painting import Placed, background, paint, place_digits
 from training.errors import UserError
 from training.seeding import derive
 
-# To be raised when scenes are painted otherwise; sets that were made before are then made again.
+# Increase it when the painting changes; older sets are then created again.
 VERSION = 2
 _STAMP = "scenes.json"
 
 
-SIZE = 64  # sides of a scene in pixels
-DIGITS = 1, 3  # least and most digits in a scene; fewer where there is no room for them
-HEIGHTS = 14, 30  # least and greatest height of a digit in pixels
-CLUTTER = 4  # strokes and fragments of digits in a scene, at most
+SIZE = 64  # side of a scene in pixels
+DIGITS = 1, 3  # minimum and maximum number of digits in a scene; fewer if there is no space
+HEIGHTS = 14, 30  # minimum and maximum height of a digit in pixels
+CLUTTER = 4  # maximum number of strokes and fragments of digits in a scene
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scenes:
-    """How many scenes a set has, and the seed that they are painted with."""
+    """Numbers of scenes of a set, and their seed."""
 
     train: int = 4000
     held_out: int = 500
@@ -49,17 +49,19 @@ def make_scenes(
     scenes: Scenes | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Make sure that ``folder`` holds a set of scenes.
+    """Create a set of scenes in ``folder``, unless it exists.
 
-    It has the folders train and val, and annotations/instances_train.json and _val.json. A set of
-    other parameters or of another version is made again. Processes may call this at once: one
-    makes the set while the others wait.
+    It has the folders train and val, and annotations/instances_train.json and _val.json. A set with
+    other parameters or of another version is created again. Several processes may call this: one
+    creates the set while the others wait.
 
     Args:
-        say: prints that a set is being made.
+        folder: the folder.
+        scenes: parameters of the set; None: the defaults.
+        say: prints a line before a set is created.
 
     Raises:
-        UserError: if the folder cannot be written, or holds something else.
+        UserError: if the folder cannot be written, or has other contents.
     """
     scenes, folder = scenes or Scenes(), Path(folder)
     try:
@@ -68,7 +70,7 @@ def make_scenes(
             if _is_made(folder, scenes):
                 return
             say(f"painting {scenes.train} + {scenes.held_out} scenes of digits into {folder}")
-            # Only the holder of the lock gets here, so what is left of an interrupted one can go.
+            # This process has the lock, so an unfinished folder is from an interrupted one.
             unfinished = folder.parent / f".{folder.name}.unfinished"
             shutil.rmtree(unfinished, ignore_errors=True)
             _write(unfinished, scenes)
@@ -80,7 +82,7 @@ def make_scenes(
 
 
 def scene_paths(folder: str | Path, split: str) -> tuple[str, str]:
-    """Images and instances file of the split "train" or "validation", for ``open_coco``."""
+    """Return images and instances file of "train" or "validation", for ``open_coco``."""
     name = "train" if split == "train" else "val"
     return (
         os.path.join(folder, name),
@@ -89,7 +91,7 @@ def scene_paths(folder: str | Path, split: str) -> tuple[str, str]:
 
 
 def paint_scene(digits: Digits, scenes: Scenes, number: int) -> tuple[Image.Image, list[Placed]]:
-    """Paint one scene of the digits of a split."""
+    """Paint one scene with the digits of a split."""
     rng = np.random.default_rng(derive(scenes.seed, digits.split, number))
     count = int(rng.integers(DIGITS[0], DIGITS[1] + 1))
     chosen = rng.integers(len(digits), size=count + 2).tolist()
@@ -105,14 +107,14 @@ def paint_scene(digits: Digits, scenes: Scenes, number: int) -> tuple[Image.Imag
 
 
 def _is_made(folder: Path, scenes: Scenes) -> bool:
-    """Whether the set is there. Raises for a folder of something else, which must not go."""
+    """Return whether the set exists; raise if the folder has other contents."""
     try:
         return json.loads((folder / _STAMP).read_text()) == _stamp(scenes)
     except FileNotFoundError:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(
-                f"{str(folder)!r} holds something that is no set of scenes; "
-                "name another folder, or remove it"
+                f"{str(folder)!r} has other contents than a set of scenes; "
+                "give another folder, or remove it"
             ) from None
     except ValueError:
         pass
@@ -120,7 +122,7 @@ def _is_made(folder: Path, scenes: Scenes) -> bool:
 
 
 def _stamp(scenes: Scenes) -> dict[str, Any]:
-    # As read from a file: with lists instead of tuples.
+    # As read from a file, with lists for tuples.
     return json.loads(json.dumps({"version": VERSION, **asdict(scenes)}))
 
 
@@ -153,7 +155,7 @@ def _write_images(folder: Path, digits: Digits, scenes: Scenes, count: int) -> d
                     "bbox": list(item.box),
                     "area": item.box[2] * item.box[3],
                     "iscrowd": 0,
-                    # Which of scikit-learn's 1,797 scans it is.
+                    # Number of the scan among scikit-learn's 1,797.
                     "scan": item.scan,
                 }
             )

@@ -1,4 +1,4 @@
-"""Data sets whose augmentation depends on (seed, epoch, sample) and on nothing else."""
+"""Data sets whose augmentation depends only on (seed, epoch, sample)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from training.errors import UserError, one_line
 from training.seeding import derive, forked
 
-# What PIL and its decoders raise for files that are truncated, mislabelled, absurdly large or not
-# images at all. MemoryError is left out: the file is not its cause.
+# Exceptions of PIL for files that are truncated, mislabelled, too large or not images. Not
+# MemoryError, which other causes have.
 DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -28,13 +28,12 @@ DECODE_ERRORS = (
 )
 
 
-# A folder of damaged files is reported before all of it is read many times.
-_TRIES = 50
+_TRIES = 50  # images to try in place of one that does not decode
 
 
 @dataclass(frozen=True)
 class BadImage:
-    """An image that could not be decoded, instead of its sample."""
+    """An image that could not be decoded."""
 
     name: str
     reason: str
@@ -44,10 +43,10 @@ class BadImages:
     """Handles and records images that do not decode.
 
     Args:
-        policy: "fail" raises :class:`UserError` at the first; "skip" records it.
+        policy: "fail" raises :class:`UserError` at the first; "skip" records them.
 
     Attributes:
-        say: prints a line.
+        say: a function that prints a line.
     """
 
     def __init__(self, policy: Literal["skip", "fail"]) -> None:
@@ -55,7 +54,7 @@ class BadImages:
         self.seen: dict[str, str] = {}
 
     def note(self, bad: Iterable[BadImage]) -> None:
-        """Record a batch's bad images, or raise."""
+        """Record the bad images of a batch, or raise."""
         for item in bad:
             if self.policy == "fail":
                 raise UserError(
@@ -67,7 +66,7 @@ class BadImages:
                 self.say(f"skipped, does not decode ({len(self.seen)}): {item.name}: {item.reason}")
 
     def gather(self) -> dict[str, str]:
-        """Return name and reason of every bad image of all processes."""
+        """Return the reasons by name of all processes' bad images."""
         merged: dict[str, str] = {}
         for part in gather_object([self.seen]):
             merged.update(part)
@@ -76,7 +75,7 @@ class BadImages:
 
 @dataclass
 class Sample:
-    """One sample of a batch: the image [C, H, W], its target, and what was skipped."""
+    """One sample of a batch: the image [C, H, W], its target, and skipped images."""
 
     image: Tensor | None
     target: Any
@@ -86,13 +85,15 @@ class Sample:
 class SeededDataset(Dataset):
     """A source (see sources.py) with a transform, indexed by (epoch, sample, copy).
 
-    The copy may be left out. The index contains the epoch, so persistent loader processes need no
+    The copy is optional. The index contains the epoch, so persistent loader processes need no
     message about the next epoch.
 
     Args:
-        replace: what becomes of an image that does not decode. True (training): the next one that
-            does decode, out of 50, takes its place, so that batches keep their size. False
-            (evaluation): the sample is dropped.
+        source: the source.
+        transform: a function of a PIL image.
+        seed: seed of the augmentation.
+        replace: for images that do not decode. True (training): use the next of 50 images that
+            decodes, so that batches keep their size. False (evaluation): drop the sample.
     """
 
     def __init__(
@@ -114,25 +115,29 @@ class SeededDataset(Dataset):
                 reason = one_line(error) or type(error).__name__
                 bad.append(BadImage(self.source.name(index), reason))
                 continue
-            # Seeded by the sample that was asked for, whichever took its place.
+            # The seed of the requested sample, also for a replacement.
             with forked(derive(self.seed, "augment", epoch, first, *filter(None, copy))):
                 return Sample(*self.apply(image, target), tuple(bad))
         return Sample(None, -1, tuple(bad))
 
     def apply(self, image: Image.Image, target: Any) -> tuple[Tensor, Any]:
-        """Transform an image; a class stays what it is."""
+        """Return the transformed image, and its target unmodified."""
         return self.transform(image), target
 
 
 class SeededStream(IterableDataset):
     """A streaming timm data set with a transform seeded by (seed, epoch, process, worker, count).
 
-    Such a set distributes its samples to processes and workers itself, without numbers for them:
-    their order is as reproducible as the set's own.
+    timm distributes the samples to processes and workers. Samples have no numbers, so their order
+    is only as reproducible as that of the data set.
 
     Args:
-        world: for evaluation by so many processes. timm would cut or repeat the parts until all
-            are as long. So each process reads all, and takes its share. 1: timm distributes them.
+        stream: timm's data set.
+        transform: a function of a PIL image.
+        seed: seed of the augmentation.
+        rank: index of this process.
+        world: number of processes in evaluation: each reads all samples and keeps its part, since
+            timm would drop or repeat samples to make parts equal. 1: timm distributes samples.
     """
 
     def __init__(

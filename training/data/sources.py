@@ -1,10 +1,9 @@
-"""Where images come from: digits, Fashion-MNIST or what ``timm.data.create_dataset`` reads.
+"""Sources of images: digits, Fashion-MNIST or data sets of ``timm.data.create_dataset``.
 
-A source has a length, ``read(index) -> (PIL image, class)``, ``name(index)`` and ``classes``, their
-names or None. Folders and
-archives are read by :class:`ClassFolder`; timm names a class by the last folder of a path. timm's
-other data sets are read through their reader, because their own ``__getitem__`` puts the next image
-in the place of one that does not decode, without a count.
+A source has a length, ``read(index) -> (PIL image, class)``, ``name(index)`` and ``classes``, names
+or None. :class:`ClassFolder` reads folders and archives; timm would use the last folder of a path
+as the class. timm's other data sets are read through their reader: their ``__getitem__`` silently
+replaces images that do not decode.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class TimmSource:
         self.dataset, self.mode, self.exif = dataset, mode, exif
         self.reader = getattr(dataset, "reader", None)
         held = self.reader or dataset
-        # Folders and torchvision say class_to_idx, archives class_name_to_idx.
+        # Folders and torchvision have class_to_idx, archives class_name_to_idx.
         names = getattr(held, "class_to_idx", None) or getattr(held, "class_name_to_idx", None)
         self.classes = tuple(sorted(names, key=names.__getitem__)) if names else None
 
@@ -77,9 +76,25 @@ def open_source(
 ) -> Any:
     """Open one split of a data set.
 
-    Returns a source, or timm's own iterable data set for the streaming formats. Raises
-    :class:`UserError` for a missing root, a root without images, an empty class folder, an
-    unknown format or one whose reader is not installed.
+    Args:
+        name: option data.name.
+        root: option data.root.
+        split: name of the split.
+        training: whether the split is for training.
+        in_chans: 1 for grey images, 3 for colour.
+        batch_size: batch size, for streams.
+        seed: seed of the order, for streams.
+        class_map: option data.class_map.
+        download: option data.download.
+        exif: option data.exif.
+        kwargs: option data.kwargs.
+
+    Returns:
+        A source, or timm's iterable data set for streaming formats.
+
+    Raises:
+        UserError: if the root is missing or has no images, a class folder is empty, or the format
+            is unknown or its reader not installed.
     """
     if in_chans not in (1, 3):
         raise UserError(f"model.in_chans: {in_chans}; images are read as grey (1) or colour (3)")
@@ -126,10 +141,10 @@ def open_source(
 
 
 def data_digest(sources: Iterable[Any], root: str | None) -> Digest:
-    """Digest what ``sources`` read: class folders and archives, or what timm's data sets hold.
+    """Return the digest of the files of ``sources``.
 
-    The embedded digits have none. Of timm's data sets these are the files below ``root``, such as
-    shards, and the files that Hugging Face's data sets have in their cache.
+    For timm's data sets, these are the files in ``root``, such as shards, and cache files of
+    Hugging Face data sets. The embedded digits have none.
     """
     parts: dict[str, list[str]] = {}
     for source in sources:
@@ -146,10 +161,10 @@ def data_digest(sources: Iterable[Any], root: str | None) -> Digest:
 
 
 def _check_runs_nothing(prefix: str, root: str | None, split: str, options: dict[str, Any]) -> None:
-    """Raise for what would make a reader run code that the data, or the configuration, brings."""
+    """Raise for options that would make a reader run code of the data or the configuration."""
     if options.get("trust_remote_code"):
         raise UserError("data.kwargs: trust_remote_code: true would run code of the data set")
-    # webdataset hands addresses to a shell: pipe: as it is, s3: and others inside a command.
+    # webdataset passes addresses to a shell: pipe: unmodified, s3: and others in a command.
     for name, value in (("data.root", root or ""), ("split", split)):
         if prefix == "wds" and ("pipe:" in value or re.search(r"[^\w./:{}|,@%+=~ -]", value)):
             raise UserError(f"{name}: {value!r} could run a command; give a plain path or address")

@@ -1,4 +1,4 @@
-"""COCO's twelve numbers for boxes, from all processes, as pycocotools computes them."""
+"""COCO's twelve metrics for boxes, computed by pycocotools from all processes."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ from torch import Tensor
 from training.distributed import from_main_process
 from training.errors import UserError
 
-# In the order in which pycocotools prints them: average precision over IoU 0.5 to 0.95, at 0.5 and
-# at 0.75, of small, medium and large objects; average recall of the best 1, 10 and 100 detections
-# of an image and category, and by size.
+# In the order of pycocotools: average precision over IoU 0.5 to 0.95, at 0.5 and at 0.75, of small,
+# medium and large objects; average recall of the best 1, 10 and 100 detections of an image and
+# category, and by size.
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 _SHOWN = 6
 
 
-# By name: ``recall``, 0 to 1 in 101 steps, and the precision at each of them over all sizes, mean
-# over the categories that have objects. ``AP50`` and ``AP75`` at one IoU, ``AP`` the mean over 0.5
-# to 0.95; the mean of a curve is the number of that name. nan where undefined.
+# ``recall``: 101 values from 0 to 1. ``AP50``, ``AP75`` and ``AP``: the precision at each recall,
+# for all sizes, averaged over categories with objects; at one IoU, or averaged over IoU 0.5 to
+# 0.95. The mean of a curve is the metric of the same name. nan: undefined.
 PrecisionRecall = dict[str, list[float]]
-# The numbers by name, the curves, and pycocotools' text of the numbers.
+# The metrics by name, the curves, and pycocotools' text.
 Found = tuple[dict[str, float], PrecisionRecall, str]
 
 
 class BoxEvaluation:
-    """Collects detections image by image in each process, and evaluates them all on the main one.
+    """Collects detections in each process, and evaluates all of them on the main process.
 
-    All images of the ground truth count, as with pycocotools: where an image has no detections,
-    its objects were missed. Only those named to :meth:`skip` do not. An image that was given more
-    than once (a sampler evens out its parts) counts once: the first of the lowest process.
+    As in pycocotools, all images of the ground truth count, except those passed to :meth:`skip`:
+    objects of images without detections are missed. An image that occurs more than once counts
+    once: the first in the process of lowest rank.
 
     Every process must call :meth:`results`, :meth:`summarize`, :meth:`curves` and :meth:`summary`,
     in the same order. After that nothing can be added.
 
     Args:
-        ground_truth: content of an instances file; it is not changed. An annotation without
-            ``area`` has its box's, one without ``iscrowd`` is none.
-        accelerator: joins the processes; None for one alone.
+        ground_truth: content of an instances file; it is not changed. Defaults of annotations:
+            ``area`` of the box, ``iscrowd`` 0.
+        accelerator: joins the processes; None: a single process.
     """
 
     def __init__(
@@ -66,15 +66,14 @@ class BoxEvaluation:
         """Add the detections of some images.
 
         Args:
-            image_ids: of the ground truth.
-            detections: for each image scores ``[Q]``, labels ``[Q]`` (category ids) and boxes
+            image_ids: ids of images of the ground truth.
+            detections: for each image, scores ``[Q]``, labels ``[Q]`` (category ids) and boxes
                 ``[Q, 4]`` (x0, y0, x1, y1 in pixels of the image as annotated), on any device.
-                Q is free: pycocotools takes the best 100 of each image and category. Labels that
-                are no category are kept in the results, and do not count.
+                pycocotools uses the best 100 of each image and category. Unknown labels are in the
+                results, but do not count.
 
         Raises:
-            UserError: for an image the ground truth does not list, and for numbers that are not
-                finite.
+            UserError: if an image is not in the ground truth, or a number is not finite.
         """
         for image_id, found in zip(image_ids, detections, strict=True):
             image = self._known(image_id)
@@ -91,7 +90,7 @@ class BoxEvaluation:
             self._rows.setdefault(image, rows.numpy())
 
     def skip(self, image_ids: Iterable[int]) -> None:
-        """Leave images out of the evaluation, objects and all, unless they are given after all."""
+        """Exclude images and their objects from the evaluation, unless they have detections."""
         self._skipped.update(self._known(image) for image in image_ids)
 
     def results(self) -> list[dict[str, Any]]:
@@ -104,20 +103,19 @@ class BoxEvaluation:
         ]
 
     def summarize(self) -> dict[str, float]:
-        """Return the numbers of :data:`NAMES`, from 0 to 1, the same in every process.
+        """Return the metrics of :data:`NAMES`, in [0, 1], in every process.
 
-        nan (pycocotools prints -1) stands for a number without objects to compute it from: of
-        sizes that do not occur, or all of them where the ground truth holds no boxes. Where there
-        are objects but no detections it is 0.
+        A metric without objects is nan (pycocotools prints -1); one with objects but without
+        detections is 0.
         """
         return self._found[0]
 
     def curves(self) -> PrecisionRecall:
-        """Return precision against recall, the same in every process."""
+        """Return precision against recall, in every process."""
         return self._found[1]
 
     def summary(self) -> str:
-        """Return pycocotools' text of the numbers, the same in every process."""
+        """Return pycocotools' text of the metrics, in every process."""
         return self._found[2]
 
     def _known(self, image_id: int) -> int:
@@ -133,7 +131,7 @@ class BoxEvaluation:
         if not self._gathered and self.accelerator and self.accelerator.num_processes > 1:
             rows: dict[int, np.ndarray] = {}
             for found, skipped in gather_object([(self._rows, self._skipped)]):
-                rows = found | rows  # lower processes come first, and stay
+                rows = found | rows  # lower ranks come first, and are kept
                 self._skipped = self._skipped | skipped
             self._rows = rows
         self._gathered = True
@@ -148,9 +146,9 @@ class BoxEvaluation:
 
 
 def _numbered(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return copies of what is read of annotations or results: pycocotools writes to them."""
+    """Return copies of annotations or results, since pycocotools modifies them."""
     return [
-        # pycocotools takes an object of id 0 for one that was not found.
+        # From 1: pycocotools treats an object of id 0 as missed.
         {"area": entry["bbox"][2] * entry["bbox"][3], "iscrowd": 0, **entry, "id": number}
         for number, entry in enumerate(entries, start=1)
     ]
@@ -160,7 +158,7 @@ def _evaluated(truth: dict[str, Any], results: list[dict[str, Any]], images: lis
     text = io.StringIO()
     with redirect_stdout(io.StringIO()):
         given, found = COCO(), COCO()
-        # Not loadRes, which takes no empty list.
+        # loadRes does not accept an empty list.
         given.dataset, found.dataset = truth, {**truth, "annotations": _numbered(results)}
         for coco in (given, found):
             coco.createIndex()

@@ -1,4 +1,4 @@
-"""The task of train_det.py: its data, DETR's loss, COCO's evaluation, and the files of a run."""
+"""The task of train_det.py: data, DETR's loss, COCO's evaluation, and files of a run."""
 
 from __future__ import annotations
 
@@ -61,10 +61,14 @@ class Detect(ImageTask):
     """Training and evaluation of a detector.
 
     Args:
-        sources: training, unless it is only evaluated, and held-out images.
+        config: options of the script.
+        accelerator: joins the processes.
+        model: the detector.
+        loaders: see :class:`ImageTask`.
+        sources: training images, unless evaluation only, and held-out images.
 
     Attributes:
-        evaluations: of the models that were last evaluated.
+        evaluations: the evaluation of each model that was last evaluated.
     """
 
     best, lower, panels, sums = "AP", False, DETECTOR, ("loss", *PARTS)
@@ -98,7 +102,7 @@ class Detect(ImageTask):
         self.source = sources[-1]
         self.truth = self.source.ground_truth()
         self.evaluations: list[BoxEvaluation] = []
-        self._ids: dict[str, list[int]] = {}  # of each file: several entries may have the same
+        self._ids: dict[str, list[int]] = {}  # image ids by file; entries may share a file
         for number in range(len(self.source)):
             self._ids.setdefault(self.source.name(number), []).append(self.source.image_id(number))
 
@@ -110,7 +114,7 @@ class Detect(ImageTask):
         return self.config.clip_max_norm or None
 
     def loss(self, model: nn.Module, batch: DetectionBatch, step: int) -> Step:
-        """DETR's loss of a batch, and its parts for the last decoder layer."""
+        """Compute DETR's loss of a batch, and its parts for the last decoder layer."""
         found = self.criterion(model(batch.images, batch.mask), batch.targets)
         count = len(batch.targets)
         parts = {name: found[name].detach() * count for name in PARTS}
@@ -118,7 +122,7 @@ class Detect(ImageTask):
         return Step(found["loss"], count, parts, names)
 
     def evaluate(self, models: list[nn.Module]) -> list[dict[str, float]]:
-        """Return ``loss``, its parts and COCO's twelve numbers of each model, held out."""
+        """Return the held-out ``loss``, its parts and COCO's twelve metrics of each model."""
         self.evaluations = [BoxEvaluation(self.truth, self.accelerator) for _ in models]
         with evaluating(self.criterion):
             metrics = super().evaluate(models)
@@ -149,13 +153,13 @@ class Detect(ImageTask):
         return metrics
 
     def digest(self) -> Digest:
-        if self.config.data.name == "digits":  # the scenes are made again, the same
+        if self.config.data.name == "digits":  # the scenes are reproducible
             return {}
         return self.sources[0].digest() | self.sources[1].digest()
 
     def finish(self, directory: RunDirectory | None, model: nn.Module) -> None:
         super().finish(directory, model)
-        if not self.evaluations:  # a run that was stopped after its last evaluation
+        if not self.evaluations:  # the run was resumed after its last evaluation
             self.evaluate([model])
         curves, results = self.evaluations[-1].curves(), self.evaluations[-1].results()
         if directory is None:
@@ -167,7 +171,7 @@ class Detect(ImageTask):
 
     @torch.no_grad()
     def examples(self, model: nn.Module, count: int) -> list[Example]:
-        """Return ``count`` held-out images, evenly spread, with the model's detections."""
+        """Return ``count`` evenly spaced held-out images with the model's detections."""
         dataset, model = self.loaders[1].dataset, model.eval()
         found = []
         for index in range(0, len(dataset), max(1, len(dataset) // count))[:count]:
@@ -209,7 +213,7 @@ def _open(config: DetConfig, split: str) -> CocoSource:
 
 
 def _coco(config: DetConfig, part: str) -> tuple[str, str]:
-    """Return images and annotations below ``coco_path``, extracted or as COCO's archives."""
+    """Return the paths of images and annotations in ``coco_path``, extracted or in archives."""
     if config.coco_path is None:
         raise UserError(
             "coco_path is not set, and data.name: coco needs it (or all four of "

@@ -1,4 +1,4 @@
-"""Build the detector that a configuration describes, its loss and its optimiser."""
+"""Build the detector of a configuration and its optimiser."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from training.errors import UserError
 from training.seeding import derive
 from training.weights import identity, start_from
 
-# Options that build_detr has too.
+# Options with the names of arguments of build_detr.
 _SHARED = (
     "num_queries backbone dilation position_embedding hidden_dim nheads enc_layers dec_layers "
     "dim_feedforward dropout pre_norm aux_loss enc_rpe2d"
@@ -24,13 +24,14 @@ def build_model(config: DetConfig, categories: dict[int, str]) -> DETR:
     """Build the model, and load ``config.checkpoint`` into it.
 
     Args:
-        categories: of the data, names by id; ids are class numbers.
+        config: options of the script.
+        categories: names of the data's categories by id; ids are class numbers.
     """
     num_classes = max(categories) + 1
     given = config.data.num_classes
     if given is not None and given < num_classes:
         raise UserError(
-            f"the data holds class {num_classes - 1}, but the model has {given} classes "
+            f"the data has class {num_classes - 1}, but the model has {given} classes "
             f"(0 to {given - 1}); set data.num_classes"
         )
     torch.manual_seed(derive(config.seed, "model"))
@@ -49,7 +50,7 @@ def build_model(config: DetConfig, categories: dict[int, str]) -> DETR:
 
 
 def make_optimizer(config: DetConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW; backbone and tables have learning rates of their own, and everything decays."""
+    """Create AdamW with separate learning rates for backbone and tables."""
     encodings = [m for m in model.modules() if isinstance(m, irpe.Encoding)]
     tables = {id(p) for encoding in encodings for p in encoding.parameters()}
     groups: dict[float, list[nn.Parameter]] = {}

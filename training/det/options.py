@@ -1,4 +1,4 @@
-"""The options of train_det.py; those that DETR has carry DETR's names."""
+"""The options of train_det.py, with DETR's names."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class DetDataConfig(ImagesConfig):
     """The images: COCO's files, or the embedded scenes of handwritten digits."""
 
     name: Literal["digits", "coco"] = "digits"
-    """digits (embedded; made on first use) or coco"""
+    """digits (embedded; created at first use) or coco"""
     root: str | None = None
-    """folder that the digits are made in; null: data/digits-detection"""
+    """folder of the digits; null: data/digits-detection"""
     train_images: str | None = None
     """folder or .zip of training images; null: train2017 or train2017.zip under coco_path"""
     train_annotations: str | None = None
@@ -25,9 +25,9 @@ class DetDataConfig(ImagesConfig):
     val_annotations: str | None = None
     """instances JSON of the held-out images; null: annotations/instances_val2017.json"""
     num_classes: int | None = None
-    """class numbers of the model; null: the largest category id and one more (COCO: 91)"""
+    """number of classes of the model; null: the largest category id plus 1 (COCO: 91)"""
     on_bad_annotation: Literal["skip", "fail"] = "skip"
-    """an annotation that cannot be right: skip it, counted and named, or stop"""
+    """for an invalid annotation: skip and report it, or stop"""
 
 
 @dataclass(kw_only=True)
@@ -35,23 +35,23 @@ class DetAugConfig:
     """Sizes of the images, and augmentation of the training images."""
 
     enabled: bool = True
-    """augment at all; false: training images are treated like held-out ones"""
+    """whether to augment; false: training images are processed like held-out ones"""
     hflip: float = 0.5
     """probability of a horizontal flip"""
     scales: list[int] = field(default_factory=lambda: list(range(480, 801, 32)))
-    """sizes of the shorter side, in pixels, one drawn for each image"""
+    """sizes of the shorter side, in pixels; one is drawn for each image"""
     max_size: int = 1333
     """largest length of the longer side, in pixels"""
     crop_prob: float = 0.5
     """probability of a random crop before the resize"""
     crop_scales: list[int] = field(default_factory=lambda: [400, 500, 600])
-    """sizes of the shorter side ahead of a crop"""
+    """sizes of the shorter side before a crop, in pixels"""
     crop_size: tuple[int, int] = (384, 600)
-    """least and largest side of a crop, in pixels"""
+    """smallest and largest side of a crop, in pixels"""
     eval_size: int = 800
-    """size of the shorter side of held-out images"""
+    """size of the shorter side of held-out images, in pixels"""
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
-    """mean of each channel in [0, 1]; ImageNet's, which the backbones were trained with"""
+    """mean of each channel in [0, 1]; ImageNet's, as for the backbones"""
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     """standard deviation of each channel"""
 
@@ -66,25 +66,25 @@ class DetConfig(ScriptConfig):
     rpe_backend: str = "auto"
     """backend of the attention with an encoding: auto, reference, eager, sdpa or triton"""
     coco_path: str | None = None
-    """folder that holds train2017, val2017 (folders or .zip) and annotations"""
+    """folder with train2017, val2017 (folders or .zip) and annotations"""
     lr: float = 1e-4
     """learning rate of the transformer"""
     table_lr: float | None = None
-    """learning rate of relative position tables, which begin at zero; null: lr"""
+    """learning rate of relative position tables; null: lr"""
     lr_backbone: float = 1e-5
     """learning rate of the backbone; 0: frozen"""
     batch_size: int = 16
-    """images per optimiser step, over all processes and accumulated batches together"""
+    """images per optimiser step, in all processes and accumulated batches"""
     weight_decay: float = 1e-4
     """weight decay, of all parameters"""
     epochs: int = 300
     """passes over the training images"""
     lr_drop: int = 200
-    """epoch after which the learning rate falls to a tenth"""
+    """epoch after which the learning rate is divided by 10"""
     clip_max_norm: float = 0.1
-    """largest norm of the gradient; 0: no clipping"""
+    """maximum norm of the gradient; 0: no clipping"""
     backbone: str = "resnet50"
-    """a feature extractor of timm's, or stem: three convolutions, stride 8"""
+    """a timm feature extractor, or stem: three convolutions, stride 8"""
     pretrained_backbone: bool = True
     """start the backbone from published weights (downloads them)"""
     dilation: bool = False
@@ -104,13 +104,13 @@ class DetConfig(ScriptConfig):
     nheads: int = 8
     """attention heads"""
     num_queries: int = 100
-    """objects at most in an image"""
+    """maximum number of objects in an image"""
     pre_norm: bool = False
-    """norms before attention and feed-forward"""
+    """whether norms are before attention and feed-forward"""
     grad_checkpointing: bool = False
     """recompute activations of encoder and decoder in the backward pass to save memory"""
     aux_loss: bool = True
-    """a loss for the output of every decoder layer"""
+    """whether every decoder layer has a loss"""
     set_cost_class: float = 1.0
     """weight of the class in matching"""
     set_cost_bbox: float = 5.0
@@ -126,7 +126,7 @@ class DetConfig(ScriptConfig):
     eval_batch_size: int | None = None
     """images per forward pass of each process in evaluation; null: as in training"""
     pictures: int = 8
-    """held-out images to draw with their predictions when a run ends"""
+    """number of held-out images to draw with their detections at the end of a run"""
     data: DetDataConfig = field(default_factory=DetDataConfig)
     aug: DetAugConfig = field(default_factory=DetAugConfig)
     sched: SchedConfig = field(

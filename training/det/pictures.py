@@ -1,4 +1,4 @@
-"""Pictures of a detector: detections beside objects, and precision against recall."""
+"""Pictures of a detector: objects and detections, and precision against recall."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from irpe.tools.pictures import figure
 from training.det.average_precision import PrecisionRecall
 from training.report import EMA, HELD, INK, TRAIN, style
 
-# Light colours that colour-blind people can distinguish: names are written on them in black.
+# Light colours, for black text, that colour-blind people can distinguish.
 COLOURS = ("#77AADD", "#EE8866", "#EEDD88", "#FFAABB", "#99DDFF", "#44BB99", "#BBCC33", "#AAAA00")
 COLOURS += ("#DDDDDD", "#CC99FF")
-_INCHES = 2.7  # the longer side of an image in the sheet
+_INCHES = 2.7  # width of an image in the sheet
 _TITLE = 0.35
-_LEAST = 0.5  # score of a detection that is drawn
+_LEAST = 0.5  # minimum score of drawn detections
 
 
 @dataclass
@@ -27,10 +27,10 @@ class Example:
     """One image with its objects and its detections.
 
     Attributes:
-        name: shown above the image.
-        image: ``[3, H, W]``, 0 to 1 or uint8, without padding.
+        name: title of the image.
+        image: ``[3, H, W]``, in [0, 1] or uint8, without padding.
         truth: labels ``[T]`` and boxes ``[T, 4]``: x0, y0, x1, y1 in pixels of ``image``.
-        found: scores ``[Q]``, labels ``[Q]`` and boxes ``[Q, 4]``, of ``models.detr.detections``.
+        found: scores ``[Q]``, labels ``[Q]`` and boxes ``[Q, 4]``, from ``models.detr.detections``.
     """
 
     name: str
@@ -40,12 +40,12 @@ class Example:
 
 
 def draw_detections(examples: Sequence[Example], path: Path, names: Mapping[int, str]) -> None:
-    """Draw a sheet of examples, objects at the left and detections at the right.
-
-    Without examples nothing is drawn.
+    """Draw a sheet of examples, with objects on the left and detections on the right.
 
     Args:
-        names: of categories; a label without a name is shown as its number.
+        examples: the examples; without any, nothing is drawn.
+        path: the file to write.
+        names: names of categories; a label without a name is shown as a number.
     """
     if not examples:
         return
@@ -67,7 +67,7 @@ def draw_detections(examples: Sequence[Example], path: Path, names: Mapping[int,
         left.set_title(f"{example.name}: {_count(labels, 'object')}", **small)
         kept = (found["scores"] >= _LEAST) & found["boxes"].isfinite().all(-1)
         kept = kept.nonzero()[:, 0]
-        kept = kept[found["scores"][kept].argsort()]  # the highest score is drawn last, on top
+        kept = kept[found["scores"][kept].argsort()]  # draw the highest score last
         labels, scores = found["labels"][kept].tolist(), found["scores"][kept].tolist()
         texts = [f"{names.get(n, str(n))} {s:.2f}" for n, s in zip(labels, scores, strict=True)]
         _draw(right, example, found["boxes"][kept], labels, texts)
@@ -90,12 +90,12 @@ def draw_precision_recall(curves: PrecisionRecall, path: Path, title: str) -> No
         if math.isnan(area):
             axes.text(0.5, 0.5, "no objects: not defined", ha="center", color=INK)
             break
-        # The precision at a recall holds back to the recall before.
+        # Precision is constant between recalls, hence steps.
         text = f"{label}: {name} {100 * area:.1f} %"
         shape = {"color": colour, "linestyle": line, "linewidth": 1.8}
         axes.step(curves["recall"], precision, where="pre", label=text, **shape)
     else:
-        # Below the axes: a curve may pass through any part of them.
+        # Below the axes, since curves may pass through any part of them.
         made.legend(frameon=False, loc="outside lower center", fontsize=9)
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.02))
     style(axes)
@@ -104,7 +104,7 @@ def draw_precision_recall(curves: PrecisionRecall, path: Path, title: str) -> No
 
 
 def _draw(axes: Any, example: Example, boxes: Tensor, labels: list[int], texts: list[str]) -> None:
-    """Draw an image with boxes, their parts outside of the image cut off, and their texts."""
+    """Draw an image with boxes, clipped to the image, and their texts."""
     from matplotlib.patches import Rectangle
 
     image = example.image.detach().cpu().expand(3, -1, -1)
@@ -117,7 +117,7 @@ def _draw(axes: Any, example: Example, boxes: Tensor, labels: list[int], texts: 
         for edge, line in (("black", 2.4), (colour, 1.2)):  # a dark rim, visible on light images
             box = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=edge, linewidth=line)
             axes.add_patch(box)
-        # Above the box, or inside where there is no room; towards the middle of the image.
+        # Above the box, or inside if there is no space; towards the middle of the image.
         above, left = y0 > 0.06 * height, x0 + x1 < width
         axes.annotate(
             text,

@@ -1,6 +1,6 @@
-"""Attention with terms in plain torch, with its backward pass written out: the fast path of a CPU.
+"""Attention with terms in plain torch with an explicit backward pass: the fast backend on a CPU.
 
-Same maths as the reference, tile after tile and in place.
+It computes the same as the reference, tile by tile and in place.
 """
 
 from collections.abc import Sequence
@@ -16,22 +16,22 @@ from ..call import Call, autocasting, without_autocast
 from .passes import Pass, Plan
 from .rows import layout_of
 
-SMALL = 2**16  # B * H * L * S up to which the reference, which plans nothing, is faster
-LEAST = 2**16  # L * S below which no call is faster recomputed
-MALLOC = 2**25  # bytes: larger blocks go back to the system, and a new one must be zeroed
+SMALL = 2**16  # B * H * L * S up to which the reference is faster
+LEAST = 2**16  # L * S below which recomputing is never faster
+MALLOC = 2**25  # bytes; malloc returns larger blocks to the system, and new ones must be zeroed
 
 
 def unsupported(call: Call) -> str | None:
-    """Return why this call cannot be computed, None if it can."""
+    """Return why the call is unsupported, or None."""
     if call.traced or call.compiled:
-        return "its written-out backward cannot be traced or transformed"
-    return "it gives no gradient to the mask" if call.mask_grad else None
+        return "its explicit backward pass cannot be traced or transformed"
+    return "it computes no gradient of the mask" if call.mask_grad else None
 
 
 def preference(call: Call) -> tuple[int, str]:
     """Return the rank of this backend for a call, and why."""
     if call.device.type == "cuda":
-        return 20, "least memory of the ways that compute a value term"
+        return 20, "least memory of the backends that compute a value term"
     return 40, "fewest passes over the logits, measured fastest on a CPU"
 
 
@@ -57,14 +57,14 @@ def attention(call: Call) -> Tensor:
 
 
 def keeps(call: Call) -> bool:
-    """Return whether probabilities are kept for the backward pass, instead of recomputed."""
+    """Return whether probabilities are saved for the backward pass, not recomputed."""
     plain = type(call.q) in (Tensor, nn.Parameter) and call.q.device.type == "cpu"
     pairs = call.q.shape[-2] * call.k.shape[-2]
     return not plain or pairs < LEAST or pairs < least(call)
 
 
 def least(call: Call) -> int:
-    """Return L * S from which recomputing is faster or, at the same speed, takes less memory."""
+    """Return L * S from which recomputing is faster, or as fast with less memory."""
     if call.kinds & {"slope", "gain", "channels"}:
         return 2**20
     layout = layout_of([term.buckets.geometry for term in call.terms])
@@ -72,7 +72,7 @@ def least(call: Call) -> int:
         return 2**18
     if layout.query.line:
         return LEAST
-    # Prefix tokens slow tiles down. Blocks that malloc keeps cost less.
+    # Prefix tokens slow tiles down. Blocks up to MALLOC are cheaper to allocate.
     numbers = call.q.shape[:-1].numel() * call.k.shape[-2]
     return 2**20 if layout.prefix or 4 * numbers <= MALLOC else 2**18
 
@@ -82,16 +82,17 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, plan: Plan, *inputs: Tensor) -> Tensor:
         kept: list[Tensor] | None = [] if plan.kept and any(ctx.needs_input_grad) else None
         out, masses = Pass(plan, inputs).forward(kept)
-        # The caller holds q, k and v anyway: they are saved as the views they are.
+        # Save the views q, k and v themselves: the caller keeps their memory anyway.
         ctx.save_for_backward(*inputs, *masses, *(kept or ()))
         ctx.plan, ctx.counts = plan, (len(inputs), len(inputs) + len(masses))
         return out.to(inputs[0].dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved, (first, second) = ctx.saved_tensors, ctx.counts  # once: checkpoints recompute
+        # Read saved_tensors once: under activation checkpointing, it recomputes.
+        saved, (first, second) = ctx.saved_tensors, ctx.counts
         inputs, recorded = saved[:first], torch.is_grad_enabled()
-        # backward() may be called inside of autocast; this one chooses its own precision.
+        # backward() may be called under autocast.
         with without_autocast(grads[0].device.type):
             with torch.no_grad():
                 work = Pass(ctx.plan, inputs)
@@ -108,8 +109,8 @@ class _Attention(torch.autograd.Function):
 def _differentiable_backward(
     plan: Plan, grad: Tensor, inputs: Sequence[Tensor], keep: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """The gradients by way of the reference, for a backward pass that is itself differentiated."""
-    # One tensor may be given twice (q as k, a table in two terms): views tell its uses apart.
+    """Return gradients computed by the reference, for double backward."""
+    # One tensor may occur twice (q as k, a table in two terms): views separate its gradients.
     inputs = [x.view_as(x) for x in inputs]
     q, k, v, *tables = inputs
     given = zip(plan.terms, tables, strict=True)

@@ -1,6 +1,7 @@
-"""Gather and scatter-add by blocks: rows of queries times rows of keys that repeat.
+"""Gather and scatter-add by blocks: the pairs of a row of queries and a row of keys.
 
-Numbers are gathered once for each different block. A tile is copied from these, block by block.
+Blocks repeat, so numbers are gathered once for each different block, and tiles are copied from
+them.
 """
 
 import itertools
@@ -15,11 +16,11 @@ from .tile import Tile
 
 
 class Blocks:
-    """Gather and scatter as ``ByMap`` does; pairs with a prefix token have the last bucket.
+    """Gather and scatter, see ``ByMap``; pairs with a prefix token have the last bucket.
 
     Args:
-        layout: of the tokens.
-        blocks: what ``layout.blocks`` returns.
+        layout: layout of the tokens.
+        blocks: the result of ``layout.blocks``.
         of_key: whether rows of numbers belong to keys.
         tile: a tile of the part.
     """
@@ -36,7 +37,7 @@ class Blocks:
         ids = ids[..., self.columns] if ids.shape[2] > 1 else ids
         self.ids = ids.expand(-1, -1, self.width) if of_key else ids.expand(-1, self.wide, -1)
         which = which[:, self.rows]
-        # The prepared block of each row of queries and row of keys.
+        # The index of the gathered block of each row of queries and row of keys.
         owner = torch.arange(which.shape[1]) if of_key else torch.arange(len(which)).unsqueeze(1)
         at = owner * len(ids) + which
         if len(ids) == 1:
@@ -83,14 +84,14 @@ class Blocks:
 
     def collect(self) -> None:
         total, last = self.total, self.last_sums
-        order = (2, 0, 1) if self.of_key else (1, 0, 2)  # own tokens, then blocks and others
+        order = (2, 0, 1) if self.of_key else (1, 0, 2)  # owning tokens, blocks, other tokens
         x = self.sums.unflatten(1, (-1, len(self.ids)))
         x = x.permute(0, 1, *(2 + axis for axis in order)).flatten(3)
         index = self.ids.permute(order).flatten(1).expand(*x.shape[:2], -1, -1)
         inside = total[:, self.ahead :]
         full = self.own.full(inside)
         self._boxed(full).scatter_add_(3, index, x)
-        if full.data_ptr() != inside.data_ptr():  # a copy, with tokens that complete the last row
+        if full.data_ptr() != inside.data_ptr():  # a copy with a padded last row
             inside.copy_(full.flatten(1, 2)[:, : self.own.count])
         if self.index is not None and self.of_key:
             total[..., -1].index_add_(1, self.index, last)
@@ -98,23 +99,23 @@ class Blocks:
             total[..., -1] += last
 
     def _boxed(self, full: Tensor) -> Tensor:
-        """Complete rows ``[n, height, width, ...]`` without keys out of the box."""
+        """Return complete rows ``[n, height, width, ...]`` without keys outside the box."""
         return full[:, self.rows, self.columns] if self.of_key else full
 
     def _last(self, numbers: Tensor) -> Tensor:
-        """The last bucket's numbers."""
+        """Return the numbers of the last bucket."""
         last = numbers[..., -1]
         return last.index_select(1, self.index) if self.of_key and self.index is not None else last
 
     def _ahead(self, tile: Tile) -> int:
-        """How many keys of a tile, from the first one on, have the last bucket."""
+        """Return the number of first keys of a tile that have the last bucket."""
         return tile.count if tile.rows.start < self.prefix else min(self.key_prefix, tile.count)
 
     def _runs(self, out: Tensor, tile: Tile, add: bool) -> bool:
-        """Gather rows of blocks, which are runs of numbers, in one call.
+        """Gather contiguous rows of blocks in one call, if possible.
 
         Returns:
-            Whether it did: a tile must be of complete blocks without gaps in memory.
+            False if the tile has incomplete blocks or is not contiguous; nothing is done then.
         """
         wide, (n, blocks, *size) = self.wide, self.numbers.shape
         first, last = tile.rows.start - self.prefix, tile.rows.stop - self.prefix
@@ -135,9 +136,9 @@ class Blocks:
     def _pieces(
         self, x: Tensor, blocks: Tensor, tile: Tile, ahead: int
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Parts of x ``[n, rows, key rows, width, key width]``, blocks and their places.
+        """Yield parts of x ``[n, rows, key rows, width, key width]``, blocks and their indices.
 
-        Axes of these on which numbers repeat have size 1.
+        Axes of the blocks and indices along which numbers repeat have size 1.
         """
         wide, keys = self.wide, tile.count - ahead
         first, last = tile.rows.start - self.prefix, tile.rows.stop - self.prefix
@@ -156,5 +157,5 @@ class Blocks:
 
 
 def _some(x: Tensor, axis: int, start: int, length: int) -> Tensor:
-    """Part of an axis; all of it where numbers repeat."""
+    """Narrow an axis, unless its size is 1."""
     return x if x.shape[axis] == 1 else x.narrow(axis, start, length)

@@ -1,6 +1,6 @@
-"""Terms whose numbers are made for each pair of a tile: bias, slope, gain and channels.
+"""Terms that are computed for each pair of a tile: bias, slope, gain and channels.
 
-All tokens share their tables. The gradients of a tile come from autograd.
+Their tables do not depend on queries and keys. Autograd computes the gradients of each tile.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def pairs(terms: Dense, tile: Tile) -> tuple[Tensor | None, Tensor | None]:
             far = far.unsqueeze(1) if far.dim() == 3 else far
             one = _heads(table, tile).unsqueeze(-1) * far
         elif kind in ("bias", "gain"):
-            # Not table[:, ids], whose gradient is slow.
+            # The gradient of table[:, ids] would be slow.
             ids, table = cut(buckets.dense(table.device), tile), _heads(table, tile)
             flat = ids.reshape(-1, 1, ids.shape[-2:].numel()).expand(-1, len(table), -1)
             one = table.expand(len(flat), -1, -1).gather(-1, flat).unflatten(-1, ids.shape[-2:])
@@ -40,13 +40,13 @@ def pairs(terms: Dense, tile: Tile) -> tuple[Tensor | None, Tensor | None]:
 
 
 def by_channels(terms: Dense, q: Tensor, k: Tensor, tile: Tile) -> Tensor:
-    """Return ``q k^T``, each channel times its factors, of q and k ``[n, rows | keys, D]``."""
+    """Return ``q k^T`` of q and k ``[n, rows | keys, D]``, with channels scaled by the terms."""
     q, k = (x.unflatten(0, tile.shape[:2]) for x in (q, k))
     weighed = k.unsqueeze(2)
     for kind, buckets, table in terms:
         if kind == "channels":
             ids = cut(buckets.dense(q.device), tile)
-            # Its gradient is one index_add.
+            # The gradient of index_select is one index_add.
             factor = _heads(table, tile).transpose(1, 2).index_select(1, ids.flatten())
             factor = factor.unflatten(1, ids.shape)  # [heads | 1, (images,) rows, keys, D]
             weighed = weighed * (factor.transpose(0, 1) if ids.dim() == 3 else factor)

@@ -1,6 +1,6 @@
-"""Gather and scatter-add by the map of all ids: for any geometry and bucket function.
+"""Gather and scatter-add by the ids of all pairs, for any geometry and bucket function.
 
-Rows of N numbers belong to queries, or to keys where the table is multiplied with the key.
+Rows of N numbers belong to queries, or to keys if the table is multiplied with the key.
 """
 
 import torch
@@ -11,11 +11,11 @@ from .tile import Tile
 
 
 class ByMap:
-    """Gather and scatter with torch's own operations and int64 ids of all pairs.
+    """Gather and scatter with torch's operations and int64 ids of all pairs.
 
     Args:
-        buckets: of the term.
-        device: of the rows.
+        buckets: buckets of the term.
+        device: device of the rows.
     """
 
     def __init__(self, buckets: BucketIds, device: torch.device) -> None:
@@ -28,7 +28,7 @@ class ByMap:
         self.numbers = numbers.flatten(1)
 
     def gather(self, out: Tensor, tile: Tile, add: bool) -> None:
-        """Compute ``out[n, i, j] = numbers[n, owner, id(i, j)]``, or add it to out."""
+        """Write ``numbers[n, owner, id(i, j)]`` to ``out[n, i, j]``, or add it."""
         rows, out = (x.view(*tile.shape[:2], -1) for x in (self.numbers, out))
         if add:
             out.add_(rows.gather(-1, self._index(tile)))
@@ -40,12 +40,12 @@ class ByMap:
         self.total = total.view(len(total), -1)
 
     def scatter(self, x: Tensor, tile: Tile) -> None:
-        """Add x ``[n, rows, keys]`` by bucket, each tile once."""
+        """Add x ``[n, rows, keys]`` by bucket; called once for each tile."""
         rows, x = (y.view(*tile.shape[:2], -1) for y in (self.total, x))
         rows.scatter_add_(-1, self._index(tile), x)
 
     def collect(self) -> None:
-        """Write the sums to the rows, after the last tile: here they are there."""
+        """Write the sums to the rows after the last tile; ``scatter`` has done so already."""
 
     def _index(self, tile: Tile) -> Tensor:
         ids = cut(self.ids, tile)
@@ -53,7 +53,7 @@ class ByMap:
 
 
 def cut(pairs: Tensor, tile: Tile) -> Tensor:
-    """Return a map ``[(B,) L, S]`` at a tile: ``[(images,) rows, keys]``."""
+    """Return the part ``[(images,) rows, keys]`` of ``[(B,) L, S]`` in a tile."""
     pairs = pairs[..., tile.rows, :]
     pairs = pairs[tile.images] if pairs.dim() == 3 else pairs
     return pairs[..., : tile.count] if tile.index is None else pairs.index_select(-1, tile.index)

@@ -1,8 +1,8 @@
-"""A forward or a backward pass of attention with terms, tile after tile.
+"""A forward or a backward pass of attention with terms, tile by tile.
 
-A tile of logits is computed, turned into probabilities and used while it is in the cache. Small
-calls keep the probabilities for the backward pass; for others it recomputes each tile, and nothing
-of size ``[B, H, L, S]`` is in memory.
+The logits and probabilities of a tile stay in the processor's cache. Small calls keep the
+probabilities for the backward pass; for others the backward pass recomputes each tile, without
+materialising ``[B, H, L, S]``.
 """
 
 import itertools
@@ -26,15 +26,15 @@ SIZE = 2**19  # numbers of a tile for each thread: 2 MiB
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a call computes, beside its tensors.
+    """A call without its tensors.
 
     Args:
-        call: the call, without its tensors.
+        call: the call, with empty tensors.
         terms: kind and buckets of each term.
-        layout: of the tokens; None: any.
+        layout: layout of the tokens; None: unknown.
         kept: whether probabilities are kept for the backward pass.
-        threads: that share a tile, as many in both passes.
-        seed: of the dropout; None without.
+        threads: number of threads that share a tile, in both passes.
+        seed: seed of the dropout; None: no dropout.
     """
 
     call: Call
@@ -49,18 +49,18 @@ class Pass:
     """A pass, in float32 or float64.
 
     Args:
-        plan: of the call.
-        inputs: q, k, v of as many heads, and the tables of the terms.
+        plan: plan of the call.
+        inputs: q, k and v with equal numbers of heads, and the tables of the terms.
     """
 
     def __init__(self, plan: Plan, inputs: Sequence[Tensor]) -> None:
         self.plan, (q, k), call = plan, inputs[:2], plan.call
         wide = torch.promote_types(q.dtype, torch.float32)
-        # Scaled and contiguous in one pass.
+        # Scale and make contiguous in one pass over memory.
         self.q = torch.mul(q.detach(), call.scale, out=q.new_empty(q.shape, dtype=wide))
         self.k, self.v, *self.tables = (x.detach().to(wide).contiguous() for x in inputs[1:])
         self.shape = (*q.shape[:3], k.shape[2])
-        # Numbers of terms: whose rows are added to the logits, or sum up probabilities.
+        # Indices of terms that gather rows of numbers, and of value terms.
         self.rows, self.values = list[int](), list[int]()
         self.dense: list[tuple[Kind, BucketIds, Tensor]] = []
         for i, (kind, buckets) in enumerate(plan.terms):
@@ -79,15 +79,14 @@ class Pass:
         if plan.seed is not None:
             self.draws = torch.Generator(q.device).manual_seed(plan.seed)
         self.rest = 1.0 - call.dropout_p
-        # What dropout keeps makes up for the rest, unless it keeps nothing.
-        self.growth = 1.0 / self.rest if self.rest else 1.0
+        self.growth = 1.0 / self.rest if self.rest else 1.0  # scale of kept probabilities
         self._memory: dict[str, Tensor] = {}
 
     def forward(self, kept: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
-        """Return the output ``[B, H, L, E]`` and, for each value term, mass by bucket.
+        """Return the output ``[B, H, L, E]`` and the mass by bucket of each value term.
 
         Args:
-            kept: the probabilities of each tile are appended to it; None: they are not kept.
+            kept: list that the probabilities of each tile are appended to; None: not kept.
         """
         out = self.blank(self.q.new_empty(*self.shape[:3], self.v.shape[-1]))
         masses, numbers = self._zeros(self.values), self._numbers()
@@ -103,8 +102,9 @@ class Pass:
         """Return the gradients of q, k, v and the tables.
 
         Args:
-            grad: of the output.
-            masses, kept: of the forward pass; kept is empty where tiles are recomputed.
+            grad: gradient of the output.
+            masses: result of the forward pass.
+            kept: probabilities of the forward pass; empty if tiles are recomputed.
         """
         upper = torch.mul(grad, self.growth, out=self.q.new_empty(grad.shape))
         own = grad_q, grad_k, _ = [
@@ -138,7 +138,7 @@ class Pass:
         return None if layout is None else layout.blocks(buckets, self.of_key(i))
 
     def _numbers(self) -> list[Tensor]:
-        """Rows ``[B, H, L | S, N]`` that the logits gather from."""
+        """Return the rows ``[B, H, L | S, N]`` that the logits gather from."""
         numbers = []
         for i in self.rows:
             table = self.tables[i]
@@ -151,13 +151,13 @@ class Pass:
         return numbers
 
     def _zeros(self, terms: Sequence[int]) -> list[Tensor]:
-        """Rows of zeros for the sums of each term."""
+        """Return zero buffers ``[B, H, L | S, N]`` for each term."""
         B, H, L, S = self.shape
         sizes = ((S if self.of_key(i) else L, self.plan.terms[i][1].size) for i in terms)
         return [self.q.new_zeros(B, H, *size) for size in sizes]
 
     def keep(self) -> Tensor:
-        """Return what dropout keeps, 1, else 0, ``[B, H, L, S]``; 1 where there is no tile."""
+        """Return the dropout mask ``[B, H, L, S]``: 1 if kept or in no tile, else 0."""
         every = self.q.new_ones(self.shape)
         for tile in itertools.chain(*self.tiles.parts):
             own = every[tile.images, tile.heads, tile.rows]
@@ -169,11 +169,11 @@ class Pass:
         return every
 
     def drawn(self, tile: Tile) -> Tensor:
-        """Return 1 for what dropout keeps of a tile, else 0; called once a tile, in their order."""
+        """Return the dropout mask of a tile; called once for each tile, in order."""
         return self.space("keep", tile).bernoulli_(self.rest, generator=self.draws)
 
     def space(self, name: str, tile: Tile) -> Tensor:
-        """Return memory ``[n, rows, keys]`` for a tile, the same for all tiles."""
+        """Return a buffer ``[n, rows, keys]`` for a tile, reused by all tiles."""
         nb, nh, rows, count = tile.shape
         size = nb * nh * rows * count
         if name not in self._memory or self._memory[name].numel() < size:
@@ -181,7 +181,7 @@ class Pass:
         return self._memory[name][:size].view(nb * nh, rows, count)
 
     def blank(self, x: Tensor) -> Tensor:
-        """Return x, filled with zeros unless one tile overwrites it."""
+        """Return x, filled with zeros unless a single tile overwrites it."""
         return x if self.tiles.one and not self.channels else x.zero_()
 
 
@@ -191,7 +191,7 @@ class Work:
     Args:
         given: the pass.
         part: tiles of the same images, heads and keys.
-        numbers: rows that the logits gather from; empty where probabilities are kept.
+        numbers: rows that the logits gather from; empty if probabilities are kept.
     """
 
     def __init__(self, given: Pass, part: list[Tile], numbers: Sequence[Tensor]) -> None:
@@ -201,11 +201,11 @@ class Work:
             self.k, self.v = (x.index_select(1, self.index) for x in (self.k, self.v))
         self.rows = [self._way(i) for i in given.rows]
         self.masses = [self._way(i) for i in given.values]
-        for way, x in zip(self.rows, numbers, strict=False):  # none where probabilities are kept
+        for way, x in zip(self.rows, numbers, strict=False):
             way.read(self._own(x))
 
     def forward(self, out: Tensor, masses: Sequence[Tensor], kept: list[Tensor] | None) -> None:
-        """Write output ``[B, H, L, E]`` and mass by bucket ``[B, H, L, N]``."""
+        """Write the output ``[B, H, L, E]`` and the masses ``[B, H, L, N]``."""
         out = self._own(out)
         for way, mass in zip(self.masses, masses, strict=True):
             way.write(self._own(mass))
@@ -231,9 +231,10 @@ class Work:
         """Write gradients of q, k and v, and of the rows of numbers.
 
         Args:
-            grad, of_masses: gradients of the output and of the masses.
-            grads: of q, k and v, ``[B, H, L | S, D]``.
-            sums: gradients of the rows of numbers, ``[B, H, L | S, N]``.
+            grad: gradient of the output.
+            of_masses: gradients of the masses.
+            grads: buffers for gradients of q, k and v, ``[B, H, L | S, D]``.
+            sums: buffers for gradients of the rows of numbers, ``[B, H, L | S, N]``.
             kept: the probabilities of each tile; empty: they are recomputed.
         """
         given, several = self.given, not self.given.tiles.one
@@ -248,57 +249,57 @@ class Work:
             probabilities = next(kept, None)
             if probabilities is None:
                 probabilities = self._probabilities(tile, None)
-            own, flow = grad[:, tile.rows], given.space("flow", tile)
+            own, grad_logits = grad[:, tile.rows], given.space("grad_logits", tile)
             dropped, keep = probabilities, None
             if given.draws is not None:
                 keep = given.drawn(tile)
-                dropped = torch.mul(probabilities, keep, out=flow)
+                dropped = torch.mul(probabilities, keep, out=grad_logits)
             _product(_first(own_v, tile), dropped.transpose(1, 2), own, several)
             for number, way in enumerate(self.masses):
-                way.gather(flow, tile, number > 0)
-            _product(flow, own, _first(self.v, tile).transpose(1, 2), bool(self.masses))
+                way.gather(grad_logits, tile, number > 0)
+            _product(grad_logits, own, _first(self.v, tile).transpose(1, 2), bool(self.masses))
             if keep is not None:
-                flow.mul_(keep)
-            # From here on the gradient of the logits.
+                grad_logits.mul_(keep)
+            # Until here the gradient of the probabilities.
             torch.ops.aten._softmax_backward_data.out(
-                flow, probabilities, -1, flow.dtype, grad_input=flow
+                grad_logits, probabilities, -1, grad_logits.dtype, grad_input=grad_logits
             )
             for way in self.rows:
-                way.scatter(flow, tile)
-            self._back_pairs(flow, tile)
+                way.scatter(grad_logits, tile)
+            self._back_pairs(grad_logits, tile)
             q, k = self.q[:, tile.rows], _first(self.k, tile)
             if given.channels:
                 q, k = (x.detach().requires_grad_() for x in (q, k))
                 with torch.enable_grad():
                     content = by_channels(self.dense, q, k, tile)
-                content.backward(flow)
+                content.backward(grad_logits)
                 assert q.grad is not None and k.grad is not None
                 own_q[:, tile.rows] = q.grad
                 _first(own_k, tile).add_(k.grad)
             else:
-                _product(own_q[:, tile.rows], flow, k, False)
-                _product(_first(own_k, tile), flow.transpose(1, 2), q, several)
+                _product(own_q[:, tile.rows], grad_logits, k, False)
+                _product(_first(own_k, tile), grad_logits.transpose(1, 2), q, several)
         for way in self.rows:
             way.collect()
         if self.index is not None:
             self._own(grads[1]).index_copy_(1, self.index, own_k)
             self._own(grads[2]).index_copy_(1, self.index, own_v)
 
-    def _back_pairs(self, flow: Tensor, tile: Tile) -> None:
-        """Sum up the gradients of dense tables, and multiply flow with gains."""
-        flow = flow.view(tile.shape)
+    def _back_pairs(self, grad_logits: Tensor, tile: Tile) -> None:
+        """Accumulate the gradients of dense tables, and multiply ``grad_logits`` by gains."""
+        grad_logits = grad_logits.view(tile.shape)
         with torch.enable_grad():
             gain, added = pairs(self.dense, tile)
         if added is not None and added.requires_grad:
-            added.backward(flow.sum_to_size(added.shape))
+            added.backward(grad_logits.sum_to_size(added.shape))
         if gain is not None and gain.requires_grad:
             content = self._content(self.given.space("content", tile), tile, False)
-            gain.backward((content.view(tile.shape) * flow).sum_to_size(gain.shape))
+            gain.backward((content.view(tile.shape) * grad_logits).sum_to_size(gain.shape))
         if gain is not None:
-            flow.mul_(gain.detach())
+            grad_logits.mul_(gain.detach())
 
     def _probabilities(self, tile: Tile, kept: list[Tensor] | None) -> Tensor:
-        """``[n, rows, keys]``, in memory that the next tile overwrites unless they are kept."""
+        """Return ``[n, rows, keys]``; unless kept, in a buffer that the next tile overwrites."""
         nb, nh, length, count = tile.shape
         if kept is None:
             logits = self.given.space("logits", tile)
@@ -338,12 +339,12 @@ class Work:
         return Blocks(plan.layout, blocks, self.given.of_key(i), self.part[0])
 
     def _own(self, x: Tensor) -> Tensor:
-        """``[n, R, ...]`` of ``[B, H, R, ...]``."""
+        """Return the part of ``[B, H, R, ...]`` as ``[n, R, ...]``."""
         return x[self.part[0].images, self.part[0].heads].flatten(0, 1)
 
 
 def _product(out: Tensor, x: Tensor, y: Tensor, add: bool) -> None:
-    """``out = x @ y``, or add it; a product into memory with gaps goes head by head."""
+    """Write ``x @ y`` to out, or add it."""
     if out.is_contiguous():
         out.baddbmm_(x, y, beta=int(add))
     else:
@@ -351,12 +352,12 @@ def _product(out: Tensor, x: Tensor, y: Tensor, add: bool) -> None:
 
 
 def _first(x: Tensor, tile: Tile) -> Tensor:
-    """The keys of a tile in ``[n, keys, D]``."""
+    """Return the keys of a tile, of ``[n, keys, D]``."""
     return x if x.shape[1] == tile.count else x[:, : tile.count]
 
 
 def _outer(x: Tensor, y: Tensor, table: Tensor) -> Tensor:
-    """Return the gradient of a table that took x ``[B, H, R, D]`` to y ``[B, H, R, N]``."""
+    """Return a table's gradient ``[H | 1, D, N]``, of x ``[B, H, R, D]`` and y ``[B, H, R, N]``."""
     if table.shape[0] == 1:
         return (x.flatten(0, 2).t() @ y.flatten(0, 2)).unsqueeze(0)
     return (x.transpose(-2, -1) @ y).sum(0)

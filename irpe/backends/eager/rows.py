@@ -1,7 +1,7 @@
-"""Rows of tokens: those of a grid, and of a text cut into rows of equal length.
+"""Rows of tokens: the rows of a grid, or a text split into rows of equal length.
 
-The ids between a row of queries and a row of keys are a block, and few blocks differ: bucket
-functions are constant far away, and rows at the same offset have the same ids.
+The ids of a row of queries and a row of keys form a block. Few blocks differ: rows at the same
+offset have the same ids, and bucket functions are constant at large distances.
 """
 
 from collections.abc import Sequence
@@ -14,20 +14,20 @@ from torch import Tensor
 from ...buckets import BucketIds, prefix_ids
 from ...geometry import Geometry
 
-WIDTH = 32  # tokens of a row where one step leads from each token to the next
-MOST = 1.0  # numbers gathered for blocks over those by the map, above which the map is faster
+WIDTH = 32  # tokens of a row if all steps between tokens are equal
+MOST = 1.0  # ratio of numbers gathered by blocks and by the map, above which the map is faster
 Both = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Tokens in rows of one length; the last row may be incomplete.
+    """Tokens in rows of equal length; the last row may be incomplete.
 
     Args:
         count: number of tokens.
         firsts: positions ``[height, A]`` of the first token of each row.
-        columns: positions ``[width, A]`` of the tokens of a row, minus that of its first one.
-        line: whether one step leads from each token to the next.
+        columns: positions ``[width, A]`` of the tokens of a row, relative to its first token.
+        line: whether all steps between tokens are equal.
     """
 
     count: int
@@ -48,7 +48,7 @@ class Rows:
 
 
 def rows_of(positions: Tensor) -> Rows | None:
-    """Return the rows that tokens at positions ``[n, A]`` make, None if they make none."""
+    """Return the rows of tokens at positions ``[n, A]``, or None if they are not in rows."""
     if positions.is_floating_point() or len(positions) < 2:
         return None
     steps = positions.diff(dim=0)
@@ -63,7 +63,7 @@ def rows_of(positions: Tensor) -> Rows | None:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Queries and keys in rows, behind numbers of prefix tokens."""
+    """Queries and keys in rows after prefix tokens."""
 
     query: Rows
     key: Rows
@@ -71,7 +71,7 @@ class Layout:
     key_prefix: int
 
     def box(self, seen: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """Return the keys in a box around those seen, bool, and the box: ends of its axes."""
+        """Return the keys in the box around visible keys, bool, and (top, bottom, left, right)."""
         seen = seen[self.key_prefix :].unsqueeze(0)
         rows = self.key.full(seen)[0]
         (top, bottom), (left, right) = (_ends(rows.any(axis)) for axis in (1, 0))
@@ -81,14 +81,15 @@ class Layout:
         return torch.cat((ahead, inside.flatten()[: self.key.count])), (top, bottom, left, right)
 
     def blocks(self, buckets: BucketIds, of_key: bool) -> Both | None:
-        """Return ids ``[blocks, width | 1, key width | 1]``, and which blocks tokens have.
-
-        The latter is the block of each row of queries and row of keys. None where as many numbers
-        would be gathered for blocks as for all pairs.
+        """Return ids ``[blocks, width | 1, key width | 1]`` and blocks ``[height, key height]``.
 
         Args:
-            buckets: of a term.
+            buckets: buckets of a term.
             of_key: whether its rows of numbers belong to keys.
+
+        Returns:
+            The second tensor is the block of each row of queries and row of keys. None if blocks
+            are not faster than the map of all pairs.
         """
         if prefix_ids(buckets.function) is not None:
             return None
@@ -112,7 +113,7 @@ class Layout:
 
 
 def layout_of(geometries: Sequence[Geometry]) -> Layout | None:
-    """Return the rows that all terms have in common, None if there are none."""
+    """Return the layout that all terms share, or None."""
     if not geometries or any(other != geometries[0] for other in geometries):
         return None
     geometry: Geometry = geometries[0]
@@ -130,6 +131,6 @@ def _layout(geometry: Geometry) -> Layout | None:
 
 
 def _ends(seen: Tensor) -> tuple[int, int]:
-    """The first and past the last True; 0 and 1 where there is none: no box is empty."""
+    """Return the index of the first True and of the last plus 1; (0, 1) if there is none."""
     where = seen.nonzero()
     return (int(where[0]), int(where[-1]) + 1) if len(where) else (0, 1)

@@ -1,4 +1,4 @@
-"""Tiles: queries and keys that are computed together while they are in a processor's cache."""
+"""Tiles: queries and keys that are computed together and fit in the processor's cache."""
 
 import itertools
 from collections.abc import Iterator
@@ -10,20 +10,23 @@ from torch import Tensor, inf
 from ..call import Call
 from .rows import Layout
 
-CAUSAL_ROWS = 64  # queries of a tile: larger tiles compute more logits that are hidden
-KEPT_ROWS = 128  # the same, at least, where probabilities are kept
+CAUSAL_ROWS = 64  # queries of a tile: larger tiles waste more masked work
+KEPT_ROWS = 128  # the minimum if probabilities are kept
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tile:
-    """Queries and keys of some images and heads: all heads of images, or some of one image.
+    """Queries and keys of all heads of some images, or of some heads of one image.
 
     Args:
-        images, heads, rows: slices of ``[B, H, L]``.
+        images: slice of B.
+        heads: slice of H.
+        rows: slice of L.
         count: number of keys.
-        index: which keys, ascending; None: the first ones.
-        hidden: those among them that are hidden; None: none.
-        box: the first and past the last row and column of the keys behind the prefix. Empty: all.
+        index: indices of the keys, ascending; None: the first ``count`` keys.
+        hidden: bool, the masked keys among them; None: none.
+        box: (top, bottom, left, right) of the keys after the prefix; the ends are exclusive. Empty:
+            all.
     """
 
     images: slice
@@ -46,9 +49,9 @@ class Tiles:
 
     Args:
         call: the call.
-        layout: of the tokens; None: any.
-        size: numbers of a tile, about.
-        threads: that share a tile.
+        layout: layout of the tokens; None: unknown.
+        size: approximate number of logits of a tile.
+        threads: number of threads that share a tile.
         kept: whether probabilities are kept.
 
     Attributes:
@@ -68,7 +71,7 @@ class Tiles:
             shape = (self.B, self.H, self.L, self.S)
             sizes = (1,) * (4 - call.mask.dim()) + call.mask.shape
             if call.mask.dtype == torch.bool and not (kept or self.causal or sizes[1:3] != (1, 1)):
-                padding = call.mask.expand(shape)[:, 0, 0]  # which keys each image has
+                padding = call.mask.expand(shape)[:, 0, 0]  # visible keys of each image
             else:
                 mask, dead = call.merged_mask()
                 assert mask is not None and dead is not None
@@ -79,7 +82,7 @@ class Tiles:
         self.one = shapes == [(self.B, self.H, self.L, self.S)]
 
     def hide(self, logits: Tensor, tile: Tile) -> Tensor | None:
-        """Mask logits ``[n, rows, keys]`` in place; return rows that see no key, or None."""
+        """Mask logits ``[n, rows, keys]`` in place; return the fully masked rows, or None."""
         if tile.hidden is not None:
             logits.masked_fill_(tile.hidden, -inf)
         if self.mask is not None:
@@ -87,20 +90,20 @@ class Tiles:
             wide = logits.view(tile.shape)
             wide.add_(mask) if mask.is_floating_point() else wide.masked_fill_(~mask, -inf)
         elif self.causal and tile.shape[2] > 1:
-            # The last query sees all keys of its tile, each one before it a key less.
+            # The last query attends to all keys of its tile, the one before it to one key less.
             rows = tile.shape[2]
             late = torch.ones(rows, rows, dtype=torch.bool, device=logits.device).triu_(1)
             logits[..., -rows:].masked_fill_(late, -inf)
         return None if self.dead is None else self.dead[tile.images, tile.heads, tile.rows]
 
     def _parts(self, padding: Tensor | None, least: int) -> Iterator[Tile]:
-        """For each part all its queries and keys; at least some heads, of one or several images."""
+        """Yield a tile with all queries and keys of each part, of at least ``least`` heads."""
         seen = [self._whole(slice(0, self.B))]
         if padding is not None:
             each = enumerate(padding)
             seen = [self._visible(slice(b, b + 1), keys) for b, keys in each if keys.any()]
         for whole in seen if self.B else ():
-            # All queries of few heads: what belongs to the keys stays in the cache as well.
+            # All queries of few heads, so that tensors of the keys stay in the cache too.
             many = max(least, self.size // max(1, min(self.step, self.L) * whole.count))
             first, last = whole.images.start, whole.images.stop
             for images in _split(first, last, max(1, many // self.H)):
@@ -113,7 +116,7 @@ class Tiles:
     def _tiles(self, whole: Tile) -> Iterator[Tile]:
         first = max(0, self.L - self.S) if self.causal else 0
         unit, prefix = 1, 0
-        if self.layout is not None:  # prefix tokens have tiles of their own
+        if self.layout is not None:  # prefix tokens have separate tiles
             unit, prefix = self.layout.query.shape[1], self.layout.prefix
         lead, behind = whole.shape[0] * whole.shape[1], max(first, prefix)
         most = max(1, self.size // max(1, lead * unit * whole.count)) * unit
@@ -123,7 +126,7 @@ class Tiles:
             yield replace(whole, rows=rows, count=count)
 
     def _visible(self, images: slice, seen: Tensor) -> Tile:
-        """The keys to compute where some are hidden: those seen, or the box around them."""
+        """Return a tile of the visible keys, or of the box around them."""
         whole = self._whole(images)
         if seen.all():
             return whole
@@ -135,7 +138,7 @@ class Tiles:
 
 
 def _split(start: int, stop: int, most: int, unit: int = 1) -> list[slice]:
-    """Slices of about the same size, multiples of a unit, none larger than ``most``."""
+    """Return slices of similar sizes, multiples of ``unit`` and at most ``most``."""
     units = (stop - start + unit - 1) // unit
     if units <= 0:
         return []

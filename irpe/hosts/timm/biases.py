@@ -1,4 +1,4 @@
-"""The tables of timm's native relative biases, as terms on the model's own parameters."""
+"""The tables of timm's native relative biases, as terms of the model's own parameters."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from .override import attached_classes
 
 
 class _Shared(nn.Module):
-    """A bias that a model passes to all its blocks: fused, it passes a table ``[N, H]``."""
+    """A fused bias that a model passes to all its blocks as a table ``[N, H]``."""
 
     def forward(self) -> Tensor:
         return bias_table(self)
@@ -28,14 +28,14 @@ SHARED: Any = attached_classes(
 
 
 def bias_terms(owner: Any, geometry: Geometry) -> tuple[Term, ...]:
-    """Return the term of a module that holds a relative bias; nothing where there is none."""
+    """Return the term of a module's relative bias; no term if it has none."""
     if owner is None or getattr(owner, "relative_position_bias_table", owner) is None:
         return ()
     return window_terms(bias_table(owner), geometry, tuple(owner.window_size))
 
 
 def bias_table(owner: Any) -> Tensor:
-    """Return ``[N, H]``: a row for each offset query - key, as ``window_terms`` takes it."""
+    """Return ``[N, H]``: a row for each offset query - key, see ``window_terms``."""
     if isinstance(owner, RelPosMlp):
         made: Tensor = owner.bias_act(owner.mlp(owner.rel_coords_log)).flatten(0, 1)
         return made if owner.bias_gain is None else made * owner.bias_gain

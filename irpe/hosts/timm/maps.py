@@ -1,6 +1,6 @@
 """Attention over feature maps and windows, whose grid follows from the input shape.
 
-A window of a grid partition (MaxViT) holds tokens that lie apart; they are counted as neighbours.
+The grid attention of MaxViT is over distant tokens; their positions count as adjacent.
 """
 
 import math
@@ -21,10 +21,9 @@ from .override import Attached, AttentionOverride, attached_classes, run_overrid
 
 
 class _Intercept(TorchFunctionMode):
-    """Computes the attention of one call of a module whose forward pass takes no mask.
+    """Intercepts scaled_dot_product_attention in a module whose forward pass takes no mask.
 
-    No argument reaches its call of scaled_dot_product_attention, so a mode intercepts the call.
-    torch.compile traces that without a graph break, but runs checkpointed blocks eagerly.
+    torch.compile traces this mode without a graph break, but runs checkpointed blocks eagerly.
     """
 
     def __init__(self, module: Attached, grid: Grid) -> None:
@@ -43,10 +42,10 @@ class _Intercept(TorchFunctionMode):
 
 
 class _Map(Attached):
-    """``[B, C, height, width]``, or another input if a subclass overrides ``grid``."""
+    """Input ``[B, C, height, width]``; subclasses with another input override ``grid``."""
 
     def grid(self, x: Tensor, *given: Any) -> Grid:
-        """The positions of an input, from the arguments of the forward pass."""
+        """Return the grid, from the arguments of the forward pass."""
         return Grid(*x.shape[2:])
 
     def forward(self, x: Tensor, *given: Any) -> Tensor:
@@ -62,7 +61,7 @@ class _Last(_Map):
 
 
 class _Sized(_Map):
-    """``[B, L, C]``, and its (height, width) as second argument."""
+    """``[B, L, C]``, with (height, width) as second argument."""
 
     def grid(self, x: Tensor, *given: Any) -> Grid:
         return Grid(*given[0])
@@ -76,7 +75,7 @@ class _Window(_Map):
 
 
 class _TinyVit(_Map):
-    """A window whose bias has a number for each distance (rows, columns)."""
+    """A window with a bias for each absolute distance (rows, columns)."""
 
     def grid(self, x: Tensor, *given: Any) -> Grid:
         return Grid(*self.resolution)
@@ -94,7 +93,7 @@ class _TinyVit(_Map):
 
 
 class _Nest(_Map):
-    """Blocks ``[B, T, N, C]``, square ones; heads ``[B, H, T, N, D]``."""
+    """Square blocks ``[B, T, N, C]``; heads ``[B, H, T, N, D]``."""
 
     def grid(self, x: Tensor, *given: Any) -> Grid:
         side = math.isqrt(x.shape[2])
@@ -125,7 +124,7 @@ class _Sam(_Last):
 
     @property
     def use_rel_pos(self) -> bool:
-        """Whether timm computes its bias of all pairs."""
+        """Whether timm computes its native bias."""
         return bool(self.__dict__["use_rel_pos"]) and self.rpe_native != "fuse"
 
     @use_rel_pos.setter
@@ -143,9 +142,9 @@ class _Sam(_Last):
 
 
 class _Swin(Attached):
-    """Swin's. Its forward pass adds the mask of shifted windows to what this method returns."""
+    """Swin's."""
 
-    def _get_rel_pos_bias(self) -> Any:
+    def _get_rel_pos_bias(self) -> Any:  # timm adds the mask of shifted windows to the result
         bias: Any = super()
         bias = bias._get_rel_pos_bias() if self.keeps else None
         return AttentionOverride(self, bias, Grid(*self.window_size))
@@ -155,7 +154,7 @@ class _Swin(Attached):
 
 
 class _Cosine(Attached):
-    """Cosine attention: queries and keys of length one, a scale for each head."""
+    """Cosine attention: normalised queries and keys, and a scale for each head."""
 
     def _native_bias(self) -> Tensor:
         """``[1, H, L, L]``."""
@@ -204,9 +203,9 @@ class _SwinV2(_Cosine):
 
 
 class _SwinV2Cr(_Cosine):
-    """Swin V2's as Christoph Reich has it."""
+    """Swin V2's, in Christoph Reich's version."""
 
-    unfused = "in training, the network of its bias drops channels for each pair of patches"
+    unfused = "in training, the network of its bias has dropout for each pair of patches"
 
     def _native_bias(self) -> Tensor:
         return self._relative_positional_encodings()
@@ -260,9 +259,9 @@ KINDS = attached_classes(_MIXINS, __name__)
 
 
 def unsupported(module: Any) -> str | None:
-    """Return why queries and keys of such a module have other positions; None if they have not."""
+    """Return why queries or keys of a module have no position; None if they have."""
     if getattr(module, "sr", None) is not None:
-        return f"{type(module).__name__}'s keys are summaries of several patches, in no one place"
+        return f"{type(module).__name__}'s keys are pooled from several patches"
     if getattr(module, "q_pool", None) is not None:
-        return f"{type(module).__name__}'s queries are pooled from several patches, in no one place"
+        return f"{type(module).__name__}'s queries are pooled from several patches"
     return None

@@ -1,9 +1,9 @@
-"""How an attached timm module runs its encodings: timm's forward pass, except for one call.
+"""How an attached timm module runs its encodings: in timm's forward pass, with one call replaced.
 
-timm's modules end in one call of ``scaled_dot_product_attention``, behind their projections, norms,
-rotary embeddings and biases. An ``AttentionOverride`` is passed as its attn_mask; its
-``__torch_function__`` intercepts the call and computes ``irpe.attention``. So nothing of timm's
-forward passes is written again here, and no state outlives a call.
+timm's modules apply projections, norms, rotary embeddings and biases, then call
+``scaled_dot_product_attention`` once. An ``AttentionOverride`` is passed as its attn_mask; its
+``__torch_function__`` intercepts the call and computes ``irpe.attention``. So this package does not
+copy timm's forward passes and stores no state between calls.
 """
 
 import operator
@@ -22,12 +22,12 @@ from ...terms import Term
 from ..attend import attend
 from ..carry import geometry_of
 
-# Eager calls the methods, a compiler the operator.
+# The functions that + calls: methods in eager mode, the operator when compiled.
 _ADD = (operator.add, torch.add, Tensor.add, Tensor.__add__)
 
 
 class Attached(nn.Module):
-    """Mixed into an attention module of timm's."""
+    """A mixin for timm's attention modules."""
 
     rpe_native: str
 
@@ -37,7 +37,7 @@ class Attached(nn.Module):
 
     @property
     def fused_attn(self) -> bool:
-        """True: the path of timm's that ends in one call of scaled_dot_product_attention."""
+        """True, so that timm calls scaled_dot_product_attention."""
         return True
 
     @fused_attn.setter
@@ -46,11 +46,11 @@ class Attached(nn.Module):
 
     @property
     def explicit(self) -> bool:
-        """Whether attention probabilities pass through ``attn_drop``, as with fused_attn=False."""
+        """Whether ``attn_drop`` is called on the probabilities, as with fused_attn=False."""
         fused: bool | None = self.__dict__.get("fused_attn")
         if fused is not None:
             return not fused
-        drop = getattr(self, "attn_drop", None)  # of a class that has no fused path
+        drop = getattr(self, "attn_drop", None)  # the class has no fused path
         return drop is not None and bool(drop._forward_hooks or drop._forward_pre_hooks)
 
     @property
@@ -59,33 +59,33 @@ class Attached(nn.Module):
         return self.rpe_native == "keep"
 
     def split(self, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """The bias that a model passes to all its blocks: as a mask, and as a fused one's table."""
+        """Return (mask, None) or (None, table) of a bias that a model passes to all its blocks."""
         if bias is None or self.rpe_native == "replace":
             return None, None
         return (None, bias) if bias.dim() == 2 else (bias, None)
 
     def native_terms(self, grid: Any) -> tuple[Term, ...]:
-        """The native encoding as terms, on its own parameters; with ``native="fuse"``."""
+        """Return the native encoding as terms of its own parameters, for ``native="fuse"``."""
         raise NotImplementedError
 
     @property
     def drops(self) -> float:
-        """The probability of attention dropout in this call."""
+        """The probability of attention dropout."""
         return self.attn_drop.p if self.training else 0.0
 
     def folded(self, x: Tensor) -> Tensor:
-        """Queries, keys, values or a mask as ``[B, H, L, D]``, where timm's have other axes."""
+        """Return timm's queries, keys, values or mask as ``[B, H, L, D]``."""
         return x
 
     def unfolded(self, x: Tensor, like: Tensor) -> Tensor:
-        """Undo ``folded``; ``like``: the queries before it."""
+        """Undo ``folded``; ``like``: the queries before ``folded``."""
         return x
 
 
 def attached_classes(mixins: Mapping[type, type[nn.Module]], home: str) -> dict[type, Any]:
-    """Return a class for each of timm's: it, with a mixin before it.
+    """Return a subclass of each class of timm, with its mixin as first base.
 
-    The classes become attributes of the module ``home``, where pickle finds them by name.
+    The subclasses become attributes of the module ``home``, so that pickle finds them by name.
     """
     made: dict[type, Any] = {}
     for kind, mixin in mixins.items():
@@ -96,7 +96,14 @@ def attached_classes(mixins: Mapping[type, type[nn.Module]], home: str) -> dict[
 
 
 class AttentionOverride:
-    """Stands for the attention mask of one call of a module, and computes its attention."""
+    """An attn_mask that computes the attention of one call of a module.
+
+    Args:
+        module: the attached module.
+        mask: an additive mask ``[B, H, L, S]``, or None.
+        geometry: default: ``geometry_of(module)``.
+        table: table ``[N, H]`` of a fused bias that the model passes to all its blocks, or None.
+    """
 
     def __init__(
         self,
@@ -112,7 +119,7 @@ class AttentionOverride:
         self.geometry = geometry_of(module) if geometry is None else geometry
 
     def plus(self, mask: Tensor | int) -> "AttentionOverride":
-        """With another mask added, as timm adds a native bias to what it is passed."""
+        """Return an override with another mask added; timm adds its native bias this way."""
         if isinstance(mask, int):  # 0: no native bias
             return self
         mask = mask if self.mask is None else self.mask + mask
@@ -141,7 +148,7 @@ def run_override(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """Compute scaled_dot_product_attention with an override for its mask; ``[B, H, L, D]``."""
+    """Compute scaled_dot_product_attention with an override as its mask."""
     module, mask = attn_mask.module, attn_mask.mask
     drop: Callable[[Tensor], Tensor] | None = None
     if module.explicit:
@@ -170,7 +177,7 @@ def run_override(
 
 
 def width(module: Any) -> int:
-    """D, the channels of a head. The attribute name varies by class."""
+    """Return D, the channels of a head; its attribute name varies by class."""
     for name in ("head_dim", "dim_head", "key_dim"):
         if hasattr(module, name):
             return int(getattr(module, name))
@@ -182,13 +189,13 @@ def width(module: Any) -> int:
 def unreadable(module: Any) -> str | None:
     """Return why a module cannot run with a quantised projection; None if it can.
 
-    Modules with a bias for queries alone read ``qkv.weight``, which torch.ao replaces by a method.
+    Modules with a separate query bias read ``qkv.weight``, which torch.ao replaces by a method.
     """
     if getattr(module, "q_bias", None) is None or getattr(module, "qkv_bias_separate", False):
         return None
     if not callable(getattr(module.qkv, "weight", None)):
         return None
     return (
-        "its qkv is quantised, and timm reads that layer's weight by itself: "
-        "leave the layers named qkv out of the quantisation"
+        "its qkv is quantised, and timm reads that layer's weight directly: "
+        "exclude the layers named qkv from quantisation"
     )

@@ -1,4 +1,4 @@
-"""Which patches there are: the grid of timm's patch embeddings, and what patch dropout keeps."""
+"""The grid of timm's patch embeddings, and the patches that patch dropout keeps."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ from ..carry import Slot, select_by
 def read_embedding(
     embed: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, prefix: int
 ) -> Geometry:
-    """The grid of a patch embedding's output, or the positions that were passed to it."""
-    if isinstance(output, tuple):  # NaFlexEmbeds: tokens, and their grid if they are a grid
+    """Return the grid of a patch embedding's output, or the positions that were passed to it."""
+    if isinstance(output, tuple):  # NaFlexEmbeds: (tokens, grid)
         output, grid = output
         positions = kwargs.get("patch_coord")
         if positions is not None:
@@ -34,14 +34,14 @@ def read_patches(
     prefix: int,
     patch: tuple[int, int] = (1, 1),
 ) -> Geometry:
-    """The grid of a map ``[B, C, height, width]`` that is cut into patches of a size."""
-    output = output[0] if isinstance(output, tuple) else output  # PiT: class tokens beside it
+    """Return the grid of a map ``[B, C, height, width]``, split into patches of a size."""
+    output = output[0] if isinstance(output, tuple) else output  # PiT: (map, class tokens)
     height, width = (-(-n // p) for n, p in zip(output.shape[2:], patch, strict=True))
     return Grid(height, width, prefix)
 
 
 class SelectingPatchDropout(PatchDropout):
-    """timm's PatchDropout, which returns no indices; this one stores the kept patches."""
+    """timm's PatchDropout, which passes the indices of the kept patches to a slot."""
 
     def forward(self, x: Tensor) -> Tensor:
         x, kept = patch_dropout_forward(
@@ -53,7 +53,7 @@ class SelectingPatchDropout(PatchDropout):
 
 
 def narrow(drop: nn.Module | None, slot: Slot) -> None:
-    """Let a model's patch dropout narrow its geometry."""
+    """Make a model's patch dropout select the kept patches in its slot."""
     if isinstance(drop, PatchDropoutWithIndices):
         select_by(drop, slot.select_returned)
     elif type(drop) is PatchDropout:
@@ -62,14 +62,14 @@ def narrow(drop: nn.Module | None, slot: Slot) -> None:
 
 
 def restore_dropout(drop: nn.Module | None) -> None:
-    """Undo ``narrow`` of a plain one; ``stop_carrying`` removes hooks."""
+    """Undo ``narrow``'s change of class; ``stop_carrying`` removes its hooks."""
     if isinstance(drop, SelectingPatchDropout):
         drop.__class__ = PatchDropout
         del drop.__dict__["rpe_select"]
 
 
 def unsupported_dropout(drop: nn.Module | None) -> str | None:
-    """Return why the positions of the patches that a model keeps are not known, or None."""
+    """Return why the kept patches of a patch dropout cannot be read, or None."""
     known = (nn.Identity, PatchDropout, PatchDropoutWithIndices, SelectingPatchDropout)
     if drop is None or type(drop) in known:
         return None

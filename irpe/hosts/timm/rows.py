@@ -15,14 +15,14 @@ from .override import Attached, AttentionOverride, attached_classes, run_overrid
 
 
 class _Masked(Attached):
-    """Its only position argument is a mask."""
+    """Attention that takes a mask, and no other position argument."""
 
     def forward(self, x: Tensor, attn_mask: Any = None, is_causal: bool = False) -> Tensor:
         return super().forward(x, attn_mask=AttentionOverride(self, attn_mask), is_causal=is_causal)
 
 
 class _Rotated(Attached):
-    """With a rotary embedding that the model passes to it."""
+    """Attention that takes a rotary embedding from its model."""
 
     def forward(
         self, x: Tensor, rope: Any = None, attn_mask: Any = None, is_causal: bool = False

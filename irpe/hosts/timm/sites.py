@@ -1,4 +1,4 @@
-"""The attention modules of timm's models, and how a grid reaches them."""
+"""The attention modules of timm's models, and the source of their grids."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ _ROW_MODELS: Any = (
 )
 KINDS: dict[type, type[Attached]] = {**rows.KINDS, **maps.KINDS}
 _IN_ROWS = tuple(rows.KINDS)
-# Names of native relative biases: of a module, and of a model for all its modules.
+# Attributes with native relative biases: of a module, and of a model for all its modules.
 _BIASES = (
     "relative_position_bias_table", "rel_pos", "rel_pos_bias", "shared_rel_pos", "rel_pos_h",
     "rel_pos_w", "cpb_mlp", "meta_mlp", "attention_biases",
@@ -37,14 +37,14 @@ _SHARED = ("rope", "rel_pos_bias", "shared_rel_pos")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Blocks that work on one sequence of tokens.
+    """Blocks that run on one sequence of tokens.
 
     Args:
         model: the model that calls them.
         blocks: the blocks.
-        embed: the patch embedding that makes their tokens.
-        prefix: tokens before the patches.
-        read: the grid of the embedding.
+        embed: the patch embedding.
+        prefix: number of tokens before the patches.
+        read: returns the geometry of a call of the embedding.
     """
 
     model: Any
@@ -54,7 +54,7 @@ class Row:
     read: Reader = patches.read_embedding
 
     def modules(self) -> list[nn.Module]:
-        """The attention modules, or the unsupported modules in their place."""
+        """Return the attention modules; of blocks without any, the unsupported modules."""
         found: list[nn.Module] = []
         for block in self.blocks._modules.values():
             inside: list[nn.Module] = list(block.modules())
@@ -67,7 +67,7 @@ class Row:
 
 
 def _rows(model: Any) -> Iterator[Row]:
-    """The rows of one model."""
+    """Yield the rows of one model."""
     if isinstance(model, _ROW_MODELS):
         embed = model.patch_embed if hasattr(model, "patch_embed") else model.embeds
         yield Row(model, model.blocks, embed, model.num_prefix_tokens)
@@ -85,7 +85,7 @@ def _rows(model: Any) -> Iterator[Row]:
 
 
 def find_sites(model: nn.Module) -> Iterator[Site]:
-    """The attention modules of a model, the unsupported ones too."""
+    """Yield the attention modules of a model, the unsupported ones too."""
     in_rows: dict[int, Row] = {}
     in_models: set[int] = set()
     for module in model.modules():
@@ -101,21 +101,23 @@ def find_sites(model: nn.Module) -> Iterator[Site]:
         elif kind in _IN_ROWS and id(module) not in in_models:
             yield LocatedSite(path, module)
         elif kind in _IN_ROWS:
-            why = f"positions do not reach this {kind.__name__} through its model"
+            why = f"attach does not support this {kind.__name__}'s place in its model"
             yield TimmSite(path, module, why)
         elif kind in KINDS or reason(module) is not None:
             yield TimmSite(path, module)
 
 
 class TimmSite(Site):
-    """A module whose input has its grid, as inside a window, or an unsupported one.
+    """A module whose grid follows from its input, as in a window; or an unsupported module.
 
     Args:
-        why: why it is unsupported, where that does not follow from the module.
+        name: path of the module in the model.
+        module: the attention module.
+        why: the unsupported reason, if it depends on the model.
     """
 
     axes: int | None = 2
-    prefix = 0  # tokens without a position, before the others
+    prefix = 0
 
     def __init__(self, name: str, module: nn.Module, why: str | None = None) -> None:
         super().__init__(name, module)
@@ -138,7 +140,7 @@ class TimmSite(Site):
             why = getattr(kind, "unfused", None) or super().unfused(spec)
             return f"{why}; where= can choose others"
         if rotates(spec) and issubclass(kind, models.vision_transformer_sam.Attention):
-            return f"its vectors are not to be multiplied with queries that {spec} rotates"
+            return f"its vectors are multiplied with unrotated queries, but {spec} rotates them"
         return maps.unsupported(self.module)
 
     def sizes(self) -> dict[str, Any]:
@@ -153,7 +155,7 @@ class TimmSite(Site):
 
 
 class LocatedSite(TimmSite):
-    """A module in a model of the user's own, which sets the positions by ``located``."""
+    """A module in the user's own model, which sets positions by ``located``."""
 
     axes = None
 
@@ -174,8 +176,8 @@ class RowSite(TimmSite):
         embed = self.row.embed
         if self.row.read is patches.read_embedding and not hasattr(embed, "dynamic_feat_size"):
             return (
-                f"the grid of its patch embedding {type(embed).__name__} is not known: give that "
-                "class a method dynamic_feat_size(img_size) that returns (rows, columns)"
+                f"the grid of its patch embedding {type(embed).__name__} is not known: add a "
+                "method dynamic_feat_size(img_size) that returns (rows, columns) to that class"
             )
         return super().unsupported(spec) or patches.unsupported_dropout(self.drop)
 
@@ -199,7 +201,7 @@ class RowSite(TimmSite):
             change_class(shared, biases.SHARED[type(shared)])
 
     def _shared(self) -> Any:
-        """The module whose relative bias the model passes to all its blocks."""
+        """Return the module whose relative bias the model passes to all its blocks, or None."""
         found = (getattr(self.row.model, name, None) for name in _SHARED)
         return next((x for x in found if x is not None and plain_class(x) in biases.SHARED), None)
 

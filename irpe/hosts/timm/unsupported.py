@@ -1,4 +1,4 @@
-"""Attention in timm's models that attach does not support, and why: none is left out silently."""
+"""Attention modules of timm that attach does not support, and why. All are reported."""
 
 import re
 from typing import Any
@@ -13,7 +13,7 @@ _WITHOUT_POSITIONS = re.compile(
     "LayerScaleBlockClassAttn|CrossAttention|AttentionPool.*|RotAttentionPool2d|SpatialAttention"
 )
 _NAMED = re.compile("Attention|Attn|MHSA|SHMA|SHSA|XCA|Lambda")
-# Gates of convolutional networks, by names of their files.
+# Gates of convolutional networks are all of timm.layers except these files.
 _GATES = re.compile(
     r"timm\.layers\.(?!attention2d|bottleneck_attn|halo_attn|diff_attention|lambda_layer|attention$)"
 )
@@ -21,8 +21,8 @@ _REASONS = {
     "TalkingHeadAttn": "it mixes heads before and after its softmax",
     "DiffAttention": "it takes the difference of two softmaxes",
     "OutlookAttention": "it has no keys",
-    "MultiQueryAttention2d": "its keys are summaries of several patches, in no one place",
-    "MaskUnitAttention": "its tokens come in an order of their own (mask units)",
+    "MultiQueryAttention2d": "its keys are pooled from several patches",
+    "MaskUnitAttention": "its tokens are ordered by mask units",
     "LinearSelfAttention": "its cost is linear, so it has no logits to add to",
     "FactorAttnConvRelPosEnc": "its cost is linear, so it has no logits to add to",
     "EfficientAdditiveAttention": "its cost is linear, so it has no logits to add to",
@@ -30,7 +30,7 @@ _REASONS = {
 
 
 def reason(module: nn.Module) -> str | None:
-    """Return why attach does not support a module of timm's that is an attention by its name."""
+    """Return why attach does not support a timm module; None if it is no attention by its name."""
     kind: Any = type(module)
     if not kind.__module__.startswith("timm.") or _GATES.match(kind.__module__):
         return None

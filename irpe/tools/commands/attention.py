@@ -17,14 +17,14 @@ from ..terminal import table
 
 
 def run(given: argparse.Namespace) -> None:
-    """Print distances by layer and the heads of one layer, and draw it if a file is named."""
+    """Print distances by layer and the heads of one layer; with --out, draw a picture."""
     picture = _open(given.image)
     name, model = _model(given)
     image, shown = prepared(model, picture, given.size)
     grid = _grid(name, model, image)
     at = (grid.height // 2, grid.width // 2) if given.at is None else given.at
     if len(at) != 2:
-        raise IrpeError(f"--at {at[0]} is no patch of an image: say ROW,COLUMN, as {at[0]},0")
+        raise IrpeError(f"--at {at[0]} is not a patch of an image: give ROW,COLUMN, as {at[0]},0")
     layers = watch(model, image, grid, at)
     number = given.layer or len(layers)
     if number > len(layers):
@@ -34,7 +34,7 @@ def run(given: argparse.Namespace) -> None:
     trained = given.checkpoint is not None or given.pretrained or Path(given.model).exists()
     print(f"{title}, {'trained' if trained else 'RANDOM'} weights")
     if not trained:
-        print("say --checkpoint FILE, or --pretrained, for weights that mean something")
+        print("use --checkpoint FILE or --pretrained for trained weights")
     print(f"{given.image}: {grid.height}x{grid.width} patches, the query at {at[0]},{at[1]}\n")
     rows: list[tuple[object, ...]] = [("layer", "mean distance", "least head", "most head")]
     for n, layer in enumerate(layers, 1):
@@ -68,8 +68,8 @@ def _model(given: argparse.Namespace) -> tuple[str, Any]:
         for option in ("rpe", "checkpoint", "pretrained", "model_kwargs"):
             if getattr(given, option):
                 raise IrpeError(
-                    f"{given.model!r} is a file or a folder, which has its model, encoding and "
-                    f"weights: leave --{option.replace('_', '-')} out"
+                    f"{given.model!r} is a file or a folder with a model, encoding and weights: "
+                    f"leave --{option.replace('_', '-')} out"
                 )
         return opened(given.model, given.size)
     model = create(given.model, given.size, given.pretrained, dict(given.model_kwargs))
@@ -94,6 +94,6 @@ def _grid(name: str, model: Any, image: Tensor) -> Grid:
     """Return the model's patches and prefix tokens."""
     embed: Any = getattr(model, "patch_embed", None)
     if not hasattr(embed, "dynamic_feat_size"):
-        raise IrpeError(f"{name} has no patches that stay on one grid: ViT, DeiT, BEiT, EVA do")
+        raise IrpeError(f"{name} has no fixed grid of patches, unlike ViT, DeiT, BEiT and EVA")
     height, width = embed.dynamic_feat_size(tuple(image.shape[-2:]))
     return Grid(height, width, prefix=getattr(model, "num_prefix_tokens", 0))

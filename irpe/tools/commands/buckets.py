@@ -14,11 +14,11 @@ from ..terminal import number_map, table
 
 
 def run(given: argparse.Namespace) -> None:
-    """Print the map, and draw it if a file is named."""
+    """Print the map; with --out, draw it."""
     spec = parse(given.spec)
     image = 2 in spec.axes
     kind = Volume if len(given.grid) == 3 else Grid
-    # Raises for encodings without buckets.
+    # Raise early for encodings without buckets.
     _, size = bucket_ids(spec, kind(*[1] * len(given.grid)) if image else Sequence(1))
     if image:
         _image(spec, size, given)
@@ -30,10 +30,10 @@ def _image(spec: Spec, size: int, given: argparse.Namespace) -> None:
     video = len(given.grid) == 3
     at = tuple(side // 2 for side in given.grid) if given.at is None else given.at
     if len(at) != len(given.grid):
-        form = "video: say FRAME,ROW,COLUMN" if video else "image: say ROW,COLUMN"
+        form = "video: give FRAME,ROW,COLUMN" if video else "image: give ROW,COLUMN"
         example = ",".join([str(at[0]), *["0"] * (len(given.grid) - 1)])
         said = ",".join(map(str, at))
-        raise IrpeError(f"--at {said} is no patch of an {form}, as {example}")
+        raise IrpeError(f"--at {said} is not a patch of the {form}, as {example}")
     if given.frame is not None and not video:
         raise IrpeError("--frame is for three axes, as --grid 8x14x14")
     grid = Volume(*given.grid) if video else Grid(*given.grid)
@@ -45,7 +45,7 @@ def _image(spec: Spec, size: int, given: argparse.Namespace) -> None:
     names = ("",) if len(maps) == 1 else AXES[-len(maps) :]
     for name, ids in zip(names, maps, strict=True):
         used = ids.unique().numel()
-        print(f"{name}{name and ': '}{used} of the table's {size} in use from here")
+        print(f"{name}{name and ': '}{used} of the table's {size} in use for this query")
         print("\n".join(number_map(ids.tolist(), (at[-2], at[-1]))))
     if given.out:
         side = min(0.3 * (0.5 + 0.5 * len(maps)), 12 / max(grid.height, grid.width))
@@ -60,10 +60,10 @@ def _text(spec: Spec, size: int, given: argparse.Namespace) -> None:
     at: tuple[int, ...] = (given.length // 2,) if given.at is None else given.at
     if len(at) != 1:
         said = ",".join(map(str, at))
-        raise IrpeError(f"--at {said} is no token of a text: say one number, as {at[0]}")
+        raise IrpeError(f"--at {said} is not a token of a text: give one number, as {at[0]}")
     row = bucket_row(spec, given.length, at[0]).tolist()
     print(f"{spec}: buckets of the keys around the query at {at[0]}")
-    print(f"{len(set(row))} of the table's {size} in use from here\n")
+    print(f"{len(set(row))} of the table's {size} in use for this query\n")
     rows: list[tuple[object, ...]] = [("offset of the key, tokens", "bucket")]
     for bucket, run_of in groupby(enumerate(row), key=lambda pair: pair[1]):
         places = [place - at[0] for place, _ in run_of]

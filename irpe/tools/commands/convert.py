@@ -8,13 +8,13 @@ from ...files.read import TORCH, read_checkpoint, write_checkpoint
 
 
 def run(given: argparse.Namespace) -> None:
-    """Read, write, and print what was written."""
+    """Convert a file, and print its contents."""
     source, target = Path(given.source), Path(given.target)
     if target.exists():
-        raise IrpeError(f"{given.target!r} is there already: remove it, or give another name")
+        raise IrpeError(f"{given.target!r} exists already: remove it, or give another name")
     if (source.suffix == ".safetensors") == (target.suffix == ".safetensors"):
         raise IrpeError(
-            f"nothing to convert from {given.source!r} to {given.target!r}: one of them ends in "
+            f"nothing to convert from {given.source!r} to {given.target!r}: one name must end in "
             f".safetensors, the other in {' or '.join(TORCH)}"
         )
     held = read_checkpoint(source)

@@ -20,7 +20,7 @@ def run(given: argparse.Namespace) -> None:
     """Print the table."""
     chosen = given.rpe or attached_spec(given.model)
     if chosen is None:
-        raise IrpeError(f"{given.model} brings no encoding along: say one, as --rpe rope-axial")
+        raise IrpeError(f"{given.model} has no encoding: give one, as --rpe rope-axial")
     spec = parse(chosen)
     model = create(given.model, given.size, options=dict(given.model_kwargs))
     if given.rpe is not None:
@@ -41,14 +41,14 @@ def run(given: argparse.Namespace) -> None:
     print("\n".join(table(rows)))
     uncounted = _uncounted(model, spec, image, multiply_adds(model, image))
     if uncounted:
-        print(f"\nThe multiply-adds of {', '.join(uncounted)} are uncounted: fvcore counts no")
+        print(f"\nThe multiply-adds of {', '.join(uncounted)} are not counted: fvcore ignores")
         print("element-wise products, sums and gathers.")
-    print("\nCounted by fvcore. Activations: what products and convolutions give out in a")
-    print("forward pass, attention with its logits; a fused kernel keeps less.")
+    print("\nCounted by fvcore. Activations: outputs of products and convolutions in a")
+    print("forward pass, with the logits of attention; fused kernels store fewer.")
 
 
 def _uncounted(model: Any, spec: Spec, image: torch.Tensor, plain: int) -> list[str]:
-    """Return the parts of a spec that add no multiply-adds."""
+    """Return the parts of a spec whose multiply-adds are not counted."""
     found = []
     for part in spec.parts:
         attach(model, part)

@@ -1,4 +1,4 @@
-"""``irpe explain``: the backend that ``auto`` takes, also for a device that is not present."""
+"""``irpe explain``: the backend that ``auto`` selects, also for a device that is not present."""
 
 import argparse
 import textwrap
@@ -15,7 +15,7 @@ from ..terminal import WIDTH
 
 
 def run(given: argparse.Namespace) -> None:
-    """Print the choice and its reasons."""
+    """Print the selected backend and the reasons."""
     batch, heads, length, head_dim = given.shape
     dtype = getattr(torch, given.dtype)
     q = torch.empty(batch, heads, length, head_dim, dtype=dtype, device="meta")
@@ -53,6 +53,6 @@ def _geometry(given: argparse.Namespace, image: bool) -> Geometry:
     side = round(patches**0.5)
     if side * side != patches:
         raise IrpeError(
-            f"{patches} patches are no square: say --grid HxW, and --prefix for class tokens"
+            f"{patches} patches are not a square: give --grid HxW, and --prefix for class tokens"
         )
     return Grid(side, side, prefix=given.prefix)

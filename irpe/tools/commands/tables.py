@@ -14,12 +14,12 @@ from ..terminal import table
 
 
 def run(given: argparse.Namespace) -> None:
-    """Print a line for each layer, and draw all maps if a file is named."""
+    """Print a line for each layer; with --out, draw all maps."""
     held = read_checkpoint(given.checkpoint)
     by_spec = {given.rpe: held.weights} if given.rpe else _by_spec(held)
     if not by_spec:
         raise IrpeError(
-            f"{given.checkpoint!r} does not say its encoding: say it, as "
+            f"{given.checkpoint!r} does not contain its spec: give it, as "
             "--rpe rpe-1.9-product-ctx-1-k"
         )
     height, width = given.grid or trained_grid(held.weights) or (14, 14)
@@ -45,7 +45,7 @@ def run(given: argparse.Namespace) -> None:
                 rows.append((layer, name, *(f"{float(n):.4f}" for n in numbers), place, unused))
         print("\n".join(table(rows, left=0)))
     print("\nOffsets are the key's row,column minus the query's, in patches. Unused: offsets whose")
-    print("bucket is exactly 0, as it began; nothing that reached the loss used it in training.")
+    print("bucket is exactly 0, its initial value: training did not use it.")
     if given.out:
         save(draw_tables(found, f"{given.checkpoint}\n{title}"), given.out)
 
