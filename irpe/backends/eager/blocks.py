@@ -43,6 +43,7 @@ class Blocks:
         if len(ids) == 1:
             at = at[:1] if of_key else at[:, :1]
         self.at = at
+        self.runs: dict[tuple[int, ...], Tensor] = {}  # indices of ``_runs`` by tile
 
     def read(self, numbers: Tensor) -> None:
         own = self._boxed(self.own.full(numbers[:, self.ahead :]))
@@ -123,9 +124,13 @@ class Blocks:
             return False
         if len(self.ids) == 1 or size != [wide, self.width] or not out.is_contiguous():
             return False
-        at = self.at[first // wide : last // wide, : tile.count // self.width].unsqueeze(1) * wide
-        at = (at + torch.arange(wide).unsqueeze(1)).flatten()
-        at = (at + torch.arange(n).unsqueeze(1) * (blocks * wide)).flatten()
+        key = (n, first, last, tile.count)
+        at = self.runs.get(key)
+        if at is None:
+            at = self.at[first // wide : last // wide, : tile.count // self.width].unsqueeze(1)
+            at = (at * wide + torch.arange(wide).unsqueeze(1)).flatten()
+            at = (at + torch.arange(n).unsqueeze(1) * (blocks * wide)).flatten()
+            self.runs[key] = at
         space = torch.empty_like(out) if add else out
         runs = space.view(-1, self.width)
         torch.index_select(self.numbers.view(-1, self.width), 0, at, out=runs)

@@ -71,7 +71,7 @@ class Pass:
             else:
                 self.dense.append((kind, buckets, self.tables[i]))
         self.channels = any(kind == "channels" for kind, *_ in self.dense)
-        size = q.numel() * k.shape[2] if plan.kept else SIZE * plan.threads
+        size = SIZE * plan.threads
         if self.channels:
             size = SIZE * plan.threads // q.shape[3]
         self.tiles = Tiles(replace(call, q=q, k=k), plan.layout, size, plan.threads, plan.kept)
@@ -81,6 +81,7 @@ class Pass:
         self.rest = 1.0 - call.dropout_p
         self.growth = 1.0 / self.rest if self.rest else 1.0  # scale of kept probabilities
         self._memory: dict[str, Tensor] = {}
+        self.ways: dict[int, ByMap | Blocks] = {}  # by term, for parts with all keys
 
     def forward(self, kept: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
         """Return the output ``[B, H, L, E]`` and the mass by bucket of each value term.
@@ -333,10 +334,16 @@ class Work:
         return out
 
     def _way(self, i: int) -> ByMap | Blocks:
-        plan, blocks = self.given.plan, self.given.blocks(i)
-        if plan.layout is None or blocks is None:
-            return ByMap(plan.terms[i][1], self.q.device)
-        return Blocks(plan.layout, blocks, self.given.of_key(i), self.part[0])
+        given, blocks = self.given, self.given.blocks(i)
+        if self.index is None and i in given.ways:
+            return given.ways[i]
+        if given.plan.layout is None or blocks is None:
+            way: ByMap | Blocks = ByMap(given.plan.terms[i][1], self.q.device)
+        else:
+            way = Blocks(given.plan.layout, blocks, given.of_key(i), self.part[0])
+        if self.index is None:
+            given.ways[i] = way
+        return way
 
     def _own(self, x: Tensor) -> Tensor:
         """Return the part of ``[B, H, R, ...]`` as ``[n, R, ...]``."""
