@@ -325,9 +325,9 @@ def test_where_tiles_serve():
         return not eager.keeps(eager.Call(q, q, q, terms, None, False, 0.0, 1.0, q.device))
 
     # 30 logits of 24x24 tokens are more than 32 MiB, 20 are less.
-    assert served(irpe.Grid(24, 24), heads=30) and served(irpe.Grid(1, 300))
+    assert served(irpe.Grid(24, 24), heads=30) and served(irpe.Grid(1, 800))
     assert not served(irpe.Grid(24, 24), heads=20) and served(irpe.Grid(32, 32), heads=1)
     assert not served(irpe.Grid(24, 24, prefix=1), heads=30) and served(irpe.Grid(32, 32, prefix=1))
-    assert not served(irpe.Grid(20, 20), heads=99) and not served(irpe.Grid(1, 200))
+    assert not served(irpe.Grid(20, 20), heads=99) and not served(irpe.Grid(1, 512))
     assert served(irpe.Grid(24, 24), dtype=torch.float16, heads=30)
     assert not served(irpe.Grid(32, 32), device="meta")

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .gather import put
@@ -43,7 +44,7 @@ class Blocks:
         if len(ids) == 1:
             at = at[:1] if of_key else at[:, :1]
         self.at = at
-        self.runs: dict[tuple[int, ...], Tensor] = {}  # indices of ``_runs`` by tile
+        self.runs: dict[tuple[int, ...], tuple[Tensor, ...]] = {}  # by tile
 
     def read(self, numbers: Tensor) -> None:
         own = self._boxed(self.own.full(numbers[:, self.ahead :]))
@@ -54,7 +55,13 @@ class Blocks:
         self.numbers, self.last = blocks.flatten(1, 2), self._last(numbers)
 
     def gather(self, out: Tensor, tile: Tile, add: bool) -> None:
-        if self._runs(out, tile, add):
+        runs = self._runs(out, self.numbers, tile)
+        if runs is not None:
+            space = torch.empty_like(out) if add else out
+            numbers = self.numbers.view(-1, self.width)
+            torch.index_select(numbers, 0, runs[0], out=space.view(-1, self.width))
+            if add:
+                out += space
             return
         ahead, last = self._ahead(tile), self.last
         if ahead:
@@ -69,6 +76,12 @@ class Blocks:
         self.total, self.last_sums = total, torch.zeros_like(self._last(total))
 
     def scatter(self, x: Tensor, tile: Tile) -> None:
+        runs = self._runs(x, self.sums, tile)
+        if runs is not None:
+            _, order, starts, indices = runs
+            sums = F.embedding_bag(order, x.view(-1, self.width), starts, mode="sum")
+            self.sums.view(-1, self.width).index_add_(0, indices, sums)
+            return
         ahead, last = self._ahead(tile), self.last_sums
         if ahead and self.of_key:
             last[:, :ahead] += x[..., :ahead].sum(1)
@@ -112,31 +125,27 @@ class Blocks:
         """Return the number of first keys of a tile that have the last bucket."""
         return tile.count if tile.rows.start < self.prefix else min(self.key_prefix, tile.count)
 
-    def _runs(self, out: Tensor, tile: Tile, add: bool) -> bool:
-        """Gather contiguous rows of blocks in one call, if possible.
+    def _runs(self, x: Tensor, blocks: Tensor, tile: Tile) -> tuple[Tensor, ...] | None:
+        """Return the index of the run in ``blocks`` of each run of a tile, to gather; then to sum:
+        the runs of the tile in the order of their indices, where each index starts, the indices.
 
-        Returns:
-            False if the tile has incomplete blocks or is not contiguous; nothing is done then.
+        A run is a row of a block. None where x has incomplete blocks or is not contiguous.
         """
-        wide, (n, blocks, *size) = self.wide, self.numbers.shape
+        wide, (n, count, *size) = self.wide, blocks.shape
         first, last = tile.rows.start - self.prefix, tile.rows.stop - self.prefix
         if self._ahead(tile) or first % wide or last % wide or tile.count % self.width:
-            return False
-        if len(self.ids) == 1 or size != [wide, self.width] or not out.is_contiguous():
-            return False
+            return None
+        if len(self.ids) == 1 or size != [wide, self.width] or not x.is_contiguous():
+            return None
         key = (n, first, last, tile.count)
-        at = self.runs.get(key)
-        if at is None:
+        if key not in self.runs:
             at = self.at[first // wide : last // wide, : tile.count // self.width].unsqueeze(1)
             at = (at * wide + torch.arange(wide).unsqueeze(1)).flatten()
-            at = (at + torch.arange(n).unsqueeze(1) * (blocks * wide)).flatten()
-            self.runs[key] = at
-        space = torch.empty_like(out) if add else out
-        runs = space.view(-1, self.width)
-        torch.index_select(self.numbers.view(-1, self.width), 0, at, out=runs)
-        if add:
-            out += space
-        return True
+            at = (at + torch.arange(n).unsqueeze(1) * (count * wide)).flatten()
+            order = at.argsort(stable=True)
+            indices, counts = torch.unique_consecutive(at[order], return_counts=True)
+            self.runs[key] = at, order, counts.cumsum(0) - counts, indices
+        return self.runs[key]
 
     def _pieces(
         self, x: Tensor, blocks: Tensor, tile: Tile, ahead: int

@@ -71,7 +71,9 @@ class Pass:
             else:
                 self.dense.append((kind, buckets, self.tables[i]))
         self.channels = any(kind == "channels" for kind, *_ in self.dense)
-        size = SIZE * plan.threads
+        # Images share dense numbers: they are gathered once where one tile is the whole call.
+        whole = plan.kept and bool(self.dense)
+        size = q.numel() * k.shape[2] if whole else SIZE * plan.threads
         if self.channels:
             size = SIZE * plan.threads // q.shape[3]
         self.tiles = Tiles(replace(call, q=q, k=k), plan.layout, size, plan.threads, plan.kept)
@@ -308,17 +310,17 @@ class Work:
             logits = self.q.new_empty(nb * nh, length, count)
             kept.append(logits)
         gain, added = pairs(self.dense, tile)
-        begun = gain is not None
-        if gain is not None:
-            self._content(logits, tile, False).view(tile.shape).mul_(gain)
-        if added is not None:
-            put(logits.view(tile.shape), added, begun)
-            begun = True
-        for way in self.rows:
-            way.gather(logits, tile, begun)
-            begun = True
-        if gain is None:
-            self._content(logits, tile, begun)
+        dense = gain is not None or added is not None
+        if dense:
+            content = self._content(logits, tile, False).view(tile.shape)
+            if gain is not None:
+                content.mul_(gain)
+            if added is not None:
+                content.add_(added)
+        for number, way in enumerate(self.rows):
+            way.gather(logits, tile, dense or number > 0)
+        if not dense:
+            self._content(logits, tile, bool(self.rows))
         dead = self.given.tiles.hide(logits, tile)
         torch.softmax(logits, -1, out=logits)
         if dead is not None:
