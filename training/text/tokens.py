@@ -174,7 +174,7 @@ def _lossy(tokenizer: Any, tokenizers: Any) -> str | None:
     ids = tokens.encode(probe, checked=False)
     if tokens.decode(ids) == probe and tokens.byte_counts[ids].sum() == len(probe.encode()):
         return None
-    return f"it changes some of its own {len(added)} added tokens, or other characters"
+    return f"it changes some of its {len(added)} added tokens, or other characters"
 
 
 # Steps that only split a text, unless they remove the separators.
