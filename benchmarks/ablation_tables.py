@@ -247,6 +247,23 @@ def _rivals() -> Table:
     )
 
 
+def _more() -> Table:
+    specs = {
+        "cpb": "cpb", "decomposed": "decomposed,size=6", "lookhere": "lookhere",
+        "t5-axes": "t5-axes,buckets=8,max=8", "DINOv3's rotary": "rope-axial,coords=separate",
+    }  # fmt: skip
+    cells = {"none": Cell(None, False), "absolute only": Cell()}
+    return Table(
+        "Other encodings of one image",
+        "Swin V2's continuous bias, SAM's and ViTDet's decomposed vectors, LookHere, T5's buckets "
+        "by axis, and DINOv3's rotary embedding, without an absolute embedding. The paper has no "
+        "such table.",
+        cells | {name: Cell(spec, False) for name, spec in specs.items()},
+        {},
+        pairs(*((name, other) for other in cells for name in specs)),
+    )
+
+
 def _sizes() -> Table:
     cells = {"absolute only": Cell(sizes=True), "absolute + k": Cell(CTX, sizes=True)}
     cells |= {name: Cell(spec, False, sizes=True) for name, spec in RIVALS.items()}
@@ -313,6 +330,6 @@ def _decide() -> Table:
 
 TABLES = {
     "modes": _modes(), "shared": _shared(), "index": _index(), "where": _where(),
-    "buckets": _buckets(), "rivals": _rivals(), "sizes": _sizes(), "budget": _budget(),
-    "decide": _decide(),
+    "buckets": _buckets(), "rivals": _rivals(), "more": _more(), "sizes": _sizes(),
+    "budget": _budget(), "decide": _decide(),
 }  # fmt: skip

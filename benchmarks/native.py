@@ -6,7 +6,8 @@
 SAM ViT-B's global block at 1024 pixels (64x64 patches, 12 heads), its whole encoder at batch 1,
 BEiT-B and Swin-T: a forward pass, and forward + backward, by timm and after
 ``attach(native="fuse")``, interleaved. Peak memory is that of a process of its own for each cell.
-Then the memory of one call of ``irpe.attention`` at more and more tokens, over plain attention.
+Then calls of ``irpe.attention``: many buckets over few, few tokens over torch's attention, and the
+memory at more and more tokens over plain attention.
 Each row is a line of benchmarks/results/native.jsonl; rows that are there are not measured again.
 """
 
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import timm
 import torch
+import torch.nn.functional as F
 from measure import RESULTS, compared, interleaved, machine, peak_above, resident
 from timm.models.vision_transformer_sam import Attention
 from torch import nn
@@ -45,6 +47,21 @@ NAMES = {
     "beit": "BEiT-B, 224 pixels, batch 4",
     "encoder": "SAM ViT-B, the encoder, 1024 pixels, batch 1",
 }
+# Two ways to call attention and the most that the second may take over the first.
+CALLS = {
+    "buckets": ("32x32 patches, 6 heads: 63 buckets an axis over 9", 1.3),
+    "tokens": ("17 tokens, 6 heads, batch 1: `k` over torch's attention", 6.0),
+}
+FEW, MANY = "rpe-20.0-cross-ctx-1-k,index=clip,beta=4", "rpe-20.0-cross-ctx-1-k,index=clip,beta=31"
+SOME = "rpe-1.9-product-ctx-1-k"
+CALLED = """
+## Calls of attention
+
+Head dim 64, float32, one thread; the seconds of the first and of the second.
+
+| | | first, s | second, s | second over first | rounds | bar |
+|---|---|---|---|---|---|---|
+"""
 LENGTHS = {2048: (32, 64), 4096: (64, 64), 8192: (64, 128)}
 GROWTH = """
 ## Memory by length
@@ -66,6 +83,34 @@ def attend(length: int, terms: bool) -> float:
     before = resident()
     irpe.attention(q, k, v, encoding.terms(grid) if terms else ()).sum().backward()
     return peak_above(before)
+
+
+def calls(what: str, train: bool, quick: bool) -> dict[str, Callable[[], object]]:
+    """The two calls of ``CALLS``; 50 at a time of few tokens."""
+    side, prefix = (4, 1) if what == "tokens" else (8 if quick else 32, 0)
+    times = 50 if what == "tokens" else 1
+    grid = irpe.Grid(side, side, prefix=prefix)
+    shape = (1, 6, prefix + side**2, 64)
+    q, k, v = (torch.randn(shape, requires_grad=train) for _ in range(3))
+
+    def called(spec: str | None) -> Callable[[], object]:
+        built = irpe.build(spec, dim=384, num_heads=6, prefix=prefix) if spec else {}
+        terms = tuple(t for module in built.values() for t in module.terms(grid))
+
+        def call() -> None:
+            for _ in range(times):
+                with torch.set_grad_enabled(train):
+                    if spec:
+                        y = irpe.attention(q, k, v, terms)
+                    else:
+                        y = F.scaled_dot_product_attention(q, k, v)
+                    if train:
+                        y.sum().backward()
+
+        return call
+
+    first, second = (None, SOME) if what == "tokens" else (FEW, MANY)
+    return {"plain": called(first), "fused": called(second)}
 
 
 def make(what: str, quick: bool) -> tuple[nn.Module, torch.Tensor]:
@@ -134,7 +179,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", choices=list(NAMES), default=list(NAMES))
+    order = [*NAMES, *CALLS]
+    parser.add_argument("--only", nargs="+", choices=order, default=order)
     parser.add_argument(
         "--kinds", nargs="+", choices=["forward", "training"], default=["forward", "training"]
     )
@@ -174,8 +220,12 @@ def main() -> None:
 def measure(what: str, kind: str, rounds: int, quick: bool) -> dict:
     """A row: time of both ways in turns, and the memory of each."""
     train = kind == "training"
-    peaks = measured(what, train, quick)
-    cells = {name: cell(what, train, name == "fused", quick) for name in ("plain", "fused")}
+    peaks: dict[str, float] = {}
+    if what in CALLS:
+        cells = calls(what, train, quick)
+    else:
+        peaks = measured(what, train, quick)
+        cells = {name: cell(what, train, name == "fused", quick) for name in ("plain", "fused")}
     found = compared(interleaved(cells, rounds, warmup=1, clock=processor), peaks)
     print(what, kind, {n: (r["seconds"], r["ratio"], r["peak_mib"]) for n, r in found.items()})
     return {"what": what, "kind": kind, "rounds": rounds, "machine": machine(), **found}
@@ -191,14 +241,14 @@ def processor(run: Callable[[], object]) -> float:
 def read(lines: Path) -> list[dict]:
     """The rows that were measured, in the order of ``NAMES``."""
     rows = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
-    order = [*NAMES, *map(str, LENGTHS)]
+    order = [*NAMES, *CALLS, *map(str, LENGTHS)]
     return sorted(rows, key=lambda row: order.index(row["what"]))
 
 
 def page(rows: list[dict]) -> str:
     """The page of docs/results, from what was measured."""
     text = HEAD.format(**rows[-1]["machine"])
-    for row in (r for r in rows if r["kind"] != "memory"):
+    for row in (r for r in rows if r["what"] in NAMES):
         plain, fused = row["plain"], row["fused"]
         ratio, (most, memory) = fused["ratio"], BARS.get((row["what"], row["kind"]), (None, None))
         bar = "" if most is None else f"{most:.1f}"
@@ -209,6 +259,16 @@ def page(rows: list[dict]) -> str:
             f"| {fused['seconds']:.3f} | {ratio['median']:.2f} "
             f"({ratio['low']:.2f} to {ratio['high']:.2f}) | {row['rounds']} "
             f"| {plain['peak_mib']:.0f} | {fused['peak_mib']:.0f} | {bar} |\n"
+        )
+    some = [row for row in rows if row["what"] in CALLS]
+    text += CALLED if some else ""
+    for row in some:
+        name, most = CALLS[row["what"]]
+        first, second, ratio = row["plain"], row["fused"], row["fused"]["ratio"]
+        text += (
+            f"| {name} | {row['kind']} | {first['seconds']:.4f} | {second['seconds']:.4f} "
+            f"| {ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}) "
+            f"| {row['rounds']} | {most:.1f} |\n"
         )
     lengths = [row for row in rows if row["kind"] == "memory"]
     text += GROWTH if lengths else ""

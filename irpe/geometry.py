@@ -177,8 +177,10 @@ class Geometry:
         if self._query is not None:
             return None
         sizes = (*self._sizes(), self.prefix, self.key_prefix)
-        plain = all(type(size) is int for size in sizes)  # not symbols or traced sizes
-        return (type(self).__name__, *sizes) if plain else None
+        for size in sizes:
+            if type(size) is not int:  # a symbol, or a traced size
+                return None
+        return (type(self).__name__, *sizes)
 
     def __eq__(self, other: object) -> bool:
         if self is other:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import random
 import sys
 import types
 
@@ -33,6 +34,19 @@ torch.set_num_threads(2)
 # The same inputs in each run; IRPE_FUZZ=COUNT draws new ones.
 settings.register_profile("irpe", derandomize=not int(os.environ.get("IRPE_FUZZ", "0")))
 settings.load_profile("irpe")
+
+
+def pytest_collection_modifyitems(items):
+    """Mark as ``full`` what a test has beyond the number of its marker ``cases``."""
+    groups = {}
+    for item in items:
+        if marker := item.get_closest_marker("cases"):
+            groups.setdefault((item.location[0], item.originalname), (marker.args[0], []))[
+                1
+            ].append(item)
+    for (_, name), (kept, cases) in groups.items():
+        for item in random.Random(name).sample(cases, max(0, len(cases) - kept)):
+            item.add_marker(pytest.mark.full)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -191,6 +191,7 @@ def test_a_slope_that_learns(heads, backend):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("where", [[0, 1, 5, 4, 9], [4, 3, 2, 1, 0], [0, 1, 0, 1, 2]])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_positions_that_do_not_increase_take_the_distance(where, compiled):

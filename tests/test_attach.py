@@ -78,6 +78,7 @@ HOSTS = {
 }
 
 
+@pytest.mark.cases(12)
 @pytest.mark.parametrize("backend", ["auto", "reference", "eager", *TILES, "sdpa"])
 @pytest.mark.parametrize("host", HOSTS)
 def test_outputs_stay(host, backend):

@@ -32,6 +32,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("name", ATTACHED)
 def test_a_name_of_each_family(name):
     found = support.examine(name)

@@ -41,6 +41,7 @@ import irpe
 EACH = pytest.mark.parametrize("name", FAMILIES)
 
 
+@pytest.mark.cases(7)
 @EACH
 def test_outputs_stay_until_trained(name):
     family = FAMILIES[name]
@@ -79,6 +80,7 @@ def check_oracle(family, spec, own, monkeypatch):
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.cases(5)
 @EACH
 @pytest.mark.parametrize("spec", [QKV, "rope-axial"])
 def test_equals_the_host_with_attention_by_loops(name, spec, monkeypatch):
@@ -104,6 +106,7 @@ def test_one_step_reaches_every_table(name):
         assert grad.abs().max() > 0, path
 
 
+@pytest.mark.cases(8)
 @EACH
 def test_state_copies_and_detach(name):
     family = FAMILIES[name]
@@ -155,6 +158,7 @@ def test_own_positions_are_replaced_if_told(name, monkeypatch):
 COMPILED = ("dinov3", "beit", "relpos", "naflex image", "swin", "swin v2", "maxvit", "pit", "nest")
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     "name", [n if n in COMPILED else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
 )
@@ -177,6 +181,7 @@ def test_compiles_and_exports(name):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.cases(7)
 @EACH
 def test_checkpointed_blocks_know_their_own_grid(name):
     """Gradients with checkpointing are those without, another grid run in between where it can."""
@@ -269,6 +274,7 @@ def test_heads_that_an_encoding_cannot_have(name):
     assert fingerprint(model) == before
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", ["vit", "eva", "beit", "maxvit", "nest"])
 def test_compiled_checkpointed_blocks(name):
     family = FAMILIES[name]

@@ -70,18 +70,21 @@ CHECKS = ("outputs_stay", "tables_learn", "state_round_trip", "copies_are_indepe
           "compiles", "detach_undoes")  # fmt: skip
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("case", CASES)
 def test_attached(case, check):
     getattr(hosting, check)(*CASES[case])
 
 
+@pytest.mark.full
 def test_export():
     hosting.exports(vit, on_image, (image(),))
     with irpe.located(GRID):
         hosting.exports(encoder, on_tokens, (tokens(),))
 
 
+@pytest.mark.full
 def test_a_compiled_encoder_knows_another_grid_of_the_same_length():
     model = encoder(0)
     attach_inside(model, QKV)

@@ -63,6 +63,7 @@ HOSTS = {
 }  # fmt: skip
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("name", HOSTS)
 def test_detach_restores_every_attribute(name):
     model, call = HOSTS[name]()

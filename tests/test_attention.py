@@ -191,6 +191,7 @@ def solved(name):
     return modules, geometry, (q, k, v), arguments, tables, w, out.detach(), grads
 
 
+@pytest.mark.cases(24)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CASES)
 def test_against_loops(name, backend):
@@ -333,6 +334,7 @@ def test_dropout_drops_content_and_value_term_together(backend):
     torch.testing.assert_close(out[..., : D // 2], out[..., D // 2 :], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("backend", ("reference", "eager", *TILES, "sdpa"))
 def test_dropout_expectation(backend):
     spec = "rpe-2.0-product-ctx-1-qk" if backend == "sdpa" else "rpe-2.0-product-ctx-1-qkv"
@@ -376,6 +378,7 @@ def test_second_derivative_of_dropout(dropout_p, backend):
     assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
 
 
+@pytest.mark.cases(7)
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("backend", ("reference", "eager", *TILES))
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ def ids_of(spec, geometry):
     return (ids if isinstance(ids, tuple) else (ids,)), size
 
 
+@pytest.mark.cases(49)
 @pytest.mark.parametrize("more", ["", ",index=clip,beta=3", ",alpha=1,beta=4.5,gamma=9"])
 @pytest.mark.parametrize("size", GRIDS[:3])
 @pytest.mark.parametrize("ratio", [1.0, 1.9, 2.5, 20])
@@ -51,6 +52,7 @@ def test_ids_of_given_positions(method):
             assert ids[b].tolist() == plain.ids(function, queries, keys, number - 1)
 
 
+@pytest.mark.full
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(METHODS),

@@ -135,6 +135,7 @@ def test_input_embeddings_on_the_meta_device_first(spec):
     assert torch.isfinite(out).all() and out.std() > 0
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     ("spec", "causal"),
     [
@@ -162,6 +163,7 @@ def test_compiled(spec, causal):
     assert torch.equal(layer(x, outside), wanted), "what eager keeps is not a tracer's"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("spec", ["rope", "alibi"])
 def test_compiled_by_inductor(spec):
     layer = layer_of(spec, True, dtype=torch.float32)
@@ -173,6 +175,7 @@ def test_compiled_by_inductor(spec):
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("spec", ["rope", "alibi", "shaw,clip=3", "t5,buckets=8,max=20"])
 def test_compiles_for_any_length(spec):
     layer, graphs = layer_of(spec, True), []
@@ -202,6 +205,7 @@ class Model(nn.Module):
         return self.layer(x, irpe.Sequence(x.shape[1]))
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     ("spec", "causal", "dynamic"),
     [
@@ -226,6 +230,7 @@ def test_exported(spec, causal, dynamic):
         torch.testing.assert_close(again(y), model(y), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("spec", ["rope-axial", "rope-mixed", "alibi"])
 def test_exported_on_a_grid(spec):
     layer = layer_of(spec)

@@ -117,6 +117,7 @@ WAYS = {
 }
 
 
+@pytest.mark.cases(3)
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("way", WAYS)
@@ -378,6 +379,7 @@ class Break(nn.Module):
         return x
 
 
+@pytest.mark.full
 @torch.no_grad()
 def test_a_graph_break_between_embedding_and_blocks():
     model = vit(depth=1).eval()

@@ -17,6 +17,7 @@ CASES = [
 ]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(("size", "plain", "added"), CASES, ids=lambda x: str(x)[:5])
 def test_multiply_adds(size, plain, added):
     image = torch.randn(1, 3, 224, 224)

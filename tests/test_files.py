@@ -62,6 +62,7 @@ def same(model, other):
     )
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("host", HOSTS)
 def test_round_trip(host, tmp_path):
     """Into a plain model, one with the encoding, a compiled one; and by the state dict alone."""

@@ -28,6 +28,7 @@ assert "irpe.functional" in sys.modules
 """
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("way", ["compile", "strict"])
 def test_first_use_in_a_graph(way):
     run = [sys.executable, "-c", CODE, way]

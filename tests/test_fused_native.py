@@ -162,6 +162,7 @@ SOME = [
 ]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", SOME)
 def test_training_has_the_same_losses(name):
     model, x = made(name, torch.float32)
@@ -216,6 +217,7 @@ def test_with_an_encoding_of_ours(name):
     torch.testing.assert_close(model(x), kept(x), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", SOME)
 def test_compiled_checkpointed_copied_and_mapped(name):
     model, x = made(name, torch.float32)
@@ -273,6 +275,7 @@ def test_rotated_queries_are_refused():
     assert type(model.blocks[0].attn).__name__ == "Attention"
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     ("backend", "side"), [("eager", (9, 11)), ("sdpa", (3, 5)), ("triton", (3, 5))]
 )

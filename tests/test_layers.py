@@ -41,6 +41,7 @@ def encodings_of(layer, spec):
     return made
 
 
+@pytest.mark.cases(8)
 @pytest.mark.parametrize("backend", ["auto", "reference", "eager", *TILES])
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 @pytest.mark.parametrize("spec", SPECS)

@@ -20,6 +20,7 @@ def tensors(L=9, S=9, B=2, G=2, dtype=F64):
     return q, k, v
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("where", ["whole", "own", "cached", "prefix", "fractions"])
 def test_against_loops(where, causal):

@@ -74,6 +74,7 @@ SHAPES = {  # B, H, L, S, N, and whether samples have ids of their own
 }
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes(name, dtype, launches):
@@ -324,6 +325,7 @@ def test_without_debug_mode_torch_refuses(monkeypatch):
     assert not isinstance(caught.value, irpe.IrpeError)
 
 
+@pytest.mark.full
 def test_compiles_for_a_gpu_without_spills(tmp_path):
     command = [sys.executable, "benchmarks/variants.py", "--sample", "--mode", "lookup"]
     command += ["--name", str(tmp_path / "variants")]

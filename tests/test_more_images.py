@@ -57,6 +57,7 @@ def value(module, grid, q, h, i, j):
     return 16 * out.sigmoid() if spec.form == "swin" else out
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 @pytest.mark.parametrize("shape", GRIDS)
 @pytest.mark.parametrize("spec", SPECS)
@@ -137,6 +138,7 @@ MIDDLES = {
 }
 
 
+@pytest.mark.cases(5)
 @pytest.mark.parametrize("prefix", [0, 1])
 @pytest.mark.parametrize("shape", [(4, 4), (3, 6), (5, 1)])
 @pytest.mark.parametrize(("heads", "directed"), [(12, 8), (6, 4), (24, 16), (2, 2), (3, 2)])
@@ -199,6 +201,7 @@ def test_dropped_patches_are_rows_of_the_whole(spec):
         torch.testing.assert_close(found[b], wanted[0][:, places], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("spec", [*SPECS, "lookhere"])
 def test_layers_compile_export_and_low_precision(spec):
     layer = irpe.RPEAttention(12, 2, spec, prefix=1)

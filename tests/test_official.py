@@ -48,6 +48,7 @@ def test_piecewise_index(case, spec):
     np.testing.assert_array_equal(found.numpy(), POSITIONS[case].astype(np.int64))
 
 
+@pytest.mark.cases(40)
 @pytest.mark.parametrize("backend", ["reference", "eager", *TILES, "sdpa", "auto"])
 @pytest.mark.parametrize("case", ATTENTION_CASES)
 def test_attention(case, backend):

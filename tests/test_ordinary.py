@@ -38,6 +38,7 @@ def containers(model):
     return [m for m in model.modules() if isinstance(m, nn.Sequential | nn.ModuleList)]
 
 
+@pytest.mark.cases(11)
 @pytest.mark.parametrize("name", HOSTS)
 def test_blocks_and_failed_passes(name):
     model, call = attached(name)
@@ -59,6 +60,7 @@ def test_blocks_and_failed_passes(name):
     assert torch.equal(tensor(call(model)), wanted)
 
 
+@pytest.mark.cases(7)
 @pytest.mark.parametrize("name", HOSTS)
 def test_recomputation_in_another_thread(name):
     model, call = attached(name)

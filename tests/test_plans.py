@@ -51,6 +51,7 @@ def call(spec=SPEC, grid=None, **given):
     return run
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("case", ["strips", "maps", "given"])
 def test_a_call_with_known_shapes_plans_nothing(case, wide, monkeypatch):
@@ -93,6 +94,7 @@ def test_a_known_call_validates_what_changes():
     torch.testing.assert_close(run()[0], out[0])
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("spec", [SPEC, "rpe-1.9-euc-bias-0-k", "shaw,clip=3,on=kv"])
 def test_compiled_code_builds_no_maps(spec, monkeypatch):
     built, graphs = [], []

@@ -109,6 +109,7 @@ def close(found, wanted, by=1e-5):
     torch.testing.assert_close(found, wanted, rtol=by, atol=by)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", ["layers", "swin", "encoder"])
 def test_exported_file(name):
     """torch.export for any batch, saved and loaded; made with one batch, run with another."""
@@ -132,6 +133,7 @@ def session(program):
     return lambda x: torch.tensor(made.run(None, {made.get_inputs()[0].name: x.numpy()})[0])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("name", "opset"), [("timm", 18), ("swin", 20)])
 def test_onnx_for_any_batch(name, opset):
     pytest.importorskip("onnxscript")
@@ -146,6 +148,7 @@ def test_onnx_for_any_batch(name, opset):
         close(call(other), model(other).detach(), 1e-4)
 
 
+@pytest.mark.cases(1)
 @OLD
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @EACH
@@ -167,6 +170,7 @@ def test_script_is_refused_by_torch():
         torch.jit.script(irpe.RPEAttention(32, 2, SPEC, prefix=1))
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", ["timm", "encoder"])
 def test_compiled_for_any_batch(name):
     """One graph for all batches."""
@@ -319,6 +323,7 @@ def near(found, wanted):
     assert (found - wanted).abs().max() < 0.1 * wanted.abs().max()
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("order", ["attach first", "quantise first"])
 @EACH
 @torch.no_grad()
@@ -357,6 +362,7 @@ READERS = ("eva", "beit", "swin v2")
 LIKE_READERS = ("eva, no rotary", "eva post norm", "beit, shared bias")
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("name", [n for n in FAMILIES if n not in (*READERS, *LIKE_READERS)])
 @torch.no_grad()
 def test_int8_families(name):

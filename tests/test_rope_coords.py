@@ -196,6 +196,7 @@ def test_attached_layers_move_together():
     assert torch.equal(model(image), model(image))
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("training", [False, True])
 def test_compile_export_and_low_precision(training):
     layer = irpe.RPEAttention(32, 2, MOVES, prefix=1).train(training)

@@ -79,6 +79,7 @@ def test_equals_the_block_diagonal_matrix():
         torch.testing.assert_close(y[0, 0, i], matrix @ x[0, 0, i], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("spec", ROPES)
 def test_gradient_is_the_rotation_back(spec):
     x = torch.randn(1, 2, 5, 16, dtype=F64, requires_grad=True)

@@ -127,6 +127,7 @@ def within(moved, found, truth, spec, name="out"):
     assert change <= allowed, f"{spec}, {name}: {change:.2e}, allowed {allowed:.2e}"
 
 
+@pytest.mark.cases(11)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("spec", TEXT)
 def test_text(spec, dtype):
@@ -136,6 +137,7 @@ def test_text(spec, dtype):
     check(spec, [text(where[-4:], where, s) for s in (0, *SHIFTS)], dtype, causal=True)
 
 
+@pytest.mark.cases(17)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("spec", IMAGE)
 def test_image(spec, dtype):
@@ -221,6 +223,7 @@ COMPILED = (
 )
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(("backend", "image", "specs"), COMPILED)
 def test_compiled(backend, image, specs):
     """One graph of several encodings, which serves every shift."""
@@ -277,6 +280,7 @@ def remembered(model, start):
     return model(TOKENS[:, 4:8], state=state)[0].detach()
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("read", [decoded, remembered])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("spec", MODELS)

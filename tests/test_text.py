@@ -87,6 +87,7 @@ def solved(number):
     return module, geometry, inputs, {"mask": mask, "is_causal": causal}, w, out.detach(), grads
 
 
+@pytest.mark.cases(30)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "number", range(len(CASES)), ids=["-".join([c[0], c[1], *c[2]]) for c in CASES]

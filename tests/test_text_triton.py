@@ -15,6 +15,7 @@ TABLED = [
 ]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("number", TABLED, ids=["-".join(cases.CASES[n][:2]) for n in TABLED])
 def test_every_case_of_the_loops(number, launches):
     dtype = DTYPES[number % len(DTYPES)]

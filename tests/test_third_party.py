@@ -166,6 +166,7 @@ def run(folder, *words):
     return done.stdout
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("code", [LIBRARY, BACKEND], ids=["encoding", "backend"])
 def test_in_python(folder, code):
     assert len(ENCODING.strip().splitlines()) <= 60
@@ -203,6 +204,7 @@ def test_plugins_that_cannot_be_imported(folder, capsys, monkeypatch):
         import_plugins(["broken"])
 
 
+@pytest.mark.full
 def test_train_cls(folder):
     tiny = [
         "--model.name=vit_tiny_patch16_224", "--model.img_size=8", "--model.in_chans=1",

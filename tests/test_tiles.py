@@ -117,6 +117,7 @@ SPECS = [
 ]  # fmt: skip
 
 
+@pytest.mark.cases(21)
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("grid", GRIDS)
 def test_grids(grid, spec, tiles):
@@ -124,6 +125,7 @@ def test_grids(grid, spec, tiles):
     compare(image_terms(spec, grid, 3, 4), grid)
 
 
+@pytest.mark.cases(11)
 @pytest.mark.parametrize("kind", ["columns", "rows", "holes", "one patch", "prefix alone"])
 @pytest.mark.parametrize("grid", GRIDS)
 def test_key_padding_of_grids(grid, kind, tiles):
@@ -176,6 +178,7 @@ LINES = {
 }
 
 
+@pytest.mark.cases(7)
 @pytest.mark.parametrize("function", [Clip(2), Clip(9), Clip(40), Clip(3, fold=True)])
 @pytest.mark.parametrize("where", LINES)
 def test_lines(where, function, tiles):

@@ -71,6 +71,7 @@ def qkv(B=2, H=2, L=13, D=6, dtype=F64):
     return [torch.randn(B, H, L, D, dtype=dtype, requires_grad=True) for _ in range(3)]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     "spec", ["rpe-1.9-product-ctx-0-qkv", "rpe-1.9-cross-bias-1-qk", "rpe-5.0-rank-ctx-1-k"]
 )
@@ -155,11 +156,13 @@ def compiles(model, training, sizes):
     return len(graphs)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("training", [False, True])
 def test_deit_compiles_at_most_three_times_over_ten_sizes(training):
     assert 1 <= compiles(deit("rpe-1.9-product-ctx-1-qkv", depth=1), training, SIZES) <= 3
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("training", [False, True])
 def test_attach_compiles_no_more_often_than_the_plain_model(training):
     """timm's own resizing makes a graph for each size; the encoding must not add to them."""
@@ -171,6 +174,7 @@ def test_attach_compiles_no_more_often_than_the_plain_model(training):
     assert compiles(encoded, training, SIZES[:1] * 3) == 1
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("make", [deit, attached])
 def test_compiled_model_in_full(make):
     """The default compiler, forward and backward, against eager."""
@@ -196,6 +200,7 @@ def test_attach_after_compile_of_checkpointed_blocks():
     assert len(graphs) == 1
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("make", [deit, attached])
 @pytest.mark.parametrize("on", ["k", "qk", "qkv"])
@@ -220,6 +225,7 @@ def test_export_for_any_batch():
     torch.testing.assert_close(program.module()(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_for_any_size(strict):
     model = deit("rpe-1.9-product-ctx-1-qk", depth=1).eval()
@@ -255,6 +261,7 @@ def test_a_grid_that_went_through_export():
     torch.testing.assert_close(program.module()(x), eager, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     ("make", "on", "training"),
     [(attached, "k", False), (attached, "qk", False), (attached, "qkv", True), (deit, "k", True)]

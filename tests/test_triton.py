@@ -31,6 +31,7 @@ def tensors(B, H, L, S, D, G=None, E=None):
     return [torch.randn(B, h, n, d) for h, n, d in ((H, L, D), (G or H, S, D), (G or H, S, E or D))]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", cases.CASES)
 def test_every_case_of_the_loops(name, dtype, launches):
@@ -40,6 +41,7 @@ def test_every_case_of_the_loops(name, dtype, launches):
     assert launches == expected(terms)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("case", official.ATTENTION_CASES)
 def test_official_numbers(case, launches):
     mode, method, on = case.split("_")[:3]
@@ -80,6 +82,7 @@ def on_strips(monkeypatch):
     return calls
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     ("spec", "grid"),
     [
@@ -120,6 +123,7 @@ def test_numbers_on_strips_that_are_not_finite(number, on_strips):
     torch.testing.assert_close(found[clean], wanted[clean], rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", cases.CASES)
 def test_every_case_of_the_loops_on_strips(name, launches, on_strips):
     modules, geometry, qkv, arguments, *_ = cases.solved(name)
@@ -130,6 +134,7 @@ def test_every_case_of_the_loops_on_strips(name, launches, on_strips):
     assert launches == expected(terms) and len(on_strips) == 1
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("D", [16, 32, 60, 64, 96, 128])
 def test_head_dims(D, launches):
     grid = irpe.Grid(7, 9)
@@ -138,6 +143,7 @@ def test_head_dims(D, launches):
     assert len(launches) == 4
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_more_than_one_tile(dtype):
     """L over several blocks, S not of the same number."""
@@ -175,6 +181,7 @@ def test_terms_of_several_functions(dtype):
     compare(qkv, terms, dtype)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_logits(dtype):
     """In the hundreds, rounding decides between two keys, for plain torch too: by most draws."""
@@ -190,6 +197,7 @@ def test_large_logits(dtype):
     assert len(failed) <= 2, failed
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", ["all equal", "one key", "negative"])
 def test_adversarial_values(case, dtype):
@@ -205,6 +213,7 @@ def test_adversarial_values(case, dtype):
     compare((q, k, v), made("rpe-1.9-product-ctx-0-qkv", std=std)(irpe.Grid(7, 5, 1)), dtype, mask)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mask", ["dead", "dead additive", "causal"])
 def test_rows_that_see_nothing(mask, dtype):
@@ -244,6 +253,7 @@ def test_masks_of_the_lowest_number(dtype):
     torch.testing.assert_close(out[1], seen[1])
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("p", [0.4, 1.0])
 def test_dropout(p, dtype):
@@ -347,6 +357,7 @@ def test_empty_batch():
     assert out.shape == (0, 2, 6, 8) and q.grad.shape == q.shape
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_deterministic(dtype):
     """The other way to add up gradients of tables is as exact, and twice the same."""
@@ -373,6 +384,7 @@ def test_double_backward_names_the_reference():
         grad.sum().backward()
 
 
+@pytest.mark.full
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_random_calls(data):

@@ -157,6 +157,7 @@ def test_reference_against_loops(spec, where):
     against_loops(spec, where, "reference")
 
 
+@pytest.mark.cases(9)
 @pytest.mark.parametrize("backend", ["eager", *TILES, "sdpa", "auto"])
 @pytest.mark.parametrize("where", ["3x1x4+1", "dropped+1"])
 @pytest.mark.parametrize("spec", SPECS)
@@ -175,6 +176,7 @@ def against_loops(spec, where, backend):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("spec", [s for s in TABLES if "ctx" in s])
 def test_kernels_take_the_map_path(spec, launches):
     geometry, _ = placed("3x1x4+1")
@@ -265,6 +267,7 @@ def test_only_offsets_count(spec, shift):
         torch.testing.assert_close(near, far, rtol=0, atol=1e-6 if shift == 10**7 else 1e-11)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("spec", ["rope-axial", "rope-mixed", "alibi", LOGS, TABLES[0], TABLES[3]])
 def test_layers_compile_export_and_low_precision(spec):
     spec = spec.replace("-v", "-k")

@@ -98,6 +98,7 @@ def output_of(module):
     return own or nn.Identity()
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     ("family", "check"),
     [(f, c) for f in FAMILIES for c in CHECKS if c != "compiles" or f in TRACED],
@@ -106,11 +107,13 @@ def test_attached(family, check):
     getattr(hosting, check)(lambda seed: build(family, seed), run)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", TRACED)
 def test_export(family):
     hosting.exports(lambda seed: build(family, seed), run, (), {"pixel_values": image()})
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "ViTMAE"])
 def test_a_layer_by_loops_on_a_rectangle(family, attention):

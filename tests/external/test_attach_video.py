@@ -72,6 +72,7 @@ def projected(module, x):
     return [getattr(module, n)(x).unflatten(2, (2, 16)).transpose(1, 2) for n in names]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "space"])
 def test_attached(family, check):

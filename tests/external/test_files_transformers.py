@@ -39,6 +39,7 @@ def clip_classifier():
     return transformers.CLIPForImageClassification(config).eval()
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip(family, tmp_path):
     """A folder, its shards and a file of irpe.save, into a new model and by from_pretrained."""
@@ -143,6 +144,7 @@ def test_another_image_size(family, tmp_path):
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("family", ["CLIP", "ViT"])
 def test_trainer(family, tmp_path):
     """Trainer loads the best tables, but for models whose names save_pretrained changes."""

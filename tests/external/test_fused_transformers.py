@@ -88,6 +88,7 @@ def never(*args, **kwargs):
     raise AssertionError("a bias of all pairs")
 
 
+@pytest.mark.cases(8)
 @pytest.mark.parametrize("native", ["fuse", "keep"])
 @pytest.mark.parametrize(("name", "size"), CASES)
 def test_outputs_and_gradients(name, size, native, monkeypatch):
@@ -110,6 +111,7 @@ def test_outputs_and_gradients(name, size, native, monkeypatch):
     same(outcome(model, x), wanted, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", MODELS)
 def test_training_has_the_same_losses(name):
     model, x = made(name, torch.float32), images(MODELS[name][2][0], torch.float32)

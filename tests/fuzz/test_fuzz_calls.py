@@ -120,6 +120,7 @@ def by_loops(spec, made, qkv, given, places):
     return text_loops.attention(q, k, v, logit, value, full, causal)
 
 
+@pytest.mark.full
 def test_calls_that_fit():
     outcomes = Counter()
 

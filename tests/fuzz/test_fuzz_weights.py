@@ -10,11 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from fuzz_inputs import COUNT
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.full
 def test_damaged_weights_files(tmp_path):
     first = random.randrange(10**9) if COUNT else 0
     command = [sys.executable, str(Path(__file__).with_name("weight_files.py"))]

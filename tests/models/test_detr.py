@@ -51,6 +51,7 @@ def inputs(height=5, width=7, batch=2):
     )
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("backend", ["reference", "eager", *TILES, "sdpa", "triton", "auto"])
 @pytest.mark.parametrize("name", DETR["cases"])
 def test_official_numbers(name, backend):
@@ -176,6 +177,7 @@ def test_sizes_that_come_again_keep_their_ids(monkeypatch):
     assert len(made) == count
 
 
+@pytest.mark.full
 def test_copies_and_compiled_graphs():
     model = small(K).eval()
     given = inputs()

@@ -49,6 +49,7 @@ def test_shortformer_against_loops(spec, block, size):
         assert_close(mine, other, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.cases(5)
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize(("block", "size"), [(4, None), (3, 7), (5, 0)])
 @pytest.mark.parametrize("spec", IN_ATTENTION)

@@ -59,6 +59,7 @@ def in_pieces(lm, x, sizes, positions=None, state=None):
     return torch.cat(found, 1), state
 
 
+@pytest.mark.cases(7)
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("spec", SPECS)
 def test_cached_decoding_is_the_full_forward(spec, grad):
@@ -168,6 +169,7 @@ def test_texts_padded_on_the_left_are_as_alone(spec):
         assert torch.equal(found[row], generate(lm, text[None], 6, temperature=0)[0])
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("spec", [*SPECS, *BY_LENGTH])
 def test_a_state_in_another_order(spec, grad):
@@ -217,6 +219,7 @@ def test_packed_texts_and_slopes(dtype):
             assert error <= 3 * plain + 4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("spec", [*SPECS, *BY_LENGTH])
 def test_compiled_steps_are_two_graphs(spec):
     spec = "learned,length=100" if spec == "learned,length=64" else spec

@@ -37,6 +37,7 @@ def figures(folder):
     }
 
 
+@pytest.mark.full
 def test_two_runs_agree_and_what_is_done_is_not_done_again(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     done = run("shared", "--quick", "--out", one)
@@ -62,7 +63,7 @@ def test_all_tables_quickly(tmp_path):
     done = run("digits", "--quick", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "image.md").read_text()
-    assert text.count("\n## ") == 9 == text.count("![") == len(list(tmp_path.glob("*.png")))
+    assert text.count("\n## ") == 10 == text.count("![") == len(list(tmp_path.glob("*.png")))
     before = figures(tmp_path)
     (tmp_path / "image.jsonl").unlink()
     assert run("digits", "--quick", "--out", tmp_path).returncode == 0
@@ -95,6 +96,7 @@ def cells():
     )
 
 
+@pytest.mark.cases(16)
 @pytest.mark.parametrize("cell", cells(), ids=lambda cell: cell.key.replace(" | ", " "))
 def test_every_cell_builds_from_the_same_weights(cell):
     from ablation_runs import build
@@ -107,15 +109,15 @@ def test_every_cell_builds_from_the_same_weights(cell):
             assert name not in own
         else:
             assert torch.equal(own.pop(name), weight), name
-    # What is left is the encoding's own; rotary ones of two axes and ALiBi have no weights.
-    free = cell.encoding in (None, "rope-axial", "alibi")
-    assert bool(own) != free
+    # What is left is the encoding's own; some have no weights.
+    free = "rope-axial", "alibi", "lookhere", "rope-axial,coords=separate"
+    assert bool(own) != (cell.encoding in (None, *free))
     side = SIDE * cell.scale
     model(torch.randn(2, 1, side, side)).square().sum().backward()
     sizes = [(6, 6), (12, 18)] if cell.sizes else []
     for height, width in sizes:
         assert model(torch.randn(1, 1, height, width)).isfinite().all()
-    if cell.encoding in ("alibi", "rope-axial"):  # without weights, but not without effect
+    if cell.encoding in free:  # without weights, but not without effect
         x = torch.randn(2, 1, side, side)
         model.head.weight.data.normal_()
         plain.head.load_state_dict(model.head.state_dict())

@@ -54,6 +54,7 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 
+@pytest.mark.full
 def test_models(tmp_path):
     (tmp_path / "irpe.py").write_text(STAND_IN)
     given = ["--model", "test_vit", "--size", "160", "--batch", "1", "--rounds", "2"]
@@ -76,6 +77,7 @@ def test_text_attention(tmp_path):
     assert figures["rows"]["shaw"]["over_materialised"]["median"] > 0
 
 
+@pytest.mark.full
 def test_grids(tmp_path):
     done = run("grids", "--dim", 12, "--rounds", 2, "--name", tmp_path / "figures")
     assert done.returncode == 0, done.stderr
@@ -86,6 +88,7 @@ def test_grids(tmp_path):
         assert case["rows"]["own"]["ratio"]["median"] > 0
 
 
+@pytest.mark.full
 def test_models_under_autocast(tmp_path):
     """What a GPU does, but for the GPU: several cases, and a row that cannot be."""
     (tmp_path / "irpe.py").write_text(STAND_IN.replace("with_kwargs", "mistyped"))
@@ -103,6 +106,7 @@ def test_models_under_autocast(tmp_path):
         assert "mistyped" in case["rows"]["original k"]["cannot"]
 
 
+@pytest.mark.full
 def test_encoder(tmp_path):
     given = ["--encoder", "--grid", "3x4", "2x5", "--layers", "1", "--rounds", "2"]
     done = run("models", *given, "--device", "cpu", "--name", tmp_path / "figures")
@@ -130,6 +134,7 @@ def test_a_wrong_encoder_is_not_timed(benchmarks, monkeypatch):
     assert "qk: " in encoder.gate("3x4", "cpu", False, "eager")
 
 
+@pytest.mark.full
 def test_without_the_original(tmp_path):
     for script, code in (("models", 1), ("attention", 2)):
         given = ["--tiny"] if script == "attention" else []
@@ -142,6 +147,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU"))]  # fmt: skip
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("device", DEVICES)
 def test_attention(device, tmp_path):
     (tmp_path / "irpe.py").write_text(STAND_IN)
@@ -176,6 +182,7 @@ def test_attention(device, tmp_path):
             assert rows["k flex"]["both"] == {"cannot": "no backward on cpu"}
 
 
+@pytest.mark.full
 def test_a_wrong_kernel_is_not_timed(benchmarks, monkeypatch):
     from attention import cases
     from session import RED, Session, Settings
@@ -245,6 +252,7 @@ def test_what_hangs_or_dies_costs_itself_only(benchmarks, monkeypatch):
     assert left == [str(case) for case in order[3:]]
 
 
+@pytest.mark.full
 def test_startup():
     done = run("startup", "--rounds", "1", "--warmup", "0")
     assert done.returncode == 0, done.stderr

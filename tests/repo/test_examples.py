@@ -37,12 +37,14 @@ def test_every_example_is_run_here():
     assert all(f'run("{path.name}"' in Path(__file__).read_text() for path in EXAMPLES)
 
 
+@pytest.mark.full
 def test_bucket_maps(tmp_path):
     pytest.importorskip("matplotlib")
     run("bucket_maps.py", tmp_path, "maps.png")
     assert (tmp_path / "maps.png").stat().st_size > 10_000
 
 
+@pytest.mark.full
 def test_custom_vit(tmp_path):
     said = run("custom_vit.py", tmp_path)
     losses = numbers(r"loss (\S+)", said)
@@ -50,6 +52,7 @@ def test_custom_vit(tmp_path):
     assert min(numbers(r"(\S+) % right", said)) > 70  # a tenth would be chance
 
 
+@pytest.mark.full
 def test_finetune_timm(tmp_path):
     said = run("finetune_timm.py", tmp_path)
     assert "outputs stay the same until trained" in said
@@ -71,12 +74,14 @@ def test_torch_encoder(tmp_path):
     assert "on 3x5: [1, 15, 64]" in said and "IrpeError: no grid" in said
 
 
+@pytest.mark.full
 def test_costs(tmp_path):
     pytest.importorskip("fvcore")
     said = run("costs.py", tmp_path)
     assert "(+22.7)" in said and "(+68.1)" in said and "backend " in said
 
 
+@pytest.mark.full
 def test_export_onnx(tmp_path):
     pytest.importorskip("onnxscript")
     said = run("export_onnx.py", tmp_path, "small.onnx")

@@ -91,6 +91,7 @@ def faults(folder):
 WRITTEN = {f.__name__: f for f in (image, text, detection, finetune, finetune_commands, faults)}
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", WRITTEN)
 def test_pages_are_what_was_measured(name, tmp_path):
     assert WRITTEN[name](tmp_path) == (PAGES / f"{name}.md").read_text()

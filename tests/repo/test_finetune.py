@@ -18,6 +18,7 @@ def script(monkeypatch):
     return importlib.import_module("finetune")
 
 
+@pytest.mark.full
 def test_the_page_is_that_of_the_runs(tmp_path):
     page = tmp_path / "pages" / "finetune.md"
     command = [sys.executable, str(ROOT / "benchmarks/finetune.py"), "--seeds=3", "--epochs=1"]

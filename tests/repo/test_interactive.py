@@ -98,6 +98,7 @@ def test_page_as_it_opens(tmp_path):
     assert "rpe-1.9-product-ctx-1-k: query at row 5, column 8 of 14x14" in document
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("kind", ["pointermove", "pointerdown"])
 def test_page_under_a_pointer(tmp_path, kind):
     choose = "put('method', 'cross'); put('ratio', 2.5); put('height', 6); put('width', 9);"

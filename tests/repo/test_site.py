@@ -39,6 +39,7 @@ def test_nothing_is_fetched_from_elsewhere(site):
         assert not fetched, page
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("script", ["make_api.py", "make_reproduce.py"])
 def test_generated_pages_are_up_to_date(script):
     run = [sys.executable, str(ROOT / "docs" / script), "--check"]

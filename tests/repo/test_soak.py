@@ -15,6 +15,7 @@ import irpe
 from irpe.cache import CACHE
 
 
+@pytest.mark.full
 def test_rounds_leave_nothing_alive(tmp_path):
     AcceleratorState._reset_state(True)
     record = soak.soak(0, tmp_path, rounds=3)
@@ -37,6 +38,7 @@ def test_memory_handed_out():
     assert abs(soak.handed_out() - before) < 1
 
 
+@pytest.mark.full
 def test_bucket_ids_are_bounded_over_many_grids(monkeypatch):
     # Other tests' grids may be alive too.
     before = len(soak.alive(irpe.Geometry))

@@ -27,6 +27,7 @@ def page(monkeypatch):
     return text_report
 
 
+@pytest.mark.full
 def test_runs_leave_lines_and_are_not_run_twice(tmp_path):
     given = ["--quick", "--seeds", "0", "--threads", "1", "--out", tmp_path, "--only", "staged"]
     done = run(*given)
@@ -70,6 +71,7 @@ def test_all_experiments(tmp_path):
         assert part in text
 
 
+@pytest.mark.full
 def test_toy_results_do_not_reach_the_repository():
     done = run("--quick")
     assert done.returncode == 2

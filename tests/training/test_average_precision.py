@@ -110,6 +110,7 @@ def test_our_file_and_one_written_by_hand_are_the_same_to_pycocotools(tmp_path: 
     assert 0 < hand["AP"] < 1
 
 
+@pytest.mark.full
 def test_two_processes_give_the_numbers_of_one(tmp_path: Path):
     for processes in (1, 2):
         outputs = launch(processes, Path(__file__).with_name("box_cases.py"), "5", str(tmp_path))

@@ -47,6 +47,7 @@ def test_config_resolves_and_says_what_to_expect(path: Path):
     assert f"configs/cls/{path.name}" in text
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
 def test_config_builds(path: Path):
     settings = load(path)
@@ -68,6 +69,7 @@ def test_config_builds(path: Path):
         assert math.isfinite(loss.item())
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(("name", "accuracy"), PUBLISHED.items())
 def test_published_recipe(name: str, accuracy: float):
     path = ROOT / "configs" / "cls" / f"{name}.yaml"

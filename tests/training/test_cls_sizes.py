@@ -41,6 +41,7 @@ def accuracy(weights, size):
     return float((found == torch.tensor([label for _, label in samples])).double().mean())
 
 
+@pytest.mark.full
 def test_table_curve_and_figures(cls, tmp_path: Path):
     status, _, err = cls(f"--rpe={RPE}", "--epochs=3")
     assert status == 0, err

@@ -16,6 +16,7 @@ def rates(folder: Path) -> list[float]:
     return [json.loads(line)["lr"] for line in lines]
 
 
+@pytest.mark.full
 def test_a_finished_run_is_extended(cls, tmp_path: Path):
     folder = tmp_path / "runs" / "x"
     assert cls("--run.experiment=x", "--epochs=2")[0] == 0
@@ -33,6 +34,7 @@ def test_a_finished_run_is_extended(cls, tmp_path: Path):
     assert rates(folder) == before + rates(tmp_path / "runs" / "whole")[2:]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("warmup", [2, 5])
 def test_a_warm_up_longer_than_the_run_is_shortened(cls, warmup: int):
     status, out, err = cls(f"--sched.warmup_epochs={warmup}")
@@ -40,6 +42,7 @@ def test_a_warm_up_longer_than_the_run_is_shortened(cls, warmup: int):
     assert f"note: sched.warmup_epochs: {warmup} is not below epochs: 2" in out and "for 0.4" in out
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_output_that_has_no_such_character(encoding: str):
     code = "from training.errors import script; import sys\n"

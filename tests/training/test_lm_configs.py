@@ -33,6 +33,7 @@ def test_all_are_here():
     assert {path.stem for path in CONFIGS} == {*HERE, "questions", "squad_huang4", *WIKITEXT}
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
 def test_config_says_what_to_expect(path: Path):
     settings = load(path)
@@ -43,6 +44,7 @@ def test_config_says_what_to_expect(path: Path):
     assert " ".join(str(spec) for spec in specs(settings)).startswith(str(settings.encoding))
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
 def test_config_builds(path: Path):
     """Options that go together, plans for a text of a million tokens, and the model."""

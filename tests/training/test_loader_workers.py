@@ -44,6 +44,7 @@ def test_the_help_says_so(script, capsys):
     assert "divided by its processes, at most 8" in told
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("arguments", [["--data.workers=null"], ["--data.workers=1"]])
 def test_a_run_asks_for_them(arguments, cls, monkeypatch):
     asked = []

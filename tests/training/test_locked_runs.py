@@ -30,6 +30,7 @@ def test_a_run_that_is_alive_is_refused(tmp_path: Path):
     RunDirectory(tmp_path).close()
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("end", ["os._exit(1)", "os.kill(os.getpid(), 9)", "folder.close()"])
 def test_the_lock_of_a_process_that_is_gone_is_taken_over(tmp_path: Path, end: str):
     subprocess.run([sys.executable, "-c", HOLD + end, str(tmp_path)])

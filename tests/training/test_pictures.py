@@ -28,6 +28,7 @@ def colours(path: Path) -> int:
         return len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0))
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     "spec",
     [

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .gather import put
 from .rows import Both, Layout
 from .tile import Tile
 
@@ -52,15 +51,15 @@ class Blocks:
         blocks = own.gather(3 if self.of_key else 4, self.ids.expand(n, rows, -1, -1, -1))
         self.numbers, self.last = blocks.flatten(1, 2), self._last(numbers)
 
-    def gather(self, out: Tensor, tile: Tile, add: bool) -> None:
-        if self._runs(out, tile, add):
+    def gather(self, out: Tensor, tile: Tile) -> None:
+        if self._runs(out, tile):
             return
         ahead, last = self._ahead(tile), self.last
         if ahead:
             last = last[:, None, :ahead] if self.of_key else last[:, tile.rows, None]
-            put(out[..., :ahead], last, add)
+            out[..., :ahead] += last
         for x, own, at in self._pieces(out, self.numbers, tile, ahead):
-            put(x, own.index_select(1, at.flatten()).unflatten(1, at.shape), add)
+            x += own.index_select(1, at.flatten()).unflatten(1, at.shape)
 
     def write(self, total: Tensor) -> None:
         lines = self.at.shape[1 if self.of_key else 0]
@@ -111,7 +110,7 @@ class Blocks:
         """Return the number of first keys of a tile that have the last bucket."""
         return tile.count if tile.rows.start < self.prefix else min(self.key_prefix, tile.count)
 
-    def _runs(self, out: Tensor, tile: Tile, add: bool) -> bool:
+    def _runs(self, out: Tensor, tile: Tile) -> bool:
         """Gather contiguous rows of blocks in one call, if possible.
 
         Returns:
@@ -126,11 +125,7 @@ class Blocks:
         at = self.at[first // wide : last // wide, : tile.count // self.width].unsqueeze(1) * wide
         at = (at + torch.arange(wide).unsqueeze(1)).flatten()
         at = (at + torch.arange(n).unsqueeze(1) * (blocks * wide)).flatten()
-        space = torch.empty_like(out) if add else out
-        runs = space.view(-1, self.width)
-        torch.index_select(self.numbers.view(-1, self.width), 0, at, out=runs)
-        if add:
-            out += space
+        out.view(-1, self.width).add_(self.numbers.view(-1, self.width).index_select(0, at))
         return True
 
     def _pieces(

@@ -17,7 +17,7 @@ from ...terms import Kind
 from ..call import Call, project
 from .blocks import Blocks
 from .dense import by_channels, pairs
-from .gather import ByMap, put
+from .gather import ByMap
 from .rows import Layout
 from .tile import Tile, Tiles
 
@@ -255,9 +255,9 @@ class Work:
                 keep = given.drawn(tile)
                 dropped = torch.mul(probabilities, keep, out=grad_logits)
             _product(_first(own_v, tile), dropped.transpose(1, 2), own, several)
-            for number, way in enumerate(self.masses):
-                way.gather(grad_logits, tile, number > 0)
-            _product(grad_logits, own, _first(self.v, tile).transpose(1, 2), bool(self.masses))
+            _product(grad_logits, own, _first(self.v, tile).transpose(1, 2), False)
+            for way in self.masses:
+                way.gather(grad_logits, tile)
             if keep is not None:
                 grad_logits.mul_(keep)
             # Until here the gradient of the probabilities.
@@ -293,7 +293,7 @@ class Work:
         if added is not None and added.requires_grad:
             added.backward(grad_logits.sum_to_size(added.shape))
         if gain is not None and gain.requires_grad:
-            content = self._content(self.given.space("content", tile), tile, False)
+            content = self._content(self.given.space("content", tile), tile)
             gain.backward((content.view(tile.shape) * grad_logits).sum_to_size(gain.shape))
         if gain is not None:
             grad_logits.mul_(gain.detach())
@@ -307,30 +307,25 @@ class Work:
             logits = self.q.new_empty(nb * nh, length, count)
             kept.append(logits)
         gain, added = pairs(self.dense, tile)
-        begun = gain is not None
+        # First, since a product that is added to its output takes up to twice the time.
+        content = self._content(logits, tile).view(tile.shape)
         if gain is not None:
-            self._content(logits, tile, False).view(tile.shape).mul_(gain)
+            content.mul_(gain)
         if added is not None:
-            put(logits.view(tile.shape), added, begun)
-            begun = True
+            content.add_(added)
         for way in self.rows:
-            way.gather(logits, tile, begun)
-            begun = True
-        if gain is None:
-            self._content(logits, tile, begun)
+            way.gather(logits, tile)
         dead = self.given.tiles.hide(logits, tile)
         torch.softmax(logits, -1, out=logits)
         if dead is not None:
             logits.view(tile.shape).masked_fill_(dead, 0.0)
         return logits
 
-    def _content(self, out: Tensor, tile: Tile, add: bool) -> Tensor:
+    def _content(self, out: Tensor, tile: Tile) -> Tensor:
         q, k = self.q[:, tile.rows], _first(self.k, tile)
         if self.given.channels:
-            put(out, by_channels(self.dense, q, k, tile), add)
-        else:
-            _product(out, q, k.transpose(1, 2), add)
-        return out
+            return out.copy_(by_channels(self.dense, q, k, tile))
+        return torch.bmm(q, k.transpose(1, 2), out=out)
 
     def _way(self, i: int) -> ByMap | Blocks:
         plan, blocks = self.given.plan, self.given.blocks(i)
@@ -347,8 +342,10 @@ def _product(out: Tensor, x: Tensor, y: Tensor, add: bool) -> None:
     """Write ``x @ y`` to out, or add it."""
     if out.is_contiguous():
         out.baddbmm_(x, y, beta=int(add))
+    elif add:
+        out.add_(torch.bmm(x, y))
     else:
-        put(out, torch.bmm(x, y), add)
+        out.copy_(torch.bmm(x, y))
 
 
 def _first(x: Tensor, tile: Tile) -> Tensor:
