@@ -71,7 +71,7 @@ def least(call: Call) -> int:
     if layout is None:
         return 2**18
     if layout.query.line:
-        return LEAST
+        return 2**19  # 512 tokens of T5 or Shaw: 20 % faster
     # Prefix tokens slow tiles down. Blocks up to MALLOC are cheaper to allocate.
     numbers = call.q.shape[:-1].numel() * call.k.shape[-2]
     return 2**20 if layout.prefix or 4 * numbers <= MALLOC else 2**18

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .gather import put
 from .rows import Both, Layout
 from .tile import Tile
 
@@ -42,6 +43,7 @@ class Blocks:
         if len(ids) == 1:
             at = at[:1] if of_key else at[:, :1]
         self.at = at
+        self.runs: dict[tuple[int, ...], Tensor] = {}  # indices of ``_runs`` by tile
 
     def read(self, numbers: Tensor) -> None:
         own = self._boxed(self.own.full(numbers[:, self.ahead :]))
@@ -51,15 +53,15 @@ class Blocks:
         blocks = own.gather(3 if self.of_key else 4, self.ids.expand(n, rows, -1, -1, -1))
         self.numbers, self.last = blocks.flatten(1, 2), self._last(numbers)
 
-    def gather(self, out: Tensor, tile: Tile) -> None:
-        if self._runs(out, tile):
+    def gather(self, out: Tensor, tile: Tile, add: bool) -> None:
+        if self._runs(out, tile, add):
             return
         ahead, last = self._ahead(tile), self.last
         if ahead:
             last = last[:, None, :ahead] if self.of_key else last[:, tile.rows, None]
-            out[..., :ahead] += last
+            put(out[..., :ahead], last, add)
         for x, own, at in self._pieces(out, self.numbers, tile, ahead):
-            x += own.index_select(1, at.flatten()).unflatten(1, at.shape)
+            put(x, own.index_select(1, at.flatten()).unflatten(1, at.shape), add)
 
     def write(self, total: Tensor) -> None:
         lines = self.at.shape[1 if self.of_key else 0]
@@ -110,7 +112,7 @@ class Blocks:
         """Return the number of first keys of a tile that have the last bucket."""
         return tile.count if tile.rows.start < self.prefix else min(self.key_prefix, tile.count)
 
-    def _runs(self, out: Tensor, tile: Tile) -> bool:
+    def _runs(self, out: Tensor, tile: Tile, add: bool) -> bool:
         """Gather contiguous rows of blocks in one call, if possible.
 
         Returns:
@@ -122,10 +124,18 @@ class Blocks:
             return False
         if len(self.ids) == 1 or size != [wide, self.width] or not out.is_contiguous():
             return False
-        at = self.at[first // wide : last // wide, : tile.count // self.width].unsqueeze(1) * wide
-        at = (at + torch.arange(wide).unsqueeze(1)).flatten()
-        at = (at + torch.arange(n).unsqueeze(1) * (blocks * wide)).flatten()
-        out.view(-1, self.width).add_(self.numbers.view(-1, self.width).index_select(0, at))
+        key = (n, first, last, tile.count)
+        at = self.runs.get(key)
+        if at is None:
+            at = self.at[first // wide : last // wide, : tile.count // self.width].unsqueeze(1)
+            at = (at * wide + torch.arange(wide).unsqueeze(1)).flatten()
+            at = (at + torch.arange(n).unsqueeze(1) * (blocks * wide)).flatten()
+            self.runs[key] = at
+        space = torch.empty_like(out) if add else out
+        runs = space.view(-1, self.width)
+        torch.index_select(self.numbers.view(-1, self.width), 0, at, out=runs)
+        if add:
+            out += space
         return True
 
     def _pieces(

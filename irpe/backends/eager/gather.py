@@ -27,10 +27,13 @@ class ByMap:
         """Set the rows ``[n, L | S, N]`` to gather from."""
         self.numbers = numbers.flatten(1)
 
-    def gather(self, out: Tensor, tile: Tile) -> None:
-        """Add ``numbers[n, owner, id(i, j)]`` to ``out[n, i, j]``."""
+    def gather(self, out: Tensor, tile: Tile, add: bool) -> None:
+        """Write ``numbers[n, owner, id(i, j)]`` to ``out[n, i, j]``, or add it."""
         rows, out = (x.view(*tile.shape[:2], -1) for x in (self.numbers, out))
-        out.add_(rows.gather(-1, self._index(tile)))
+        if add:
+            out.add_(rows.gather(-1, self._index(tile)))
+        else:
+            torch.gather(rows, -1, self._index(tile), out=out)
 
     def write(self, total: Tensor) -> None:
         """Set the rows ``[n, L | S, N]`` of zeros to scatter to."""
@@ -54,3 +57,11 @@ def cut(pairs: Tensor, tile: Tile) -> Tensor:
     pairs = pairs[..., tile.rows, :]
     pairs = pairs[tile.images] if pairs.dim() == 3 else pairs
     return pairs[..., : tile.count] if tile.index is None else pairs.index_select(-1, tile.index)
+
+
+def put(out: Tensor, values: Tensor, add: bool) -> None:
+    """Write values to out, or add them."""
+    if add:
+        out.add_(values)
+    else:
+        out.copy_(values)

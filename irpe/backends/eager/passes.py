@@ -17,7 +17,7 @@ from ...terms import Kind
 from ..call import Call, project
 from .blocks import Blocks
 from .dense import by_channels, pairs
-from .gather import ByMap
+from .gather import ByMap, put
 from .rows import Layout
 from .tile import Tile, Tiles
 
@@ -71,7 +71,7 @@ class Pass:
             else:
                 self.dense.append((kind, buckets, self.tables[i]))
         self.channels = any(kind == "channels" for kind, *_ in self.dense)
-        size = q.numel() * k.shape[2] if plan.kept else SIZE * plan.threads
+        size = SIZE * plan.threads
         if self.channels:
             size = SIZE * plan.threads // q.shape[3]
         self.tiles = Tiles(replace(call, q=q, k=k), plan.layout, size, plan.threads, plan.kept)
@@ -81,6 +81,7 @@ class Pass:
         self.rest = 1.0 - call.dropout_p
         self.growth = 1.0 / self.rest if self.rest else 1.0  # scale of kept probabilities
         self._memory: dict[str, Tensor] = {}
+        self.ways: dict[int, ByMap | Blocks] = {}  # by term, for parts with all keys
 
     def forward(self, kept: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
         """Return the output ``[B, H, L, E]`` and the mass by bucket of each value term.
@@ -255,9 +256,9 @@ class Work:
                 keep = given.drawn(tile)
                 dropped = torch.mul(probabilities, keep, out=grad_logits)
             _product(_first(own_v, tile), dropped.transpose(1, 2), own, several)
-            _product(grad_logits, own, _first(self.v, tile).transpose(1, 2), False)
-            for way in self.masses:
-                way.gather(grad_logits, tile)
+            for number, way in enumerate(self.masses):
+                way.gather(grad_logits, tile, number > 0)
+            _product(grad_logits, own, _first(self.v, tile).transpose(1, 2), bool(self.masses))
             if keep is not None:
                 grad_logits.mul_(keep)
             # Until here the gradient of the probabilities.
@@ -293,7 +294,7 @@ class Work:
         if added is not None and added.requires_grad:
             added.backward(grad_logits.sum_to_size(added.shape))
         if gain is not None and gain.requires_grad:
-            content = self._content(self.given.space("content", tile), tile)
+            content = self._content(self.given.space("content", tile), tile, False)
             gain.backward((content.view(tile.shape) * grad_logits).sum_to_size(gain.shape))
         if gain is not None:
             grad_logits.mul_(gain.detach())
@@ -307,31 +308,42 @@ class Work:
             logits = self.q.new_empty(nb * nh, length, count)
             kept.append(logits)
         gain, added = pairs(self.dense, tile)
-        # First, since a product that is added to its output takes up to twice the time.
-        content = self._content(logits, tile).view(tile.shape)
+        begun = gain is not None
         if gain is not None:
-            content.mul_(gain)
+            self._content(logits, tile, False).view(tile.shape).mul_(gain)
         if added is not None:
-            content.add_(added)
+            put(logits.view(tile.shape), added, begun)
+            begun = True
         for way in self.rows:
-            way.gather(logits, tile)
+            way.gather(logits, tile, begun)
+            begun = True
+        if gain is None:
+            self._content(logits, tile, begun)
         dead = self.given.tiles.hide(logits, tile)
         torch.softmax(logits, -1, out=logits)
         if dead is not None:
             logits.view(tile.shape).masked_fill_(dead, 0.0)
         return logits
 
-    def _content(self, out: Tensor, tile: Tile) -> Tensor:
+    def _content(self, out: Tensor, tile: Tile, add: bool) -> Tensor:
         q, k = self.q[:, tile.rows], _first(self.k, tile)
         if self.given.channels:
-            return out.copy_(by_channels(self.dense, q, k, tile))
-        return torch.bmm(q, k.transpose(1, 2), out=out)
+            put(out, by_channels(self.dense, q, k, tile), add)
+        else:
+            _product(out, q, k.transpose(1, 2), add)
+        return out
 
     def _way(self, i: int) -> ByMap | Blocks:
-        plan, blocks = self.given.plan, self.given.blocks(i)
-        if plan.layout is None or blocks is None:
-            return ByMap(plan.terms[i][1], self.q.device)
-        return Blocks(plan.layout, blocks, self.given.of_key(i), self.part[0])
+        given, blocks = self.given, self.given.blocks(i)
+        if self.index is None and i in given.ways:
+            return given.ways[i]
+        if given.plan.layout is None or blocks is None:
+            way: ByMap | Blocks = ByMap(given.plan.terms[i][1], self.q.device)
+        else:
+            way = Blocks(given.plan.layout, blocks, given.of_key(i), self.part[0])
+        if self.index is None:
+            given.ways[i] = way
+        return way
 
     def _own(self, x: Tensor) -> Tensor:
         """Return the part of ``[B, H, R, ...]`` as ``[n, R, ...]``."""
@@ -342,10 +354,8 @@ def _product(out: Tensor, x: Tensor, y: Tensor, add: bool) -> None:
     """Write ``x @ y`` to out, or add it."""
     if out.is_contiguous():
         out.baddbmm_(x, y, beta=int(add))
-    elif add:
-        out.add_(torch.bmm(x, y))
     else:
-        out.copy_(torch.bmm(x, y))
+        put(out, torch.bmm(x, y), add)
 
 
 def _first(x: Tensor, tile: Tile) -> Tensor:

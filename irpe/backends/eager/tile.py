@@ -76,7 +76,7 @@ class Tiles:
                 mask, dead = call.merged_mask()
                 assert mask is not None and dead is not None
                 self.mask, self.dead = mask.expand(shape), dead.expand(*shape[:3], 1)
-        many = self.B * self.H if kept else threads
+        many = threads
         self.parts = [list(self._tiles(whole)) for whole in self._parts(padding, many)]
         shapes = [tile.shape for part in self.parts for tile in part]
         self.one = shapes == [(self.B, self.H, self.L, self.S)]
