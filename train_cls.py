@@ -6,9 +6,9 @@
     python train_cls.py --config FILE --data.name folder --data.root DIR --checkpoint plain.pth \\
         --rpe rpe-1.9-product-ctx-1-k
 
-A checkpoint may start a training of other classes, another image size or another encoding: the run
-prints what it took. `--help` lists every option. Several processes: put `accelerate launch` or
-`torchrun` in front.
+A checkpoint may have other classes, another image size or another encoding: the run prints the
+loaded tensors. `--help` lists all options. For several processes use `accelerate launch` or
+`torchrun` instead of `python`.
 """
 
 import sys

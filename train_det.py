@@ -5,9 +5,9 @@
     python train_det.py --config FILE --eval-only --checkpoint weights.pth
     python train_det.py --config FILE --data.name coco --coco_path DIR --checkpoint detr.pth
 
-A checkpoint may start a training of other classes, another image size or another encoding: the run
-prints what it took. `--help` lists every option. Several processes: put `accelerate launch` or
-`torchrun` in front.
+A checkpoint may have other classes, another image size or another encoding: the run prints the
+loaded tensors. `--help` lists all options. For several processes use `accelerate launch` or
+`torchrun` instead of `python`.
 """
 
 import sys

@@ -4,7 +4,8 @@
     python train_lm.py --config configs/lm/stdlib.yaml --data.name files --data.root book.txt
     python train_lm.py --config FILE --eval-only --checkpoint weights.safetensors
 
-`--help` lists every option. Several processes: put `accelerate launch` or `torchrun` in front.
+`--help` lists all options. For several processes use `accelerate launch` or `torchrun` instead of
+`python`.
 """
 
 import sys

@@ -1,1 +1,1 @@
-"""Whole models to read and to train; not part of the wheel."""
+"""Complete models, as examples and for training; not part of the wheel."""

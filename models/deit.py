@@ -1,7 +1,7 @@
 """DeiT with image relative position encoding, built on ``irpe.RPEAttention``.
 
-An example of a custom vision transformer, and the independent oracle for ``irpe.attach``. Keys and
-shapes are those of timm and of the released checkpoints.
+An example of a custom vision transformer, and an independent reference for tests of
+``irpe.attach``. Keys and shapes are those of timm and of the released checkpoints.
 
 DeiT: Touvron et al., ICML 2021. iRPE: Wu et al., ICCV 2021.
 """
@@ -46,9 +46,15 @@ class DeiT(nn.Module):
     """DeiT for images of any size.
 
     Args:
-        img_size: side of the images that the absolute embedding is made for, in pixels; it is
-            interpolated to others. The relative tables serve all sizes unmodified.
-        rpe: spec of the encoding, None for plain DeiT.
+        img_size: side of the images of the absolute embedding, in pixels; the embedding is
+            interpolated to other sizes. Relative tables do not depend on the size.
+        patch_size: side of a patch, in pixels.
+        embed_dim: C.
+        depth: number of blocks.
+        num_heads: H, a divisor of C.
+        mlp_ratio: hidden channels of the MLP, as a multiple of C.
+        num_classes: number of classes.
+        rpe: spec of the encoding, or None for plain DeiT.
         backend: see ``irpe.attention``.
     """
 
@@ -98,7 +104,7 @@ class DeiT(nn.Module):
         return self.forward_head(self.forward_features(image))
 
     def _absolute(self, height: int, width: int) -> Tensor:
-        # Resampling to the same size is exact; a graph for all sizes resamples there too.
+        # A graph for dynamic sizes always resamples, which is exact for the same size.
         dynamic = torch.compiler.is_dynamo_compiling() or isinstance(height + width, torch.SymInt)
         if not dynamic and height == width == self.side:
             return self.pos_embed

@@ -99,7 +99,7 @@ def test_what_triton_cannot_do(kinds, given, reason):
 def test_triton_without_a_gpu_names_the_able(monkeypatch):
     monkeypatch.setattr(irpe.backends.triton, "INTERPRETED", False)
     q = torch.zeros(1, 1, 4, 16)
-    with pytest.raises(irpe.IrpeError, match="on cpu.*Able: reference, eager, sdpa"):
+    with pytest.raises(irpe.IrpeError, match="on cpu.*Use one of reference, eager, sdpa"):
         irpe.attention(q, q, q, backend="triton")
 
 

@@ -148,7 +148,7 @@ def test_what_cannot_be_equipped():
     with irpe.located(GRID):
         whole(image, queries)
         irpe.attach(whole, K, where="decoder.*")
-        with pytest.raises(irpe.IrpeError, match="L=4 and S=4: attach with where="):
+        with pytest.raises(irpe.IrpeError, match="L=4 and S=4 tokens: attach with where="):
             whole(image, queries)
     with pytest.raises(irpe.IrpeError, match="without a position"):
         irpe.attach(nn.MultiheadAttention(C, H, add_bias_kv=True), K)

@@ -153,7 +153,7 @@ def test_low_precision_gradients():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_positions_in_16_bits_are_refused(dtype):
     """They round: 2049 is 2048 in float16."""
-    with pytest.raises(irpe.IrpeError, match=f"{dtype}.*integers, or float32"):
+    with pytest.raises(irpe.IrpeError, match=f"{dtype}.*integers or float32"):
         irpe.Sequence(4, positions=torch.arange(4, dtype=dtype))
 
 
@@ -401,8 +401,8 @@ def test_head_dims_that_cannot_be_rotated(spec, D, says):
     ("spec", "geometry", "says"),
     [
         ("rope", irpe.Grid(2, 3), ("rope-axial", "Grid(2, 3")),
-        ("rope-axial", irpe.Sequence(6), ("rope would do", "1")),
-        ("rope-mixed", irpe.Sequence(6), ("rope would do", "1")),
+        ("rope-axial", irpe.Sequence(6), ("use rope", "1")),
+        ("rope-mixed", irpe.Sequence(6), ("use rope", "1")),
         ("rope", None, ("None", "irpe.Sequence")),
     ],
 )

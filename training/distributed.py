@@ -62,7 +62,7 @@ def _check_launcher() -> None:
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
             # On a CPU accelerate silently uses DDP instead of FSDP.
             raise UserError(
-                f"accelerate launch asks for {name}, which these scripts do not support; leave it "
+                f"accelerate launch is set to {name}, which these scripts do not support; leave it "
                 "out for DDP, or shard with torchrun and run.shard: true (FSDP2)"
             )
     alone = "MASTER_ADDR" in os.environ and not any(
@@ -76,7 +76,7 @@ def _check_launcher() -> None:
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps != "1":
         raise UserError(
-            f"accelerate launch asks for {steps} accumulated batches, which would divide the loss "
+            f"accelerate launch is set to {steps} accumulated batches, which would divide the loss "
             "twice; set grad_accum_steps instead"
         )
 

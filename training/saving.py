@@ -61,7 +61,7 @@ class Checkpointer:
             self.attempt(lambda path=path, model=model: save_weights(path, model, header), must)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Load what :meth:`save_state` wrote, in every process."""
+        """Load a state of :meth:`save_state`, in every process."""
         run, scaler = self.context, self.context.accelerator.scaler
         try:
             run.model.load_state_dict(state["model"])

@@ -18,7 +18,7 @@ from .config import remember_specs
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What ``attach`` changed.
+    """The changes of ``attach``.
 
     Args:
         specs: path of each attention module that was changed, and its spec.
@@ -55,7 +55,7 @@ class Report:
             lines.append(f"{spec} on {len(paths)} attention modules ({names})")
         same = self.native == "keep" and all(parse(spec).neutral for spec in by_spec)
         return f"{'; '.join(lines)}, {self.parameters:,} parameters added; outputs " + (
-            "stay the same until trained" if same else "change at once: train on"
+            "stay the same until trained" if same else "change at once: train the model"
         )
 
 
@@ -82,7 +82,7 @@ def attach(
     Args:
         model: a vision transformer of timm or torchvision, an image encoder of transformers, an
             ``nn.MultiheadAttention`` (``nn.TransformerEncoder``), a model of a registered library
-            (``irpe.register_host``), or any module that holds some of these.
+            (``irpe.register_host``), or any module that contains some of these.
         spec: the encoding, as ``"rpe-2.0-product-ctx-1-k"``; several for one module as
             ``"rope-axial + rpe-1.9-product-bias-1-k"``; or a mapping of shell patterns to specs:
             each module gets the spec of the first pattern that matches its path; a module that
@@ -156,7 +156,7 @@ def _choose(
         raise IrpeError(
             f"{type(model).__name__} has no attention that attach supports: it supports vision "
             "transformers of timm and torchvision, image encoders of transformers, and torch's "
-            "nn.MultiheadAttention; for a model of your own, use irpe.RPEAttention"
+            "nn.MultiheadAttention; for your own model, use irpe.RPEAttention"
         )
     fitting = ((site, [p for p in patterns if fnmatchcase(site.name, p)]) for site in sites)
     chosen = [(site, found[0]) for site, found in fitting if found]

@@ -45,7 +45,7 @@ def _current_task() -> int:
 class _State:
     """The state of a slot in one thread.
 
-    It is an object of its own because compilers replay writes to it, but not to a thread-local.
+    It is a separate object because compilers replay writes to it, but not to a thread-local.
     ``depth`` counts the nested ``located`` that are being compiled. ``stored``, of ``_LOCATED``,
     lists the slots that were written inside them. A compiled ``located`` cannot iterate over all
     slots to clear them, and compilers guard integers but not the identity of the latest geometry;

@@ -54,7 +54,7 @@ def create(
     except Exception as error:  # timm and its downloads raise many exceptions
         what = f"{name!r} at {size[0]}x{size[1]} pixels" if size else f"{name!r}"
         why = f"{type(error).__name__}: {error}"
-        raise IrpeError(f"timm cannot make or run {what}: {why:.160}") from error
+        raise IrpeError(f"timm cannot create or run {what}: {why:.160}") from error
 
 
 def opened(path: str, size: tuple[int, int] | None = None) -> tuple[str, Any]:

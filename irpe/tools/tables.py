@@ -98,7 +98,13 @@ def over_offsets(
     """Return the values ``[H | 1, 2 height - 1, 2 width - 1]`` of one layer, see ``Tables``.
 
     Args:
+        spec: the encoding.
+        kind: ``rpe_q``, ``rpe_k`` or ``rpe_v``.
         parts: the table as ``whole``; for method cross ``rp_rows`` and ``rp_cols``.
+        grid: (height, width) in patches.
+
+    Raises:
+        IrpeError: if the parts or shapes do not fit the spec.
     """
     names = ("rp_rows", "rp_cols") if spec.method == "cross" else ("whole",)
     if set(parts) != set(names):

@@ -1,8 +1,8 @@
-"""DETR (Carion et al., ECCV 2020) whose encoder takes relative positions (Wu et al., ICCV 2021).
+"""DETR (Carion et al., ECCV 2020) with relative positions in its encoder (Wu et al., ICCV 2021).
 
-Names and shapes are the original's: released checkpoints load with ``load_state_dict``.
+Released checkpoints load with ``load_state_dict``: names and shapes are the same.
 
-A name is imported when it is first used: the transformer alone needs no torchvision.
+Names are imported at first use, so that the transformer does not need torchvision.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Multi-head attention under the parameter names of ``nn.MultiheadAttention``, on irpe."""
+"""Multi-head attention on irpe, with the parameter names of ``nn.MultiheadAttention``."""
 
 import torch
 from torch import Tensor, nn
@@ -7,14 +7,17 @@ import irpe
 
 
 class MultiheadAttention(nn.Module):
-    """Attention with separate queries, keys and values, and position terms if a grid is given.
+    """Attention with separate queries, keys and values, and an optional encoding.
 
     Args:
-        dim: C, channels.
-        num_heads: H, divides C.
-        dropout: on the probabilities.
-        rpe: spec of an encoding, None for plain attention.
+        dim: C, number of channels.
+        num_heads: H, a divisor of C.
+        dropout: dropout probability of the attention probabilities.
+        rpe: spec of an encoding, or None for plain attention.
         backend: see ``irpe.attention``.
+
+    Raises:
+        irpe.IrpeError: if ``num_heads`` does not divide ``dim``.
     """
 
     def __init__(
@@ -27,7 +30,7 @@ class MultiheadAttention(nn.Module):
     ) -> None:
         super().__init__()
         if dim % num_heads:
-            raise irpe.IrpeError(f"dim={dim} is no multiple of num_heads={num_heads}")
+            raise irpe.IrpeError(f"dim={dim} is not a multiple of num_heads={num_heads}")
         self.num_heads, self.dropout, self.backend = num_heads, dropout, backend
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
@@ -46,16 +49,17 @@ class MultiheadAttention(nn.Module):
         seen: Tensor | None = None,
         geometry: irpe.Geometry | None = None,
     ) -> Tensor:
-        """
+        """Compute the attention.
+
         Args:
             query: ``[B, L, C]``.
             key: ``[B, S, C]``.
             value: ``[B, S, C]``.
-            seen: bool ``[B, S]``, False for keys that are padding.
+            seen: bool ``[B, S]``, False for padding.
             geometry: positions of the tokens, for an encoding.
 
         Returns:
-            ``[B, L, C]``. A query that sees no key gives the bias of the output projection.
+            ``[B, L, C]``. For a fully masked query, the bias of the output projection.
         """
         encodings = irpe.encodings_of(self)
         query, key = encodings.inputs(query, key, geometry)

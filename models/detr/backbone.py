@@ -1,4 +1,4 @@
-"""The feature extractor: any of timm's, or a small stem of convolutions."""
+"""The feature extractor: a timm model, or a small stem of convolutions."""
 
 import itertools
 
@@ -13,17 +13,20 @@ FROZEN_STAGES = ("conv1", "layer1")  # as in the released models, which train wi
 
 
 class Backbone(nn.Module):
-    """Backbone: images to their last feature map.
+    """Computes the last feature map of images.
+
+    Batch norms of timm models are frozen: their weights and statistics are buffers. The stem has
+    three convolutions of stride 2 and trainable batch norms.
 
     Args:
         name: ``"stem"``, or a timm model with feature maps, as ``"resnet50"``
-            (``"resnet50.tv_in1k"`` has the weights that the original starts from).
+            (``"resnet50.tv_in1k"`` has the weights of the authors' code).
         dilation: dilate the last stage instead of halving the resolution.
         pretrained: load published weights (downloads them).
-        width: channels of the stem's map.
+        width: number of channels of the stem.
 
-    Batch norms of timm models are frozen: their weights and statistics are buffers. The stem has
-    three convolutions of stride 2 and is trained from scratch, with its batch norms.
+    Raises:
+        irpe.IrpeError: if timm cannot build the model.
     """
 
     def __init__(
@@ -69,7 +72,7 @@ def _stem(width: int) -> nn.Module:
     channels = (3, width // 4, width // 2, width)
     for before, after in itertools.pairwise(channels):
         layers += [
-            # Wide enough that a feature sees 29 pixels, a whole small object.
+            # A receptive field of 29 pixels, for small objects.
             nn.Conv2d(before, after, 5, stride=2, padding=2, bias=False),
             nn.BatchNorm2d(after),
             nn.ReLU(),
@@ -94,5 +97,5 @@ def _frozen(module: nn.Module) -> nn.Module:
 
 
 def resized(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return a padding mask bool ``[B, H, W]`` at a feature map's size, by the nearest pixel."""
+    """Return a padding mask, bool ``[B, H, W]``, resized to a feature map by nearest pixels."""
     return nn.functional.interpolate(mask[None].float(), size=size)[0].to(torch.bool)

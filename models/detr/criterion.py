@@ -1,4 +1,4 @@
-"""DETR's losses, over matched pairs of queries and targets."""
+"""DETR's losses of matched pairs of queries and targets."""
 
 from typing import Any
 
@@ -17,12 +17,11 @@ _ROUNDING = 1e-3
 class Criterion(nn.Module):
     """Cross entropy of classes, L1 and generalized IoU of boxes, for every decoder layer.
 
-    Losses of boxes are per target. In training mode the number of targets is averaged over all
-    processes, so each process must call the criterion equally often. In evaluation mode processes
-    do not wait for each other.
+    Losses of boxes are divided by the number of targets. In training mode this number is averaged
+    over all processes, so all processes must call the criterion equally often.
 
     Args:
-        num_classes: object classes, "no object" left out.
+        num_classes: number of object classes, without "no object".
         matcher: see ``HungarianMatcher``.
         eos_coef: weight of "no object" in the cross entropy.
         bbox_loss_coef: weight of the L1 loss.
@@ -49,18 +48,19 @@ class Criterion(nn.Module):
     def forward(
         self, outputs: dict[str, Any], targets: list[dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """
+        """Compute the losses.
+
         Args:
-            outputs: of the model.
-            targets: for each image labels ``[T]`` and boxes ``[T, 4]``, center and size in units of
-                the image without its padding, from 0 to 1.
+            outputs: outputs of ``DETR``.
+            targets: for each image labels ``[T]`` and boxes ``[T, 4]``, center and size as
+                fractions of the image without padding.
 
         Returns:
-            loss (the weighted sum, to differentiate), loss_ce, loss_bbox, loss_giou (not weighted);
-            for each decoder layer i but the last, the same with ``_i``.
+            loss, the weighted sum; loss_ce, loss_bbox and loss_giou, not weighted; and the same
+            with ``_i`` for each decoder layer i except the last.
 
         Raises:
-            IrpeError: for a label that is no object class, or a box outside its image.
+            IrpeError: if a label is not an object class, or a box is outside its image.
         """
         for number, target in enumerate(targets):
             self._check(number, target["labels"], target["boxes"])

@@ -1,4 +1,4 @@
-"""Match one object query to each target, at the lowest total cost."""
+"""Match one object query to each target, with the lowest total cost."""
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -9,11 +9,15 @@ import irpe
 
 
 class HungarianMatcher:
-    """
+    """Matches queries and targets by the Hungarian algorithm.
+
     Args:
-        cost_class: weight of minus the probability of the target's class.
-        cost_bbox: of the L1 distance of boxes.
-        cost_giou: of minus their generalized intersection over union.
+        cost_class: weight of the negative probability of the target's class.
+        cost_bbox: weight of the L1 distance of boxes.
+        cost_giou: weight of the negative generalized IoU of boxes.
+
+    Raises:
+        irpe.IrpeError: if all weights are 0.
     """
 
     def __init__(
@@ -27,11 +31,12 @@ class HungarianMatcher:
     def __call__(
         self, outputs: dict[str, Tensor], targets: list[dict[str, Tensor]]
     ) -> list[tuple[Tensor, Tensor]]:
-        """
+        """Match the queries of each image.
+
         Args:
-            outputs: pred_logits ``[B, Q, classes + 1]``, pred_boxes ``[B, Q, 4]``.
-            targets: for each image labels ``[T]`` and boxes ``[T, 4]``, on any device. Boxes of
-                both are center and size.
+            outputs: pred_logits ``[B, Q, classes + 1]`` and pred_boxes ``[B, Q, 4]``, center and
+                size.
+            targets: for each image labels ``[T]`` and boxes ``[T, 4]``, on any device.
 
         Returns:
             For each image the matched queries, ascending, and their targets: int64
@@ -47,7 +52,7 @@ class HungarianMatcher:
         return pairs
 
     def cost(self, logits: Tensor, boxes: Tensor, target: dict[str, Tensor]) -> Tensor:
-        """Return costs ``[Q, T]``; values that are not finite get a very high cost."""
+        """Return costs ``[Q, T]``; NaN gets a very high cost."""
         truth, labels = target["boxes"].to(boxes), target["labels"].to(boxes.device)
         overlap = generalized_box_iou(
             box_convert(boxes, "cxcywh", "xyxy"), box_convert(truth, "cxcywh", "xyxy")

@@ -1,4 +1,4 @@
-"""DETR: backbone, transformer, and a class and a box for each object query."""
+"""DETR: backbone, transformer, and heads for classes and boxes."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -29,14 +29,15 @@ class MLP(nn.Module):
 
 
 class DETR(nn.Module):
-    """
+    """DETR (Carion et al., ECCV 2020).
+
     Args:
-        backbone: gives ``[B, num_channels, H, W]``.
-        positions: absolute positions from a mask.
+        backbone: returns ``[B, num_channels, H, W]``.
+        positions: returns absolute positions of a mask.
         transformer: see ``Transformer``.
-        num_classes: object classes, "no object" left out.
-        num_queries: Q, the largest number of objects in an image.
-        aux_loss: return predictions of every decoder layer.
+        num_classes: number of object classes, without "no object".
+        num_queries: Q, the maximum number of objects in an image.
+        aux_loss: whether to return predictions of every decoder layer.
     """
 
     def __init__(
@@ -59,15 +60,16 @@ class DETR(nn.Module):
         self.aux_loss = aux_loss
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
-        """
+        """Predict classes and boxes.
+
         Args:
-            images: ``[B, 3, H, W]``, padded right and below.
-            mask: bool ``[B, H, W]``, True for padding; None: none.
+            images: ``[B, 3, H, W]``, padded at the right and bottom.
+            mask: bool ``[B, H, W]``, True for padding; None: no padding.
 
         Returns:
             pred_logits ``[B, Q, classes + 1]``, "no object" last; pred_boxes ``[B, Q, 4]``,
-            center x, center y, width, height in units of the image without its padding; and
-            aux_outputs, such a dict for each decoder layer but the last.
+            center x, center y, width, height as fractions of the image without padding; and
+            aux_outputs, a list of such dicts for each decoder layer except the last.
         """
         if mask is None:
             mask = images.new_zeros((images.shape[0], *images.shape[-2:]), dtype=torch.bool)
@@ -77,7 +79,7 @@ class DETR(nn.Module):
         pos = positions(mask).to(features.dtype)
         hs, _ = self.transformer(self.input_proj(features), mask, self.query_embed.weight, pos)
         logits = self.class_embed(hs)
-        # In bfloat16 a box of a large image would be off by pixels.
+        # Not in bfloat16, whose rounding is several pixels in large images.
         exact = nullcontext() if hs.is_meta else torch.autocast(hs.device.type, enabled=False)
         with exact:
             boxes = self.bbox_embed(hs.to(self.class_embed.weight.dtype)).sigmoid()
@@ -107,10 +109,10 @@ def build_detr(
     enc_rpe2d: Spec | Sequence[Spec] = None,
     backend: str = "auto",
 ) -> DETR:
-    """Return DETR for options with the original's names; defaults are those of DETR-R50.
+    """Return DETR for options with the names of the authors' code; the default is DETR-R50.
 
     Raises:
-        irpe.IrpeError: for an unknown spec, backbone or kind of positions.
+        irpe.IrpeError: if a spec, the backbone or the kind of positions is unknown.
     """
     transformer = Transformer(
         hidden_dim,
@@ -136,15 +138,15 @@ def build_detr(
 
 @torch.no_grad()
 def detections(outputs: dict[str, Any], sizes: Tensor) -> list[dict[str, Tensor]]:
-    """Return scores, labels and boxes in pixels of the model's outputs.
+    """Return scores, labels and boxes of the outputs of ``DETR``.
 
     Args:
-        outputs: of the model.
+        outputs: outputs of ``DETR``.
         sizes: ``[B, 2]``, height and width of each image in pixels.
 
     Returns:
         For each image scores ``[Q]``, labels ``[Q]`` and boxes ``[Q, 4]`` (x0, y0, x1, y1 in
-        pixels), float32 at least.
+        pixels), at least float32.
     """
     logits, boxes = (
         outputs[key].to(torch.promote_types(outputs[key].dtype, torch.float32))

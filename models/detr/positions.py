@@ -1,4 +1,4 @@
-"""Absolute positions of a padded feature map: sine, or learned rows and columns."""
+"""Absolute positions of a padded feature map: sines, or learned rows and columns."""
 
 import math
 
@@ -9,12 +9,12 @@ import irpe
 
 
 class SinePositions(nn.Module):
-    """Sines and cosines of row and column, counted without padding.
+    """Sines and cosines of rows and columns, without padding.
 
     Args:
-        features: numbers for each axis; half of the channels.
-        temperature: largest wavelength over 2 pi.
-        normalize: count from 0 to 2 pi for any image size.
+        features: channels of each axis.
+        temperature: largest wavelength divided by 2 pi.
+        normalize: scale positions to [0, 2 pi] for any image size.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class LearnedPositions(nn.Module):
     """A learned vector for each row and each column.
 
     Args:
-        features: numbers for each axis.
-        sides: number of rows and columns with a vector.
+        features: channels of each axis.
+        sides: maximum number of rows and columns.
     """
 
     def __init__(self, features: int = 256, sides: int = 50) -> None:

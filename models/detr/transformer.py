@@ -1,4 +1,4 @@
-"""DETR's transformer; the self-attention of its encoder takes position terms.
+"""DETR's transformer, with encodings in the self-attention of the encoder.
 
 Shapes: B images, C channels, H x W the feature map, L = H W its tokens, Q object queries.
 """
@@ -20,21 +20,22 @@ class Transformer(nn.Module):
 
     Args:
         d_model: C.
-        nhead: number of heads, divides C.
-        num_encoder_layers: depth of the encoder.
-        num_decoder_layers: depth of the decoder.
-        dim_feedforward: width of the feed-forward layers.
-        dropout: probability of all dropouts.
-        normalize_before: norms before attention and feed-forward (pre-norm), not after.
-        return_intermediate_dec: return the output of every decoder layer, not of the last alone.
-        enc_rpe2d: spec of the encoder's encoding, as ``"rpe-2.0-product-ctx-1-k"``; a sequence
-            gives one per layer; None or "" for none.
-        dec_rpe2d: must be None: object queries have no position on the grid.
+        nhead: number of heads, a divisor of C.
+        num_encoder_layers: number of encoder layers.
+        num_decoder_layers: number of decoder layers.
+        dim_feedforward: hidden channels of the feed-forward layers.
+        dropout: dropout probability.
+        normalize_before: whether norms are before attention and feed-forward (pre-norm).
+        return_intermediate_dec: whether to return the outputs of all decoder layers.
+        enc_rpe2d: spec of the encoder's encoding, as ``"rpe-2.0-product-ctx-1-k"``, or a sequence
+            with one for each layer; None or "": no encoding.
+        dec_rpe2d: must be None, since object queries have no positions.
         cross_rpe2d: likewise.
-        backend: see ``irpe.attention``; for the layers that have an encoding.
+        backend: see ``irpe.attention``; for layers with an encoding.
 
     Raises:
-        irpe.IrpeError: for specs that do not parse, do not match the layers, or are not supported.
+        irpe.IrpeError: if a spec is invalid or not supported, or the number of specs is not that of
+            the layers.
     """
 
     def __init__(
@@ -60,8 +61,8 @@ class Transformer(nn.Module):
         ):
             if spec:
                 raise irpe.IrpeError(
-                    f"{name}={str(spec)!r}: {part} cannot take an image encoding, since object "
-                    "queries have no place on the grid; enc_rpe2d is for the encoder"
+                    f"{name}={str(spec)!r}: {part} cannot have an image encoding, since object "
+                    "queries have no positions; enc_rpe2d is for the encoder"
                 )
         specs = _by_layer(enc_rpe2d, num_encoder_layers)
         self.d_model, self.nhead = d_model, nhead
@@ -82,7 +83,8 @@ class Transformer(nn.Module):
     def forward(
         self, src: Tensor, mask: Tensor | None, query_embed: Tensor, pos_embed: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """
+        """Compute hidden states of object queries.
+
         Args:
             src: features ``[B, C, H, W]``.
             mask: bool ``[B, H, W]``, True for padding.
@@ -117,7 +119,7 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(FeedForward):
-    """Self-attention over the feature map; queries and keys have absolute positions."""
+    """Self-attention over the feature map, with absolute positions added to queries and keys."""
 
     def __init__(
         self,
@@ -146,7 +148,7 @@ class EncoderLayer(FeedForward):
 
 
 class Encoder(nn.Module):
-    """A stack of layers, with a last norm if they are pre-norm."""
+    """A stack of layers, with a final norm if they are pre-norm."""
 
     def __init__(self, layers: list[EncoderLayer], norm: nn.Module | None) -> None:
         super().__init__()
@@ -159,7 +161,7 @@ class Encoder(nn.Module):
 
 
 class DecoderLayer(FeedForward):
-    """Self-attention among object queries, then attention to the feature map."""
+    """Self-attention of object queries, then cross-attention to the feature map."""
 
     def __init__(
         self, dim: int, num_heads: int, hidden: int, dropout: float, normalize_before: bool
@@ -189,7 +191,7 @@ class DecoderLayer(FeedForward):
 
 
 class Decoder(nn.Module):
-    """A stack of layers; one norm is applied to each output."""
+    """A stack of layers; the same norm is applied to each output."""
 
     def __init__(self, layers: list[DecoderLayer], norm: nn.Module, intermediate: bool) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Models of text that take any encoding: a causal language model, and a bidirectional classifier.
+"""Text models with any encoding: causal language model, classifier, span finder, BERT.
 
-``CausalLM`` shows how encodings, caches and memories work together.
+``CausalLM`` shows how to use encodings with caches and memories.
 """
 
 from .bert import Bert, released_options, released_weights

@@ -1,6 +1,6 @@
 """Self-attention over text with a cache of earlier tokens.
 
-Shapes: B texts, L tokens read now, S tokens seen in all, C channels, H heads of D.
+Shapes: B texts, L new tokens, S tokens with those in the cache, C channels, H heads of D.
 """
 
 import torch
@@ -16,10 +16,13 @@ class Attention(nn.Module):
 
     Args:
         dim: C.
-        num_heads: H, divides C.
-        causal: whether a query sees no later token.
-        drop: dropout on the attention probabilities.
+        num_heads: H, a divisor of C.
+        causal: whether the attention is causal.
+        drop: dropout probability of the attention probabilities.
         backend: see ``irpe.attention``.
+
+    Raises:
+        irpe.IrpeError: if ``num_heads`` does not divide ``dim``.
     """
 
     def __init__(
@@ -27,7 +30,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         if dim % num_heads:
-            raise irpe.IrpeError(f"dim={dim} is no multiple of num_heads={num_heads}")
+            raise irpe.IrpeError(f"dim={dim} is not a multiple of num_heads={num_heads}")
         self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.causal, self.drop, self.backend = causal, drop, backend
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -42,19 +45,21 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         terms: tuple[irpe.Term, ...] = (),
     ) -> tuple[Tensor, Kept]:
-        """
+        """Compute the attention of new tokens.
+
         Args:
-            x: ``[B, L, C]``.
-            here: positions of its tokens.
-            seen: geometry with these as queries, and all S tokens as keys, those of ``past`` first.
+            x: new tokens ``[B, L, C]``.
+            here: their positions.
+            seen: geometry with x as queries and all S tokens as keys, those of ``past`` first.
+            past: the cache; None: empty.
             mask: see ``irpe.attention``.
-            terms: of an encoding that all layers share.
+            terms: terms of an encoding that all layers share.
 
         Returns:
             ``[B, L, C]``, and the cache of all S tokens.
         """
         encodings = irpe.encodings_of(self)
-        # Keys of all tokens are projected, or those of x only if the others are cached.
+        # Project the keys of all tokens, or only those of x if the others are cached.
         project = past is None or past.inputs is not None
         source, where = x, here
         if past is not None and project:
@@ -98,10 +103,10 @@ class Attention(nn.Module):
         return self._heads(q), self._heads(k), self._heads(v)
 
     def _infused(self, q: Tensor, where: irpe.Geometry) -> tuple[Tensor, Tensor | None]:
-        """Return queries with their sinusoids, and the part of keys from positions, for ``pia``.
+        """Return queries with sinusoids, and the position part of keys, for ``pia``.
 
-        A projection is linear, Wk (y + p) = Wk y + Wk p: the content part of a key can be cached
-        and get new positions.
+        A projection is linear, Wk (y + p) = Wk y + Wk p, so a cache stores Wk y and adds Wk p of
+        new positions.
         """
         pia = getattr(self, "pia", None)
         if pia is None:
@@ -122,7 +127,7 @@ class Attention(nn.Module):
 
 
 def _joined(first: Tensor, second: Tensor) -> Tensor:
-    """Concatenate along S, ``[1 | B, H, S, D]``; one of them may be shared by all texts."""
+    """Concatenate two tensors ``[1 | B, H, S, D]`` along S."""
     size = max(first.shape[0], second.shape[0])
     parts = (part.expand(size, -1, -1, -1) for part in (first, second))
     return torch.cat(list(parts), 2)

@@ -1,7 +1,7 @@
 """BERT (Devlin et al., 2019), with absolute or relative positions, for released weights.
 
-Huang et al. (2020) trained BERT with Shaw's positions and with their fourth method; transformers
-up to 4.57 calls these ``relative_key`` and ``relative_key_query``.
+Huang et al. (2020) trained BERT with Shaw's positions and with their fourth method. Their names in
+transformers up to 4.57 are ``relative_key`` and ``relative_key_query``.
 
 Shapes: B texts, L tokens, C channels, D channels of a head.
 """
@@ -57,14 +57,14 @@ class Bert(nn.Module):
         vocab_size: number of tokens.
         dim: C.
         depth: number of blocks.
-        num_heads: divides C.
-        hidden: channels inside the MLP.
-        types: number of kinds of tokens.
-        encoding: ``learned,length=512`` as in BERT itself, ``shaw,clip=511`` or
+        num_heads: H, a divisor of C.
+        hidden: hidden channels of the MLP.
+        encoding: spec of the encoding: ``learned,length=512`` as in BERT, ``shaw,clip=511`` or
             ``huang4,clip=511`` as in ``relative_key`` and ``relative_key_query``, or any other.
-        drop: dropout on embeddings and blocks.
-        attn_drop: dropout on attention probabilities.
-        eps: of the norms.
+        types: number of token types.
+        drop: dropout probability of embeddings and outputs of attention and MLP.
+        attn_drop: dropout probability of attention probabilities.
+        eps: epsilon of the norms.
         backend: see ``irpe.attention``.
     """
 
@@ -96,16 +96,17 @@ class Bert(nn.Module):
             self.attach(encoding)
 
     def attach(self, spec: Spec) -> None:
-        """Add an encoding; a neutral one changes no outputs until it is trained."""
+        """Add an encoding; a neutral one does not change outputs until it is trained."""
         attach(self, spec)
 
     def forward(
         self, tokens: Tensor, types: Tensor | None = None, seen: Tensor | None = None
     ) -> Tensor:
-        """
+        """Return hidden states.
+
         Args:
             tokens: integers ``[B, L]``.
-            types: of the tokens ``[B, L]``; None: all are 0.
+            types: token types ``[B, L]``; None: all are 0.
             seen: bool ``[B, L]``, False for padding.
 
         Returns:
@@ -123,7 +124,7 @@ class Bert(nn.Module):
         return x
 
 
-# Our option -> its name in config.json.
+# Option -> its name in config.json.
 _OPTIONS = {
     "vocab_size": "vocab_size",
     "dim": "hidden_size",
@@ -146,7 +147,7 @@ def released_options(config: Mapping[str, object]) -> dict[str, object]:
     """Return the options of ``Bert`` for the ``config.json`` of a released checkpoint.
 
     Raises:
-        irpe.IrpeError: for positions or an activation that ``Bert`` does not support.
+        irpe.IrpeError: if ``Bert`` does not support the positions or the activation.
     """
     kind = config.get("position_embedding_type") or "absolute"
     if kind not in _SPECS:
@@ -158,7 +159,7 @@ def released_options(config: Mapping[str, object]) -> dict[str, object]:
     return {**options, "encoding": _SPECS[str(kind)].format(length=length, clip=length - 1)}
 
 
-# Released names except projections: a pattern, and our name.
+# Released names except projections: (pattern, name in ``Bert``).
 _NAMES = [
     (r"embeddings\.word_embeddings\.(weight)", r"embedding.\1"),
     (r"embeddings\.token_type_embeddings\.(weight)", r"types.\1"),
@@ -176,18 +177,18 @@ _LEFT_OUT = r"pooler\..*|cls\..*|embeddings\.position_ids|classifier\..*"
 
 
 def released_weights(weights: Mapping[str, Tensor], encoding: str) -> dict[str, Tensor]:
-    """Return a released BERT's weights under the names of ``SpanFinder(Bert(...))``.
+    """Return the weights of a released BERT with the names of ``SpanFinder(Bert(...))``.
 
     Args:
-        weights: as released, with or without ``bert.`` in front.
-        encoding: the model's, from ``released_options``. Shaw's table and that of the fourth
-            method are the released ``distance_embedding``, ``[2 P - 1, D]`` as ``[1, D, 2 P - 1]``.
+        weights: the released weights, with or without the prefix ``bert.``.
+        encoding: the model's encoding, from ``released_options``. The tables of ``shaw`` and
+            ``huang4`` are the released ``distance_embedding [2 P - 1, D]`` as ``[1, D, 2 P - 1]``.
 
     Returns:
-        ``body.*``, and ``head.*`` if the checkpoint has one for questions.
+        ``body.*``, and ``head.*`` if the checkpoint has a head for questions.
 
     Raises:
-        irpe.IrpeError: for names that BERT does not have.
+        irpe.IrpeError: if there are names that are not BERT's.
     """
     table = {"shaw": "shaw.table_k", "huang4": "huang.table"}.get(encoding.partition(",")[0])
     found: dict[str, Tensor] = {}
@@ -195,7 +196,7 @@ def released_weights(weights: Mapping[str, Tensor], encoding: str) -> dict[str, 
     unknown = []
     for full, value in weights.items():
         name = full.removeprefix("bert.")
-        # Older files have the names of TensorFlow's norms.
+        # Older files have TensorFlow's names of norms.
         name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
         name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
         if match := re.fullmatch(_PROJECTION, name):
@@ -204,7 +205,7 @@ def released_weights(weights: Mapping[str, Tensor], encoding: str) -> dict[str, 
         elif (match := re.fullmatch(_DISTANCES, name)) and table:
             found[f"body.blocks.{match[1]}.attn.{table}"] = value.T.unsqueeze(0)
         elif name == "embeddings.position_embeddings.weight":
-            if table is None:  # released with relative positions too, but not used there
+            if table is None:  # models with relative positions have it too, but do not use it
                 found["body.at_input.learned.weight"] = value
         elif match := re.fullmatch(r"qa_outputs\.(weight|bias)", name):
             found[f"head.{match[1]}"] = value

@@ -1,6 +1,6 @@
-"""The transformer below all heads: tokens to hidden states, with any encoding.
+"""The transformer of all text models: tokens to hidden states, with any encoding.
 
-Shapes: B texts, L tokens read now, S tokens seen in all, C channels.
+Shapes: B texts, L new tokens, S tokens with those in the cache, C channels.
 """
 
 import torch
@@ -50,23 +50,23 @@ class Block(nn.Module):
 
 
 class Body(nn.Module):
-    """Embedding, blocks and a last norm.
+    """Embedding, blocks and a final norm.
 
-    Token vectors have unit variance at the input and learned positions 1 / C of it, as in fairseq.
-    A sinusoid has variance 1/2, so it does not dominate them.
+    As in fairseq, token vectors have unit variance at the input, and learned positions 1 / C. A
+    sinusoid has variance 1/2, so it does not dominate.
 
     Args:
         vocab_size: number of tokens.
         dim: C.
         depth: number of blocks.
-        num_heads: divides C.
-        mlp_ratio: hidden channels of the MLP over C.
-        encoding: an encoding's spec, or None.
-        causal: whether a token sees no later one.
-        types: number of kinds of tokens, each with a vector, as question and context; 0: none.
-        drop: dropout on embeddings and on the outputs of blocks.
-        attn_drop: on attention probabilities.
-        act_drop: on the MLP's hidden channels.
+        num_heads: H, a divisor of C.
+        mlp_ratio: hidden channels of the MLP, as a multiple of C.
+        encoding: spec of the encoding, or None.
+        causal: whether the attention is causal.
+        types: number of token types, such as question and context; 0: no types.
+        drop: dropout probability of embeddings and outputs of attention and MLP.
+        attn_drop: dropout probability of attention probabilities.
+        act_drop: dropout probability of the MLP's hidden channels.
         backend: see ``irpe.attention``.
     """
 
@@ -101,7 +101,7 @@ class Body(nn.Module):
             self.attach(encoding)
 
     def attach(self, spec: Spec) -> None:
-        """Add an encoding; a neutral one changes no outputs until it is trained."""
+        """Add an encoding; a neutral one does not change outputs until it is trained."""
         if "learned" in attach(self, spec):
             nn.init.normal_(self.at_input.learned.weight, std=self.dim**-0.5)
 
@@ -113,14 +113,15 @@ class Body(nn.Module):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """
+        """Return hidden states.
+
         Args:
             tokens: integers ``[B, L]``.
-            types: of the tokens ``[B, L]``; None: all are 0.
+            types: token types ``[B, L]``; None: all are 0.
             seen: bool ``[B, L]``, False for padding.
-            positions: of the tokens, ``[L]`` or ``[B, L]``; None: they count the tokens seen.
-            mask: bool ``[B | 1, L, L]``, True where a query may see a key: texts packed into one
-                row, with positions that restart.
+            positions: positions ``[L]`` or ``[B, L]``; None: indices without padding.
+            mask: bool ``[B | 1, L, L]``, True if visible, for texts packed into one row with
+                positions that restart.
 
         Returns:
             ``[B, L, C]``.
@@ -136,9 +137,9 @@ class Body(nn.Module):
         state: Cache,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Cache]:
-        """Return ``forward`` after the tokens of a state, and the state after these tokens.
+        """Return ``forward`` after the tokens of a state, and the new state.
 
-        The mask is ``[B | 1, L, S]``, over all S tokens.
+        The mask is ``[B | 1, L, S]``.
         """
         check_tokens(tokens)
         self._check_state(tokens, state)
@@ -166,10 +167,13 @@ class Body(nn.Module):
         every: Tensor | None,
         ordered: bool,
     ) -> tuple[irpe.Sequence, irpe.Sequence, Tensor]:
-        """Return the geometry of the new tokens, that of these among all tokens, and all positions.
+        """Return the geometry of new tokens, of new tokens and all keys, and all positions.
 
         Args:
-            every: mask of the tokens that are seen; None: all.
+            tokens: the new tokens.
+            positions: their positions, or None.
+            state: the state before.
+            every: bool ``[B, S]``, False for padding; None: no padding.
             ordered: whether positions must increase.
         """
         length, past = tokens.shape[1], state.positions
@@ -208,12 +212,12 @@ class Body(nn.Module):
         if texts != tokens.shape[0]:
             raise irpe.IrpeError(
                 f"the cache is of {texts} texts, but tokens are {list(tokens.shape)}: "
-                "it serves the batch that it was made with"
+                "use it with the same batch"
             )
 
 
 def _all_seen(tokens: Tensor, seen: Tensor | None, state: Cache) -> Tensor | None:
-    """Return which tokens are seen ``[B, S]``, those of the state first; None: all."""
+    """Return bool ``[B, S]``, False for padding, with the tokens of the state first; or None."""
     if seen is not None and (seen.dtype != torch.bool or seen.shape != tokens.shape):
         raise irpe.IrpeError(
             f"seen is bool like tokens {list(tokens.shape)}, not {seen.dtype} {list(seen.shape)}"
@@ -231,7 +235,7 @@ def _all_seen(tokens: Tensor, seen: Tensor | None, state: Cache) -> Tensor | Non
 def _check_order(
     places: Tensor, every: Tensor | None, positions: Tensor, past: Tensor | None
 ) -> None:
-    """Raise unless positions increase over the seen tokens."""
+    """Raise unless positions increase, padding ignored."""
     if places.device.type != "cpu":
         return
     rising = places.diff() > 0
@@ -246,10 +250,12 @@ def _check_order(
 
 
 def attach(model: nn.Module, spec: Spec) -> set[str]:
-    """Add an encoding to a body, or several as a sum, and return its modules' names.
+    """Add an encoding, or a sum, to a body, and return the names of its modules.
 
-    It is added to every attention, or where its paper has it: at the input, or once for all
-    layers.
+    It is added to every attention module, or as in its paper: at the input, or once for all layers.
+
+    Raises:
+        irpe.IrpeError: if the encoding is for images, or the body has one of the same name.
     """
     return {name for part in irpe.parse(spec).parts for name in _attach_one(model, part)}
 
@@ -275,7 +281,7 @@ def _attach_one(model: nn.Module, spec: irpe.Spec) -> set[str]:
 
 
 def tables(model: nn.Module) -> set[str]:
-    """Return the names of encodings' parameters; a factor of q . k is neutral at 1: no decay."""
+    """Return the names of the parameters of encodings, which have no weight decay."""
     return {
         f"{path}.{name}"
         for path, module in model.named_modules()

@@ -1,8 +1,8 @@
-"""Caches of a language model for the tokens read so far.
+"""Caches of a language model for earlier tokens.
 
-Both kinds are values: more tokens give a new one, and the old one does not change.
+Caches are immutable: more tokens make a new cache.
 
-Shapes: B texts, H heads, S tokens remembered, C channels, D of a head.
+Shapes: B texts, H heads, S cached tokens, C channels, D channels of a head.
 """
 
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ from torch import Tensor
 class Kept(NamedTuple):
     """The cache of one layer; it is detached from the graph.
 
-    If gradients are computed, it holds the layer's inputs, which the next step projects with its
-    weights. Otherwise it holds the projections.
+    If gradients are computed, it has the layer's inputs, which the next step projects with its
+    weights. Otherwise it has the projections.
 
     Attributes:
-        inputs: of the projections, ``[B, S, C]``; the others are None then.
-        k: keys ``[B, H, S, D]`` with the encoding applied. With ``pia``: of the content only.
-            With a rotation that depends on the length of the text: before the rotation.
+        inputs: inputs of the projections, ``[B, S, C]``; the others are then None.
+        k: keys ``[B, H, S, D]`` with the encoding applied; with ``pia`` without positions; with a
+            rotation that depends on the length of the text, before the rotation.
         v: values ``[B, H, S, D]``.
         waves: with ``pia``, the position part of keys, ``[1 | B, H, S, D]``: Wk p of Wk y + Wk p.
     """
@@ -34,7 +34,7 @@ class Kept(NamedTuple):
 
     @property
     def texts(self) -> int:
-        """B."""
+        """B, the number of texts."""
         return next(part for part in self[:2] if part is not None).shape[0]
 
     def last(self, size: int) -> "Kept":
@@ -47,7 +47,7 @@ class Kept(NamedTuple):
         return Kept(cut(self.inputs), cut(self.k), cut(self.v), waves)
 
     def reorder(self, index: Tensor) -> "Kept":
-        """Return the cache of the texts of an index ``[B']``; sinusoids may be shared."""
+        """Return the cache of the texts with indices ``[B']``."""
         shared = self.waves is not None and self.waves.shape[0] == 1
         parts = (part if part is None else part.index_select(0, index) for part in self[:3])
         waves = self.waves if shared or self.waves is None else self.waves.index_select(0, index)
@@ -58,12 +58,12 @@ class Kept(NamedTuple):
 class Cache:
     """A cache of all tokens so far with their positions.
 
-    ``Cache()`` is empty: start a text with it.
+    ``Cache()`` is empty, for the start of a text.
 
     Args:
         layers: the cache of each layer.
-        positions: of the tokens, ``[S]`` or ``[B, S]``.
-        seen: bool ``[B, S]``, False for padding; None: there is none.
+        positions: positions of the tokens, ``[S]`` or ``[B, S]``.
+        seen: bool ``[B, S]``, False for padding; None: no padding.
     """
 
     layers: tuple[Kept, ...] = ()
@@ -71,10 +71,10 @@ class Cache:
     seen: Tensor | None = None
 
     def reorder(self, index: Tensor) -> "Cache":
-        """Return the state of some of the texts, as for beam search.
+        """Return the cache of selected texts, as for beam search.
 
         Args:
-            index: integers ``[B']`` from 0 to B - 1; a text may be chosen more than once.
+            index: integers ``[B']`` from 0 to B - 1; a text may occur more than once.
         """
         own = {
             name: part if part is None or part.dim() == 1 else part.index_select(0, index)
@@ -89,25 +89,25 @@ class Cache:
     def grown(
         self, layers: tuple[Kept, ...], positions: Tensor, seen: Tensor | None = None
     ) -> "Cache":
-        """Return the cache after more tokens: all of them."""
+        """Return the cache with more tokens."""
         return replace(self, layers=layers, positions=positions, seen=seen)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Memory(Cache):
-    """The tokens of the current block, and the last few before it (Press et al., 2021).
+    """A cache of the current block and the last tokens before it (Press et al., 2021).
 
-    A text is read in blocks, however it is passed in. At the end of a block all but the last
-    ``size`` tokens are dropped. So a token sees the same in a call of its own as in a whole block:
-    itself, and from ``size`` to ``size`` + ``block`` - 1 tokens before it.
+    A text is read in blocks. At the end of a block, all tokens except the last ``size`` are
+    dropped. So the context of a token does not depend on the calls that read the text: it has from
+    ``size`` to ``size`` + ``block`` - 1 tokens.
 
     ``CausalLM.memory`` creates one.
 
     Args:
         block: tokens of a block.
         size: tokens kept at the end of a block.
-        renumber: give kept tokens new positions, from 0 on. Otherwise they keep their positions,
-            which is equivalent for encodings of distances.
+        renumber: whether kept tokens get new positions, from 0. Otherwise they keep their
+            positions, which is equivalent for relative encodings.
         fresh: tokens of the current block that were read already.
     """
 

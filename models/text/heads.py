@@ -1,7 +1,7 @@
-"""Heads of a bidirectional body: classes of texts, and answers as spans.
+"""Heads of a bidirectional body: classification of texts, and answers as spans.
 
-A body, ``Body`` or ``Bert``, maps (tokens, types, seen) to hidden states ``[B, L, C]`` and has
-``dim``.
+A body, ``Body`` or ``Bert``, maps (tokens, types, seen) to hidden states ``[B, L, C]`` and has an
+attribute ``dim``.
 """
 
 import torch
@@ -11,7 +11,7 @@ from .body import tables
 
 
 class Classifier(nn.Module):
-    """Classify a text from the mean over its tokens."""
+    """Classifies a text by the mean of its hidden states."""
 
     def __init__(self, body: nn.Module, num_classes: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Classifier(nn.Module):
 
 
 class SpanFinder(nn.Module):
-    """Find the first and the last token of an answer in its context (Devlin et al., 2019)."""
+    """Finds the first and the last token of an answer in a context (Devlin et al., 2019)."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
@@ -41,15 +41,15 @@ class SpanFinder(nn.Module):
     def forward(
         self, tokens: Tensor, types: Tensor | None = None, seen: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """
+        """Return logits of the first and the last token.
+
         Args:
             tokens: question and context ``[B, L]``.
             types: 0 for the question, 1 for the context.
             seen: bool ``[B, L]``, False for padding.
 
         Returns:
-            Logits of each token to be the first and the last one, ``[B, L]`` each; the lowest
-            number of the dtype for padding.
+            ``[B, L]`` each; padding has the lowest value of the dtype.
         """
         logits = self.head(self.body(tokens, types, seen))
         if seen is not None:

@@ -18,13 +18,13 @@ Reader = Callable[[Cache | None, Tensor, Tensor], tuple[Tensor, Cache | None]]
 
 
 class CausalLM(nn.Module):
-    """A language model: predicts the next token at each token.
+    """A causal language model.
 
     Args:
         vocab_size: V.
-        encoding: an encoding's spec, or None.
-        tied: share the weights of the output layer and the embedding.
-        options: of ``Body``.
+        encoding: spec of the encoding, or None.
+        tied: whether output layer and embedding share weights.
+        options: further arguments of ``Body``.
     """
 
     def __init__(
@@ -54,19 +54,19 @@ class CausalLM(nn.Module):
 
         Args:
             tokens: integers ``[B, L]``.
-            positions: of the tokens, ``[L]`` or ``[B, L]``, increasing; None: they count the tokens
-                that are seen, after those of the state.
-            state: what was read before, of the same B texts; ``Cache()``: nothing.
-            seen: bool ``[B, L]``, False for padding, such as that on the left of shorter prompts.
-            mask: bool ``[B | 1, L, S]`` over all S tokens, True where a query may see a key. With
-                it positions may restart: texts packed into one row.
+            positions: increasing positions ``[L]`` or ``[B, L]``; None: indices without padding,
+                after the tokens of the state.
+            state: the cache of the same B texts; ``Cache()`` at the start; None: no cache.
+            seen: bool ``[B, L]``, False for padding, such as left padding of prompts.
+            mask: bool ``[B | 1, L, S]``, True if visible, for texts packed into one row; positions
+                may then restart.
 
         Returns:
-            Logits ``[B, L, V]``; with a state, the state after these tokens too.
+            Logits ``[B, L, V]``; with a state, also the new state.
 
         Raises:
-            irpe.IrpeError: for positions that do not increase, a state of other texts, or more
-                tokens than a table of positions has rows.
+            irpe.IrpeError: if positions do not increase, the state is of other texts, or there are
+                more tokens than rows in a table of positions.
         """
         if state is None:
             return self._logits(self.body(tokens, None, seen, positions, mask))
@@ -75,7 +75,7 @@ class CausalLM(nn.Module):
             return self._logits(out), state
         if any(given is not None for given in (positions, seen, mask)):
             raise irpe.IrpeError(
-                "a memory places its tokens itself: positions, seen and mask must be None"
+                "a memory sets positions itself: positions, seen and mask must be None"
             )
         hidden = []
         for piece in tokens.split(list(state.pieces(tokens.shape[1])), 1):
@@ -88,28 +88,30 @@ class CausalLM(nn.Module):
 
         Args:
             block: tokens of a block.
-            size: tokens remembered from block to block; None: a block.
+            size: tokens kept from block to block; None: ``block``.
 
         Raises:
-            irpe.IrpeError: if cached keys contain positions, so that they cannot get new
-                positions.
+            irpe.IrpeError: if positions are added at the input, so that cached tokens cannot get
+                new positions.
         """
         size = block if size is None else size
         if block < 1 or size < 0:
-            raise irpe.IrpeError(f"block={block} and size={size} are no numbers of tokens")
+            raise irpe.IrpeError(f"block={block} and size={size} are not numbers of tokens")
         if any(isinstance(m, irpe.Encoding) for m in self.body.at_input.children()):
             raise irpe.IrpeError(
-                "a memory needs an encoding that acts in attention, as pia or rope; here positions "
-                "are added at the model's input, and layers remember them"
+                "a memory needs an encoding in attention, such as pia or rope; here positions are "
+                "added at the model's input, so cached tokens contain them"
             )
         renumber = any(hasattr(block.attn, "pia") for block in self.body.blocks)
         return Memory(block=block, size=size, renumber=renumber)
 
     def reader(self, block: int | None = None, size: int | None = None) -> Reader:
-        """Return the model as a function of state, tokens and positions, for scoring texts.
+        """Return the model as a function of (state, tokens, positions), for scoring texts.
 
-        Without ``block`` calls are independent and return no state. With ``block``, rows are read
-        block by block with a memory, which sets positions itself.
+        Args:
+            block: tokens of a block of a memory, which sets positions itself; None: calls are
+                independent and return no state.
+            size: see ``memory``.
         """
 
         def alone(state: Cache | None, tokens: Tensor, positions: Tensor) -> tuple[Tensor, None]:
@@ -147,27 +149,28 @@ def generate(
     """Continue texts token by token.
 
     Args:
+        model: the language model.
         tokens: ``[B, L]``, the prompts.
-        count: tokens to add.
-        temperature: divides the logits; 0: always the most likely token.
-        state: what was read before the tokens; None: nothing.
-        seen: bool ``[B, L]``, False for padding on the left of shorter texts; None: there is none.
-        generator: of the draws, on the CPU.
+        count: number of tokens to add.
+        temperature: divisor of the logits; 0: always the most likely token.
+        state: the cache before the tokens; None: empty.
+        generator: random generator, on the CPU.
+        seen: bool ``[B, L]``, False for left padding; None: no padding.
 
     Returns:
         The new tokens, ``[B, count]``.
 
     Raises:
-        irpe.IrpeError: for a negative temperature, and a text whose last token is padding.
+        irpe.IrpeError: if the temperature is negative, or the last token of a text is padding.
     """
     if seen is not None and not bool(seen[:, -1:].all()):
-        raise irpe.IrpeError("the last token of every text must be seen: pad texts on the left")
+        raise irpe.IrpeError("the last token of a text must not be padding: pad texts on the left")
     if temperature < 0:
         raise irpe.IrpeError(f"temperature={temperature} is negative")
     state, found, given = Cache() if state is None else state, [], tokens
     for _ in range(count):
         logits, state = model(given, state=state, seen=seen)
-        seen = None  # new tokens are no padding
+        seen = None  # new tokens are not padding
         last = logits[:, -1].float().cpu()
         if temperature:
             given = torch.multinomial((last / temperature).softmax(-1), 1, generator=generator)

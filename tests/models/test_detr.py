@@ -158,7 +158,7 @@ def test_a_spec_for_each_layer():
 
 @pytest.mark.parametrize("name", ["dec_rpe2d", "cross_rpe2d"])
 def test_object_queries_have_no_place(name):
-    with pytest.raises(irpe.IrpeError, match=f"{name}='{K}'.*no place on the grid"):
+    with pytest.raises(irpe.IrpeError, match=f"{name}='{K}'.*no positions"):
         small(**{name: K})
 
 

@@ -19,7 +19,7 @@ NO_INSTANCES = [
     (b"{", ["is not JSON"]),
     (b"\xff\xfe\x00", ["is not JSON"]),
     (b"[" * 100_000, ["is not JSON"]),
-    (b"[]", ["holds a list", "an instances file has"]),
+    (b"[]", ["contains a list", "an instances file has"]),
     (b"{}", ["no list 'images' but nothing"]),
     ({"categories": None}, ["no list 'categories'", "annotations, images"]),
     ({"annotations": {}}, ["no list 'annotations'"]),

@@ -39,7 +39,7 @@ def test_a_sharded_step_is_a_plain_one(tmp_path: Path):
 )
 def test_what_the_launcher_asks_for_is_refused(monkeypatch, name: str, value: str, says: str, cls):
     monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=f"accelerate launch asks for.*{says}"):
+    with pytest.raises(UserError, match=f"accelerate launch is set to.*{says}"):
         make_accelerator(RunConfig(device="cpu"))
     status, _, err = cls("--run.device=cpu")
     assert status == 2 and err.count("\n") == 1 and says in err

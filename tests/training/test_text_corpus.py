@@ -310,16 +310,18 @@ def test_a_kept_stream_is_that_of_the_text(damage, code, tmp_path, capsys):
     _, text = kept(folder, source, **options)
     assert text == training_part(LINES)
     assert kept(folder, source, **options)[1] == text
-    assert "made again" not in capsys.readouterr().out
+    assert "created again" not in capsys.readouterr().out
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     damage(folder, source)
     tokens, text = kept(folder, source, **options)
     assert text == training_part(source.read_text(encoding="utf-8"))
     if {path: path.stat().st_mtime_ns for path in folder.iterdir()} != before:
-        assert "made again" in capsys.readouterr().out or damage.__code__.co_names[-1] == "unlink"
+        assert (
+            "created again" in capsys.readouterr().out or damage.__code__.co_names[-1] == "unlink"
+        )
     capsys.readouterr()
     assert kept(folder, source, **options)[1] == text
-    assert "made again" not in capsys.readouterr().out
+    assert "created again" not in capsys.readouterr().out
 
 
 def test_a_kept_stream_is_that_of_the_tokenizer(tmp_path, capsys):

@@ -245,9 +245,9 @@ def test_every_figure_names_its_protocol():
 
 def test_bad_protocols():
     cases = [
-        ((50, "sliding"), {}, ["protocol.stride: None", "8 tokens"]),
+        ((50, "sliding"), {}, ["protocol.stride: None", "from 1 to 8"]),
         ((50, "sliding", 8, 0), {}, ["protocol.stride: 0"]),
-        ((50, "sliding", 8, 9), {}, ["protocol.stride: 9", "8 tokens"]),
+        ((50, "sliding", 8, 9), {}, ["protocol.stride: 9", "from 1 to 8"]),
         ((50, "token", 8, 2), {}, ["protocol.stride: 2", "not token"]),
         ((50, "nonoverlapping", None), {}, ["protocol.length: None"]),
         ((50, "nonoverlapping", -3), {}, ["protocol.length: -3"]),

@@ -398,7 +398,7 @@ def test_byte_pairs_and_a_folder_that_keeps_them(lm, tmp_path: Path):
     figures = records(tmp_path / "runs" / "a")[0]
     assert figures["bits_per_byte"] < figures["loss"] / np.log(2)  # a token is more than a byte
     status, out, _ = lm(*options, "--data.separator=~~")
-    assert status == 0 and "made again" in out
+    assert status == 0 and "created again" in out
     assert len(list(kept.glob("train-300-*.bin"))) == 1  # the outdated one is removed
 
 

@@ -1,4 +1,4 @@
-"""The task of saying which package a text is from."""
+"""The task of classifying excerpts of text by their package."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Excerpts(Dataset):
 
     Attributes:
         bytes: [M, size] uint8.
-        labels: [M] int64, numbers of ``classes``.
+        labels: [M] int64, indices of ``classes``.
         classes: names of the packages, the same for all splits.
-        names: file and first byte of each excerpt, as ``json/decoder.py:512``.
+        names: file and start of each excerpt in bytes, as ``json/decoder.py:512``.
     """
 
     bytes: np.ndarray
@@ -43,7 +43,7 @@ class Excerpts(Dataset):
         return len(self.labels)
 
     def __getitem__(self, key: tuple[int, ...]) -> Sample:
-        """Return the excerpt of an (epoch, number, copy) of a sampler, as int64 [size]."""
+        """Return the excerpt of an (epoch, index, copy) of a sampler, as int64 [size]."""
         excerpt = torch.from_numpy(self.bytes[key[1]].astype(np.int64))
         return Sample(excerpt, int(self.labels[key[1]]))
 
@@ -57,15 +57,18 @@ def make_excerpts(
 ) -> dict[str, Excerpts]:
     """Cut the documents of each split into disjoint excerpts of ``size`` bytes.
 
-    A package is a class if it has at least ``min_files`` files in all, and an excerpt in every
-    split. Splits are taken in their order: an excerpt that is, byte for byte, one of an earlier
-    split is left out, so that none is both learned and asked for. What a file has beyond a multiple
-    of ``size`` is left out too.
+    A package is a class if it has at least ``min_files`` files and an excerpt in every split. An
+    excerpt that also occurs in an earlier split is left out, so that no test excerpt is trained on.
+    The end of a file that is shorter than ``size`` is left out.
 
     Args:
-        per_class: keep at most so many excerpts of a class in each split, chosen by their names.
+        splits: the documents of each split.
+        size: length of an excerpt in bytes.
+        min_files: minimum number of files of a package.
+        per_class: maximum number of excerpts of a class in each split; None: all.
 
-    Raises :class:`UserError` unless at least two packages are left.
+    Raises:
+        UserError: if fewer than two packages are left.
     """
     files: dict[str, int] = {}
     found: dict[str, dict[str, list[tuple[str, bytes]]]] = {}
@@ -117,7 +120,7 @@ class ClassifyExcerpts(Classify):
     unit = "texts"
 
     def __init__(self, config: LmConfig, accelerator: Accelerator) -> None:
-        # All splits are cut, so that the classes are the same whichever is evaluated on.
+        # Use all splits, so that classes do not depend on the evaluated split.
         self.parts = make_excerpts(
             {split: open_corpus(config.data, split) for split in SPLITS},
             **vars(config.excerpts),

@@ -1,4 +1,4 @@
-"""The task of train_lm.py: windows of text, their loss, and scores under stated protocols."""
+"""The task of train_lm.py: windows of text, their loss, and scores under several protocols."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PROMPT = 64  # tokens of held-out text before a sample
 
 @dataclass(frozen=True)
 class Part:
-    """A batch for one forward pass: which of a step's passes it is, and its scored tokens."""
+    """A batch for one forward pass: index of the pass in its step, batch, and scored tokens."""
 
     number: int
     batch: TextBatch
@@ -38,7 +38,7 @@ class Part:
 
 
 def tokens_of(windows: float, length: int) -> int:
-    """Tokens of a memory that is given in windows of ``length``; at least one."""
+    """Return the tokens of a memory of ``windows`` windows of ``length`` tokens, at least 1."""
     return max(1, round(windows * length))
 
 
@@ -46,9 +46,11 @@ class Held:
     """A text to score models on, under several protocols.
 
     Args:
-        config: protocols, eval_batch_size and memory are read.
-        stream: tokens of the text. byte_counts: bytes of each token there is.
-        length: of a window, where a protocol does not say.
+        config: options of the script.
+        accelerator: joins the processes.
+        stream: tokens of the text.
+        byte_counts: bytes of each token of the vocabulary.
+        length: default number of tokens of a window.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class Held:
         self.plans = [ScoringPlan(stream, protocol, **options) for protocol in config.protocols]
 
     def score(self, model: CausalLM, plan: ScoringPlan) -> Score:
-        """Score the text; each process reads its own part of it, and all get the sums."""
+        """Score the text; each process reads a part, and all processes get the sums."""
         device = self.accelerator.device
         memory = plan.length, tokens_of(self.memory, plan.length)
         reader = model.reader(*memory) if plan.memory else model.reader()
@@ -76,8 +78,8 @@ class Held:
         nats, tokens, size = self.accelerator.reduce(sums, "sum").tolist()
         return Score(plan.label, nats, int(tokens), int(size))
 
-    def figures(self, model: CausalLM, plan: ScoringPlan) -> dict[str, Any]:
-        """Return ``loss`` (nats per token), ``bits_per_byte`` and what they were scored under."""
+    def metrics(self, model: CausalLM, plan: ScoringPlan) -> dict[str, Any]:
+        """Return ``loss`` (nats per token), ``bits_per_byte`` and the protocol."""
         record = self.score(model, plan).record()
         return {"loss": record.pop("nats_per_token"), **record}
 
@@ -86,9 +88,13 @@ class Language(Task):
     """Training and evaluation of a language model.
 
     Args:
-        held: what to evaluate on. tokens: the code of the text.
-        plan: of all steps, None to evaluate only.
-        streams: tokens to train on, unless it is only evaluated, and held-out ones.
+        config: options of the script.
+        accelerator: joins the processes.
+        model: the language model.
+        held: the text to evaluate on.
+        tokens: the tokeniser.
+        plan: the windows of all steps; None: evaluation only.
+        streams: training tokens, unless evaluation only, and held-out tokens.
     """
 
     best, unit, panels = "bits_per_byte", "tokens", LANGUAGE
@@ -119,7 +125,7 @@ class Language(Task):
         self.states: list[Memory | None] = [None] * self.accumulate
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Part]:
-        """Yield this process's parts of the steps of an epoch, without the first ``skip``."""
+        """Yield this process's batches of an epoch, without the first ``skip``."""
         first, shards = epoch * self.steps, self.accelerator.num_processes
         for at in range(skip, self.steps * self.accumulate):
             step, number = divmod(at, self.accumulate)
@@ -129,7 +135,7 @@ class Language(Task):
             yield Part(number, batch.to(self.accelerator.device), count)
 
     def loss(self, model: nn.Module, batch: Part, step: int) -> Step:
-        """Cross entropy of the true next tokens, where there is one that counts."""
+        """Compute the cross entropy of the scored next tokens."""
         text = batch.batch
         if self.memory:
             state = None if text.reset else self.states[batch.number]
@@ -139,7 +145,7 @@ class Language(Task):
                 state = inner.memory(length, tokens_of(self.memory, length))
             logits, self.states[batch.number] = model(text.input_ids, state=state)
         else:
-            # Positions that count from 0 need not be looked at, nor kept apart for each row.
+            # Default positions need no checks, and are shared by all rows.
             placed = self.plan.segments.method not in ("none", "full")
             logits = model(text.input_ids, text.position_ids if placed else None)
         labels = text.labels.flatten()
@@ -148,7 +154,7 @@ class Language(Task):
 
     def evaluate(self, models: list[nn.Module]) -> list[dict[str, Any]]:
         """Return the held-out results of each model under the first protocol."""
-        return [self.held.figures(model, self.held.plans[0]) for model in models]
+        return [self.held.metrics(model, self.held.plans[0]) for model in models]
 
     def report(self) -> list[dict[str, Any]]:
         """Score the model under every protocol; print and return the results."""
@@ -178,7 +184,7 @@ class Language(Task):
         return [found.record() for found in scores]
 
     def _sample(self, model: CausalLM) -> str:
-        """Return the beginning of the held-out text and the model's continuation."""
+        """Return the start of the held-out text and the model's continuation."""
         config, length = self.config, self.config.stages[-1].length
         prompt = self.streams[-1][: min(PROMPT, length // 2 or 1)].astype(np.int64)
         state, count = None, config.sample
@@ -198,7 +204,7 @@ class Language(Task):
         return self.tokens.decode([*prompt.tolist(), *ids[0].tolist()])
 
     def carried(self) -> Any:
-        """Return what layers remember of the rows of all processes, in the plan's order."""
+        """Return the memory of the rows of all processes, in the plan's order."""
         if not self.memory or any(state is None for state in self.states):
             return None
         first = self.states[0]
@@ -230,10 +236,10 @@ class Language(Task):
             )
 
     def skipped(self) -> None:
-        """Drop the memory: after a step that was left out it is not a number."""
+        """Drop the memory, which is not finite after a skipped step."""
         self.states = [None] * self.accumulate
 
     def _gathered(self, layer: int) -> Tensor:
-        """What a layer remembers, in the order of (process, part, row): that of the plan."""
+        """Return the memory of a layer, in the plan's order (process, part, row)."""
         own = torch.stack([state.layers[layer].inputs for state in self.states])
         return self.accelerator.gather(own).flatten(0, 1).cpu()

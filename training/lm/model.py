@@ -1,4 +1,4 @@
-"""Build the models of train_lm.py, and load weights into them."""
+"""Build the models of train_lm.py and load their weights."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from training.weights import identity, start_from
 
 
 def specs(config: LmConfig) -> list[irpe.Spec]:
-    """Return the encodings that a config asks for; raise ``irpe.IrpeError`` for unknown ones."""
+    """Return the encodings of a config; raise ``irpe.IrpeError`` if one is unknown."""
     given = (text for text in (config.encoding, config.attach) if text is not None)
     return [part for text in given for part in irpe.parse(text).parts]
 
 
 def encoding_name(config: LmConfig) -> str:
-    """Say which encodings a config asks for, as in a run's name."""
+    """Return the encodings of a config as text, for the name of a run."""
     return " + ".join(map(str, specs(config))) or "none"
 
 
@@ -54,7 +54,7 @@ def build_classifier(config: LmConfig, classes: Sequence[str]) -> Classifier:
 
 
 def build_span_finder(config: LmConfig, vocab_size: int) -> SpanFinder:
-    """Create a model that finds answers, our own or a released BERT, and load the checkpoint."""
+    """Create a model that finds answers, new or a released BERT, and load the checkpoint."""
     if config.model.pretrained is None:
         body = {**_sizes(config), "encoding": config.encoding, "types": 2}
         return _built(config, lambda: SpanFinder(Body(vocab_size, **body)))
@@ -62,13 +62,13 @@ def build_span_finder(config: LmConfig, vocab_size: int) -> SpanFinder:
     options = released_config(folder)
     if config.encoding != options["encoding"]:
         raise UserError(
-            f"encoding: {config.encoding!r} is not that of {str(folder)!r}, which is "
-            f"{options['encoding']}; give that one"
+            f"encoding: {config.encoding!r} is not that of {str(folder)!r}; "
+            f"give {options['encoding']}"
         )
     if vocab_size > options["vocab_size"]:
         raise UserError(
             f"model.pretrained: the vocabulary in {str(folder)!r} has {vocab_size} tokens, but the "
-            f"model {options['vocab_size']}"
+            f"model has {options['vocab_size']}"
         )
 
     def released() -> SpanFinder:
@@ -88,7 +88,7 @@ def build_span_finder(config: LmConfig, vocab_size: int) -> SpanFinder:
 
 
 def released_config(folder: Path) -> dict[str, Any]:
-    """Return a BERT's options from the ``config.json`` of its folder."""
+    """Return the options of a BERT from the ``config.json`` in its folder."""
     path = folder / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -104,9 +104,9 @@ def _sizes(config: LmConfig) -> dict[str, Any]:
 
 
 def _built(config: LmConfig, make: Callable[[], Any], classes: dict[str, str] | None = None) -> Any:
-    """Make a model with its own seed, put the further encoding on, and load the checkpoint.
+    """Create a model with the seed, attach the further encoding, and load the checkpoint.
 
-    A checkpoint may be from before the encoding was attached: that then stays as it starts.
+    The checkpoint may lack the tables of the further encoding, which then keep their values.
     """
     torch.manual_seed(derive(config.seed, "model"))
     model: nn.Module = make()

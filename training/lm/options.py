@@ -32,13 +32,13 @@ class LmModelConfig:
     depth: int = 4
     """blocks"""
     num_heads: int = 4
-    """attention heads; they divide dim"""
+    """attention heads, a divisor of dim"""
     mlp_ratio: float = 4.0
-    """hidden channels of the MLP over dim"""
+    """hidden channels of the MLP, as a multiple of dim"""
     tied: bool = True
-    """language: the output layer's weights are those of the embedding"""
+    """language: whether output layer and embedding share weights"""
     drop: float = 0.0
-    """dropout on embeddings and on what blocks add"""
+    """dropout on embeddings and outputs of attention and MLP"""
     attn_drop: float = 0.0
     """dropout on attention probabilities"""
     act_drop: float = 0.0
@@ -46,58 +46,57 @@ class LmModelConfig:
     grad_checkpointing: bool = False
     """recompute activations in the backward pass to save memory"""
     pretrained: str | None = None
-    """questions: folder of a released BERT (config.json, its weights and its vocab.txt or
-    tokenizer.json), which decides about all sizes; encoding must then be the one it has"""
+    """questions: folder of a released BERT (config.json, weights, and vocab.txt or tokenizer.json),
+    which sets all sizes; encoding must be the same as in config.json"""
 
 
 @dataclass(kw_only=True)
 class LmConfig(ScriptConfig):
     """Train or evaluate a model of text, with any position encoding."""
 
-    # Tuples and not lists, of which jsonargparse would mix a later one with an earlier one.
+    # Tuples, since jsonargparse merges lists of several sources.
     task: Literal["language", "excerpts", "questions"] = "language"
-    """language: predict the next token; excerpts: say which package a text is from; questions:
-    find the span of a text that answers"""
+    """language: predict the next token; excerpts: classify texts by their package; questions: find
+    the answer in a text"""
     encoding: str | None = "rope"
     """position encoding, such as rope, alibi, t5, shaw,clip=64, huang4,clip=64, sinusoidal,
     learned,length=512 or pia; several as a sum, such as sinusoidal + t5; null: none"""
     attach: str | None = None
-    """a further encoding, put on a model that was trained without it (checkpoint): shaw, huang1 to
-    huang4 and t5 change nothing until they are trained"""
+    """a further encoding for a model that was trained without it (checkpoint): shaw, huang1 to
+    huang4 and t5 do not change outputs until they are trained"""
     backend: str = "auto"
     """backend of the attention: auto, reference, eager, sdpa or triton"""
     epochs: int = 10
-    """language: parts of a run, with an evaluation and a checkpoint after each; else passes over
+    """language: parts of a run, each followed by an evaluation and a checkpoint; else passes over
     the texts"""
     steps_per_epoch: int = 100
     """language: optimiser steps of an epoch"""
     budget: int = 8192
-    """language: tokens of a step, over all processes and accumulated batches together"""
+    """language: tokens of a step, in all processes and accumulated batches"""
     stages: tuple[StageConfig, ...] = (StageConfig(length=256),)
-    """language: lengths of the training windows, one after the other"""
+    """language: stages of training with different lengths of windows"""
     order: Literal["shuffled", "stripes"] = "shuffled"
-    """language: windows in random order, or each row of a batch reads on where it ended"""
+    """language: windows in random order, or each row of a batch continues the row before"""
     memory: float = 0.0
-    """language: what each layer remembers from step to step, in windows (1: as many tokens as a
-    window has); with order: stripes, and an encoding that acts in attention"""
+    """language: length of the memory from step to step, in windows (1: the tokens of a window);
+    needs order: stripes and an encoding in attention"""
     segments: SegmentConfig = field(default_factory=SegmentConfig)
     protocols: tuple[ProtocolConfig, ...] = (ProtocolConfig(),)
-    """language: ways of scoring; the first one after each epoch, all of them at the end"""
+    """language: scoring protocols; the first one after each epoch, all of them at the end"""
     eval_tokens: int | None = 65536
-    """language: tokens of the held-out text to score, from its beginning; null: all"""
+    """language: number of tokens of the held-out text to score, from its start; null: all"""
     sample: int = 400
-    """language: tokens of text to write when a run ends; without a memory no more than fill a
-    window"""
+    """language: number of tokens to generate at the end of a run; without a memory, at most the
+    rest of a window"""
     temperature: float = 0.8
-    """language: of that text; 0: always the most likely token"""
+    """language: temperature of the generated text; 0: always the most likely token"""
     batch_size: int = 32
-    """excerpts, questions: texts per optimiser step, over all processes and accumulated batches
-    together"""
+    """excerpts, questions: texts per optimiser step, in all processes and accumulated batches"""
     eval_batch_size: int = 32
-    """windows, or texts, per forward pass of each process in evaluation; with a memory, the
-    stripes that the text is cut into"""
+    """windows or texts per forward pass of each process in evaluation; with a memory, the number of
+    stripes of the text"""
     split: Literal["validation", "test"] = "validation"
-    """language, excerpts: what to evaluate on"""
+    """language, excerpts: the split to evaluate on"""
     data: TextConfig = field(default_factory=TextConfig)
     excerpts: ExcerptConfig = field(default_factory=ExcerptConfig)
     questions: QuestionConfig = field(default_factory=QuestionConfig)

@@ -1,4 +1,4 @@
-"""The task of finding answers: the loss of both ends, and SQuAD's scores."""
+"""The task of finding answers: the loss of both ends, and SQuAD's metrics."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from training.text.tokens import make_tokens
 class Answer(ImageTask):
     """Training and evaluation of a model that finds spans.
 
-    The readings of a held-out question are all evaluated by one process.
+    One process evaluates all readings of a held-out question.
     """
 
     best, lower, unit, panels = "f1", False, "texts", ANSWERS
@@ -49,12 +49,12 @@ class Answer(ImageTask):
         self.held = [reading for reading in held if reading.question % world == rank]
         train = [] if config.eval_only else open_questions(options, "train")
         self.train = squad.make_readings(train, code, options)
-        # Where some have none, the first mark competes with the spans.
+        # If some have no answer, spans are compared with the score of no answer.
         self.some_unanswered = not all(q["answers"]["text"] for q in self.questions)
 
         more = {"collate": functools.partial(squad.pad, padding=code.padding)}
         train_loader = loader_of(config, accelerator, Rows(self.train), training=True, **more)
-        more |= {"rank": 0, "world": 1}  # these are this process's own
+        more |= {"rank": 0, "world": 1}  # self.held has only this process's readings
         held_loader = loader_of(config, accelerator, Rows(self.held), training=False, **more)
         spec = encoding_name(config)
         super().__init__(
@@ -73,14 +73,14 @@ class Answer(ImageTask):
             yield batch.to(self.accelerator.device)
 
     def loss(self, model: nn.Module, batch: squad.ReadingBatch, step: int) -> Step:
-        """Mean of the cross entropies of the first and the last token."""
+        """Compute the mean of the cross entropies of the first and the last token."""
         start, end = model(batch.tokens, batch.types, batch.seen)
         loss = _loss(start, end, batch).mean()
         found = ((start.argmax(1) == batch.start) & (end.argmax(1) == batch.end)).sum()
         return Step(loss, len(batch.readings), {"both_ends": found})
 
     def evaluate(self, models: list[nn.Module]) -> list[dict[str, float]]:
-        """Return ``loss``, ``exact`` and ``f1`` (shares) and ``count`` of each model, held out."""
+        """Return the held-out ``loss``, ``exact``, ``f1`` and ``count`` of each model."""
         return [self._evaluate(model) for model in models]
 
     def digest(self) -> Digest:
@@ -90,7 +90,7 @@ class Answer(ImageTask):
         )
 
     def finish(self, directory: RunDirectory | None, model: nn.Module) -> None:
-        """Write the answers to all held-out questions in the form that SQuAD's script reads."""
+        """Write the answers to all held-out questions in the format of SQuAD's script."""
         own, _ = self._answers(model)
         parts = gather_object([own])
         if directory is not None:
@@ -110,7 +110,7 @@ class Answer(ImageTask):
         return {"loss": loss / readings, **shares, "count": int(count)}
 
     def _answers(self, model: nn.Module) -> tuple[dict[str, str], float]:
-        """This process's answers by their questions' ids, and the sum of the readings' losses."""
+        """Return this process's answers by question id, and the sum of its readings' losses."""
         total, best = 0.0, dict[int, squad.Found]()
         with evaluating(model):
             for batch in batches_of(self.loaders[1], 0):
@@ -133,7 +133,7 @@ class Answer(ImageTask):
 
 
 def _code(config: LmConfig) -> squad.Marked:
-    """Return the code of texts: that of a released model, or our own."""
+    """Return the tokeniser: that of a released model, or a new one."""
     if config.model.pretrained is not None:
         return squad.read_released(Path(config.model.pretrained))
     if config.data.tokens == "bytes":

@@ -1,7 +1,7 @@
-"""A model of text from its configuration: checks, the streams of tokens, the model.
+"""Open the text and the model of train_lm.py.
 
-With ``data.folder`` streams are kept in a folder. A file's name ends in digests of what it was made
-from and of its content; a file that does not match is made again.
+With ``data.folder`` tokens are stored in a folder. File names end in digests of source and content;
+a file that does not match is created again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from training.text.tokens import (
 
 
 def open_task(config: LmConfig, accelerator: Accelerator) -> Task:
-    """Open the text and the model of the task that ``config`` names."""
+    """Open the text and the model of the task of a config."""
     specs(config)
     if config.task != "language":
         kinds = {"excerpts": ClassifyExcerpts, "questions": Answer}
@@ -62,12 +62,17 @@ def open_task(config: LmConfig, accelerator: Accelerator) -> Task:
 def open_text(
     config: TextConfig, accelerator: Accelerator, *splits: str
 ) -> tuple[Tokens, list[np.ndarray]]:
-    """Return the code, and each split's stream of tokens.
+    """Return the tokeniser, and the stream of tokens of each split.
 
-    With ``data.folder`` one process writes what is missing there, the others read it.
+    With ``data.folder`` one process writes missing files, and the others read them.
+
+    Args:
+        config: options of the text.
+        accelerator: joins the processes.
+        splits: names of the splits.
 
     Raises:
-        UserError: for a folder that cannot be written, and as ``open_corpus`` does.
+        UserError: if the folder cannot be written, and errors of ``open_corpus``.
     """
     with accelerator.main_process_first():
         found = config.tokens == "bpe" and config.tokenizer is None
@@ -102,12 +107,16 @@ def open_text(
 
 
 def _kept(name: Path, source: str, make: Callable[[Path], Any], read: Callable[[Path], Any]) -> Any:
-    """Return what ``read`` returns for a file, after ``make`` where it is missing or outdated.
+    """Read a file, after creating it if it is missing or outdated.
 
     Args:
-        name: of the file, without digests.
-        source: what it is made from.
-        make: writes a file. read: reads one.
+        name: path of the file, without digests.
+        source: text that identifies its source.
+        make: writes a file.
+        read: reads a file.
+
+    Returns:
+        The result of ``read``.
     """
     stem = f"{name.stem}-{hashlib.blake2b(source.encode(), digest_size=8).hexdigest()}"
     before = list(name.parent.glob(f"{name.stem}-*{name.suffix}"))
@@ -115,7 +124,7 @@ def _kept(name: Path, source: str, make: Callable[[Path], Any], read: Callable[[
         if path.stem == f"{stem}-{checksum(path)}":
             return read(path)
     if before:
-        print(f"data.folder: {str(name)!r} is made again: it, its text or tokenizer changed")
+        print(f"data.folder: {str(name)!r} is created again: it, its text or tokenizer changed")
     try:
         name.parent.mkdir(parents=True, exist_ok=True)
         made = name.with_name(f".{os.getpid()}-{name.name}")
@@ -129,7 +138,7 @@ def _kept(name: Path, source: str, make: Callable[[Path], Any], read: Callable[[
 
 
 def _check(config: LmConfig) -> None:
-    """Raise for what does not go together, before any text is read."""
+    """Raise for contradicting options, before text is read."""
     if config.optim.lr is None:
         raise UserError("optim.lr is not set, and a language model needs it, such as 2.0e-3")
     for name, usual in (("protocols", "{kind: nonoverlapping}"), ("stages", "{length: 256}")):
@@ -139,19 +148,19 @@ def _check(config: LmConfig) -> None:
     at_input = [str(spec) for spec in specs(config) if spec.at_input]
     if remembers and at_input:
         raise UserError(
-            f"memory needs an encoding that acts in attention, as pia or rope; {at_input[0]} is "
-            "added at the input, and what layers remember would keep its old positions"
+            f"memory needs an encoding in attention, such as pia or rope; {at_input[0]} is added "
+            "at the input, so the memory would have old positions"
         )
 
 
 def _check_positions(config: LmConfig, *lengths: int) -> None:
-    """Raise for a table of positions that is shorter than a window, before hours of training."""
+    """Raise early if a table of positions is shorter than a window."""
     for spec in specs(config):
         rows = getattr(spec, "to", None) or getattr(spec, "length", None)
         if rows is not None and rows < max(lengths):
             raise irpe.IrpeError(
                 f"{spec} has {rows} rows, but windows have up to {max(lengths)} positions: "
-                f"a longer table, or interpolate=left,to={max(lengths)}, would do"
+                f"use a longer table, or interpolate=left,to={max(lengths)}"
             )
 
 

@@ -1,7 +1,7 @@
-"""Questions as a model reads them, and its answers as SQuAD scores them.
+"""Questions as model inputs, and SQuAD's metrics of answers.
 
-A model reads the question and a part of the context between three marks, as BERT does; a context
-that does not fit is read in parts that overlap (Devlin et al., 2019; Rajpurkar et al., 2016).
+As in BERT, the input is the question and a part of the context with three special tokens; a long
+context is read in overlapping parts (Devlin et al., 2019; Rajpurkar et al., 2016).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from training.text.tokens import ByteTokens, tokenizers_package, uncut
 
 
 class Marked:
-    """A code that says where in a text each token is, with three marks of its own.
+    """A tokeniser that returns positions of tokens, with three special tokens.
 
     Args:
-        tokenizer: of the ``tokenizers`` package; None: bytes. Marks that it lacks, as bytes do, are
-            put behind its vocabulary.
+        tokenizer: an object of the ``tokenizers`` package; None: bytes. If it lacks the special
+            tokens, they are added after its vocabulary.
     """
 
     def __init__(self, tokenizer: Any = None) -> None:
@@ -45,10 +45,10 @@ class Marked:
         self.vocab_size = max(size, max(marks) + 1)
 
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return tokens [n] and the characters [n, 2] that each begins and ends with."""
+        """Return tokens [n], and start and end of each in characters [n, 2]."""
         if self.tokenizer is None:
             ids = ByteTokens().encode(text).astype(np.int64)
-            # The first byte of a character is not 10xxxxxx.
+            # Continuation bytes of UTF-8 are 10xxxxxx.
             number = np.cumsum((ids & 0xC0) != 0x80) - 1
             return ids, np.stack([number, number + 1], 1)
         encoded = self.tokenizer.encode(text, add_special_tokens=False)
@@ -57,7 +57,7 @@ class Marked:
 
 
 def read_released(folder: Path) -> Marked:
-    """Read the vocabulary beside a released BERT: tokenizer.json, or vocab.txt (uncased)."""
+    """Read the vocabulary of a released BERT: tokenizer.json, or vocab.txt (uncased)."""
     tokenizers = tokenizers_package("model.pretrained")
     whole, words = folder / "tokenizer.json", folder / "vocab.txt"
     try:
@@ -69,7 +69,7 @@ def read_released(folder: Path) -> Marked:
         raise UserError(
             f"model.pretrained: cannot read the vocabulary in {str(folder)!r}: {error}"
         ) from error
-    raise UserError(f"model.pretrained: {str(folder)!r} holds no tokenizer.json and no vocab.txt")
+    raise UserError(f"model.pretrained: {str(folder)!r} has no tokenizer.json and no vocab.txt")
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,13 @@ class Reading:
     """A question and a part of its context.
 
     Attributes:
-        question: its number.
-        tokens, types: [n]; types are 1 in the context and at the mark behind it.
-        spans: [n, 2] characters of the context that a token stands for; -1 outside of it.
-        start, end: tokens of the answer, both 0 where it is not in this part, or there is none.
+        question: index of the question.
+        tokens: int32 [n].
+        types: uint8 [n], 1 in the context and the last special token.
+        spans: int32 [n, 2], start and end of each token in the context, in characters; -1 for
+            other tokens.
+        start: index of the first token of the answer; 0 if this part has no answer.
+        end: index of its last token, or 0.
     """
 
     question: int
@@ -94,16 +97,22 @@ class Reading:
 def make_readings(
     questions: Iterable[Question], code: Marked, config: QuestionConfig
 ) -> list[Reading]:
-    """Cut contexts into parts that fit; the first answer of each question is the one to learn.
+    """Split contexts into parts that fit; the target is the first answer of each question.
 
-    Raises :class:`UserError` for a length that leaves no room, or a stride that skips tokens.
+    Args:
+        questions: the questions.
+        code: the tokeniser.
+        config: lengths and stride.
+
+    Raises:
+        UserError: if the length is too small, or the stride skips tokens.
     """
     room = config.length - config.longest_question - 3
     if not 1 <= config.stride <= room:
         raise UserError(
-            f"questions.stride: {config.stride} is not from 1 to the {room} tokens that "
-            f"questions.length: {config.length} leaves beside questions.longest_question: "
-            f"{config.longest_question} and three marks"
+            f"questions.stride: {config.stride} is not from 1 to {room}, which is "
+            f"questions.length: {config.length} minus questions.longest_question: "
+            f"{config.longest_question} and three special tokens"
         )
     readings = []
     encode = functools.lru_cache(maxsize=1)(code.encode)  # many questions have one context
@@ -147,7 +156,7 @@ def _answer(question: Question, spans: np.ndarray) -> tuple[int | None, int | No
 
 @dataclass
 class ReadingBatch(Movable):
-    """B readings, padded: all [B, L], but ``start`` and ``end`` [B]."""
+    """B padded readings; tensors are [B, L], ``start`` and ``end`` [B]."""
 
     readings: tuple[Reading, ...]
     tokens: Tensor
@@ -158,7 +167,7 @@ class ReadingBatch(Movable):
 
 
 def pad(readings: Sequence[Reading], padding: int) -> ReadingBatch:
-    """Put readings into one batch, as long as the longest."""
+    """Return a batch of readings, padded to the longest."""
 
     def rows(arrays: Iterable[np.ndarray], value: int) -> Tensor:
         parts = [torch.from_numpy(array.astype(np.int64)) for array in arrays]
@@ -175,7 +184,7 @@ def pad(readings: Sequence[Reading], padding: int) -> ReadingBatch:
 
 @dataclass(frozen=True)
 class Found:
-    """A span that answers: its score, over that of no answer, and its characters."""
+    """An answer: score relative to no answer, and start and end in characters of the context."""
 
     score: float
     start: int
@@ -183,16 +192,23 @@ class Found:
 
 
 def best_spans(start: Tensor, end: Tensor, batch: ReadingBatch, longest: int) -> list[Found]:
-    """Return the best span of each reading, at most ``longest`` tokens of the context.
+    """Return the best span of each reading, of at most ``longest`` tokens of the context.
 
-    Its score is that of its two ends, less that of the first mark, which stands for no answer.
+    The score of a span is the sum of the logits of its ends, minus that of the first special token,
+    which means no answer.
+
+    Args:
+        start: logits of the first token ``[B, L]``.
+        end: logits of the last token ``[B, L]``.
+        batch: the batch.
+        longest: maximum number of tokens.
     """
     places = [torch.from_numpy(reading.spans[:, 0] >= 0) for reading in batch.readings]
     inside = pad_sequence(places, batch_first=True)
     none = (start[:, 0] + end[:, 0]).double()
     start, end = (x.double().masked_fill(~inside.to(x.device), -torch.inf) for x in (start, end))
     size = min(longest, start.shape[1])
-    # [B, lengths, L]: the span of k + 1 tokens that begins at each token.
+    # [B, lengths, L]: the span of k + 1 tokens that starts at each token.
     later = torch.nn.functional.pad(end, (0, size - 1), value=-torch.inf)
     scores = start.unsqueeze(1) + torch.stack(
         [later[:, more : more + start.shape[1]] for more in range(size)], 1
@@ -207,24 +223,24 @@ def best_spans(start: Tensor, end: Tensor, batch: ReadingBatch, longest: int) ->
     return found
 
 
-# --- SQuAD's scores -------------------------------------------------------------------------------
+# --- SQuAD's metrics ------------------------------------------------------------------------------
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalised(text: str) -> str:
-    """Lower case, without punctuation, articles and white space that is too much."""
+    """Return a text in lower case, without punctuation, articles and extra white space."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(answer: str, truths: Sequence[str]) -> float:
-    """1 if an answer is one of the true ones, normalised; no true ones: if it is empty."""
+    """Return 1 if the normalised answer is one of the truths (empty, if there are none), else 0."""
     return float(any(normalised(answer) == normalised(truth) for truth in truths or [""]))
 
 
 def f1(answer: str, truths: Sequence[str]) -> float:
-    """The most overlap of words with a true answer: the harmonic mean of precision and recall."""
+    """Return the highest F1 of words over the truths (empty, if there are none)."""
     return max(
         _f1(normalised(answer).split(), normalised(truth).split()) for truth in truths or [""]
     )

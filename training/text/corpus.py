@@ -1,8 +1,7 @@
-"""Where text comes from: the embedded standard library, files, or a Hugging Face data set.
+"""Sources of text: the embedded standard library, files, or a Hugging Face data set.
 
-The embedded corpus is the source code of Python's own standard library, which every machine that
-runs these scripts has. A file's name alone decides its split, so the split is the same on every
-machine with the same version of Python.
+The embedded corpus is the source code of Python's standard library, which needs no download. The
+split of a file depends only on its name, so splits are the same for the same version of Python.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ from training.errors import UserError
 from training.text.options import TextConfig
 
 PREFIX = "hfds/"
-# What datasets raises for names, splits and files that do not exist, and without a connection.
+# Exceptions of datasets for missing names, splits and files, and without a connection.
 _ERRORS = (ImportError, OSError, RuntimeError, ValueError, TypeError, KeyError)
 SPLITS = ("train", "validation", "test")
-# Where a split ends: eight tenths are for training.
+# End of each split, as a fraction of the text.
 _ENDS = {"train": 0.8, "validation": 0.9, "test": 1.0}
 
-# Tests, what is not Python's own, and what some distributions leave out or add.
+# Tests, third-party code, and files that only some distributions have.
 _LEFT_OUT = {
     "__pycache__", "_distutils_system_mod.py", "dist-packages", "distutils", "ensurepip",
     "idle_test", "idlelib", "lib2to3", "macholib", "site-packages", "sitecustomize.py", "test",
     "tests", "tkinter", "turtledemo", "usercustomize.py",
 }  # fmt: skip
-# Written when Python is built: _sysconfigdata, config-3.11-x86_64-linux-gnu, pydoc_data.
+# Generated when Python is built: _sysconfigdata, config-3.11-x86_64-linux-gnu, pydoc_data.
 _GENERATED = ("_sysconfigdata", "config-", "pydoc_data")
 
 
@@ -44,15 +43,16 @@ class Document:
 
     @property
     def package(self) -> str:
-        """The top folder, or the file without its ending: json/decoder.py is of json."""
+        """The top folder, or the file name without suffix: json for json/decoder.py."""
         return PurePosixPath(self.name).parts[0].removesuffix(".py")
 
 
 def open_corpus(config: TextConfig, split: str) -> Iterable[Document]:
     """Return the documents of "train", "validation" or "test", in a fixed order.
 
-    They can be iterated over many times. Raises :class:`UserError` for an unknown name, a missing
-    path, a file that is empty or not UTF-8 text, a split without documents.
+    Raises:
+        UserError: if the name is unknown, a path is missing, a file is empty or not UTF-8 text, or
+            the split has no documents.
     """
     if config.name.startswith(PREFIX):
         names = (config.train_split, config.val_split, config.test_split)
@@ -73,7 +73,7 @@ def open_corpus(config: TextConfig, split: str) -> Iterable[Document]:
     documents = read_files(Path(config.root), config.extensions, "data.root")
     if config.val_root or config.test_root:
         if split != "train":
-            raise UserError(f"data.{key} is not set, and data.root is all for training")
+            raise UserError(f"data.{key} is not set, and all of data.root is for training")
         return documents
     if Path(config.root).is_file():
         return _cut(documents[0], split)
@@ -93,32 +93,35 @@ def digest(documents: Iterable[Document]) -> str:
 
 
 def standard_library() -> list[Document]:
-    """Return Python's own source files, in the order of their names; tests are left out.
+    """Return the source files of Python's standard library, in the order of their names.
 
-    So is what is generated when Python is built, and what only some distributions have. Raises
-    :class:`UserError` where this Python has no source files.
+    Tests, generated files and files that only some distributions have are left out.
+
+    Raises:
+        UserError: if this Python has no source files.
     """
     root = Path(sysconfig.get_path("stdlib"))
     documents = read_folder(root, [".py"], _not_library) if root.is_dir() else []
     if not documents:
         raise UserError(
             f"data.name: stdlib finds no Python files in {str(root)!r}; "
-            "give text of your own with data.name: files and data.root"
+            "give your own text with data.name: files and data.root"
         )
     return documents
 
 
 def split_of(name: str) -> str:
-    """Return the split of the file ``name``: a fixed function of the name."""
+    """Return the split of the file ``name``, by a hash of the name."""
     digest = hashlib.blake2b(name.encode("utf-8"), digest_size=8).digest()
     share = int.from_bytes(digest, "little") / 2**64
     return next(split for split in SPLITS if share < _ENDS[split] or split == SPLITS[-1])
 
 
 def read_files(path: Path, extensions: Sequence[str] | None, key: str) -> list[Document]:
-    """Read a file, or a folder and the folders in it. ``key`` is the option that gave the path.
+    """Read a file, or a folder recursively; ``key``: name of the option, for errors.
 
-    Raises :class:`UserError`; see :func:`open_corpus`.
+    Raises:
+        UserError: see :func:`open_corpus`.
     """
     if not path.exists():
         raise UserError(f"{key}: {str(path)!r} does not exist")
@@ -130,7 +133,7 @@ def read_files(path: Path, extensions: Sequence[str] | None, key: str) -> list[D
     documents = read_folder(path, extensions)
     if not documents:
         kinds = f"ending in {', '.join(extensions)} " if extensions else ""
-        raise UserError(f"{key}: {str(path)!r} holds no text file {kinds}that is not empty")
+        raise UserError(f"{key}: {str(path)!r} has no text file {kinds}that is not empty")
     return documents
 
 
@@ -139,9 +142,12 @@ def read_folder(
     extensions: Sequence[str] | None,
     leave_out: Callable[[Path], bool] | None = None,
 ) -> list[Document]:
-    """Read the files in and below ``root``, but hidden and empty ones, in the order of names.
+    """Read the files of a folder recursively, without hidden and empty ones, in order of names.
 
-    ``leave_out`` is asked of each file and each folder, by its path relative to ``root``.
+    Args:
+        root: the folder.
+        extensions: suffixes of the files to read; None: all files.
+        leave_out: returns whether to leave out a file or folder, from its path relative to root.
     """
     names = []
     for folder, folders, files in os.walk(root):
@@ -162,7 +168,7 @@ def _not_library(name: Path) -> bool:
 
 
 def _read(path: Path) -> str:
-    """Read UTF-8 text without its byte order mark; every kind of line break becomes a newline."""
+    """Read UTF-8 text, without byte order mark and with universal newlines."""
     advice = "UTF-8 text is expected; data.extensions can leave files of a folder out"
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -186,13 +192,13 @@ def _split(documents: list[Document], split: str, where: str) -> list[Document]:
 
 
 def _cut(document: Document, split: str) -> list[Document]:
-    """Return a split's part of a single file: the first eight tenths, the ninth, the last."""
+    """Return the part of a single file for a split: eight tenths, the ninth, or the last one."""
 
     size = len(document.text)
 
     def end(share: float) -> int:
         place = round(size * share)
-        # After a line, if one ends near by.
+        # After a line, if one ends nearby.
         return document.text.rfind("\n", place - size // 20, place) + 1 or place
 
     cuts = [0, *(end(_ENDS[name]) for name in SPLITS[:-1]), size]
@@ -207,14 +213,14 @@ def _cut(document: Document, split: str) -> list[Document]:
 
 
 class _Rows:
-    """The rows of a Hugging Face data set as documents, read when they are asked for."""
+    """The rows of a Hugging Face data set as documents, read on demand."""
 
     def __init__(self, rows: Any, column: str) -> None:
         self.rows, self.column = rows, column
 
     @property
     def fingerprint(self) -> str | None:
-        """The data set's own digest of its content, if it has one."""
+        """The data set's fingerprint, if it has one."""
         own = getattr(self.rows, "_fingerprint", None)
         return None if own is None else f"{own} {self.column}"
 
@@ -225,15 +231,22 @@ class _Rows:
         for number, row in enumerate(self.rows):
             text = row[self.column]
             if not isinstance(text, str):
-                raise UserError(f"data.column: {self.column!r} holds {text!r:.60} in row {number}")
+                raise UserError(f"data.column: {self.column!r} has {text!r:.60} in row {number}")
             yield Document(f"row {number}", text)
 
 
 def load_rows(name: str, split: str, columns: tuple[str, ...], kwargs: dict[str, Any]) -> Any:
-    """Return a split of the data set ``name`` (without the prefix), whose rows are dicts.
+    """Return a split of a Hugging Face data set, whose rows are dicts.
 
-    Raises :class:`UserError` where ``datasets`` is not installed, the data set cannot be opened,
-    or a column is missing.
+    Args:
+        name: name without the prefix.
+        split: name of the split.
+        columns: columns that must exist.
+        kwargs: further arguments of ``load_dataset``.
+
+    Raises:
+        UserError: if ``datasets`` is not installed, the data set cannot be opened, or a column is
+            missing.
     """
     try:
         from datasets import load_dataset

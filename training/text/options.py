@@ -1,4 +1,4 @@
-"""The options of text: where it comes from, how it is cut into batches and how it is scored."""
+"""The options of text: sources, windows and scoring."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class SourceConfig:
     name: str = "stdlib"
     """stdlib (embedded), files (those of root), hfds/NAME (Hugging Face data set)"""
     root: str | None = None
-    """text file, or folder that is searched through; a tenth each is held out and for testing.
+    """text file, or folder that is read recursively; one tenth is held out, one is for testing;
     questions: SQuAD's JSON file"""
     val_root: str | None = None
-    """file or folder to evaluate on; root then is not split"""
+    """file or folder to evaluate on; root is then not split"""
     train_split: str = "train"
     """split of a Hugging Face data set to train on"""
     val_split: str = "validation"
@@ -30,80 +30,80 @@ class TextConfig(SourceConfig):
     """The text."""
 
     test_root: str | None = None
-    """file or folder to test on; root then is not split"""
+    """file or folder to test on; root is then not split"""
     extensions: list[str] | None = None
-    """ends of the names of a folder's files to read, such as [.txt, .md]; null: all files"""
+    """suffixes of the files of a folder to read, such as [.txt, .md]; null: all files"""
     test_split: str = "test"
     """split of a Hugging Face data set to test on"""
     column: str = "text"
-    """column of a Hugging Face data set that holds the text"""
+    """column of a Hugging Face data set with the text"""
     separator: str = "\n\n"
     """text between two documents"""
     tokens: Literal["bytes", "bpe"] = "bytes"
-    """bytes: 256 tokens; bpe: byte pairs, found in the training text"""
+    """bytes: 256 tokens; bpe: byte pairs, trained on the training text"""
     vocab_size: int = 8192
-    """tokens of the byte pair encoding"""
+    """number of tokens of the byte pair encoding"""
     tokenizer: str | None = None
     """tokenizer.json of a byte-level encoding to use instead of a new one"""
     folder: str | None = None
-    """folder of this text where byte pairs and tokens are kept for other runs; null: they are
-    made for this run, in memory"""
+    """folder to store byte pairs and tokens of this text for other runs; null: keep them in
+    memory"""
 
 
 @dataclass(kw_only=True)
 class StageConfig:
-    """One stage of training: windows of one length, as many a step as the budget allows."""
+    """One stage of training with windows of one length; their number follows from the budget."""
 
     length: int
     """tokens of a window"""
     until: float | None = None
-    """where the stage ends: below 1 a share of all steps, from 1 on a step; null: at the end"""
+    """end of the stage: a fraction of all steps if below 1, else a step; null: the last step"""
 
 
 @dataclass(kw_only=True)
 class SegmentConfig:
-    """Windows made of segments of a longer text, whose tokens keep their positions."""
+    """Windows of segments of a longer text, whose tokens keep their positions."""
 
     method: Literal["none", "chunk", "prefix", "randompos", "full"] = "none"
-    """chunk: 1/alpha pieces in order; prefix: tokens before a scored suffix; randompos: a plain
-    window with positions drawn at random; full: the long text itself"""
+    """chunk: 1/alpha chunks in order; prefix: tokens before a scored suffix; randompos: a plain
+    window with random positions; full: the long text"""
     long_length: int | None = None
-    """tokens of the long text; all positions lie below it"""
+    """tokens of the long text; all positions are less"""
     alpha: float = 0.25
-    """share of the window that one chunk, or the suffix, takes; 1/alpha is a whole number"""
+    """length of a chunk, or of the suffix, as a fraction of the window; 1/alpha is an integer"""
     placement: Literal["free", "grid"] = "free"
-    """chunks anywhere, or on multiples of their length"""
+    """chunks at any position, or at multiples of their length"""
     content: Literal["true", "skip"] = "true"
-    """true: the text that stands at the positions; skip: adjoining text with the positions of
-    chunks, as PoSE does (chunk only)"""
+    """true: the text at the positions; skip: contiguous text with the positions of chunks, as in
+    PoSE (chunk only)"""
     prefix: Literal["tokens", "spans"] = "tokens"
-    """draw the prefix token by token, or in spans as long as the suffix"""
+    """draw single tokens for the prefix, or spans of the suffix's length"""
 
 
 @dataclass(kw_only=True)
 class ProtocolConfig:
-    """How a text is scored; results of different protocols cannot be compared."""
+    """A scoring protocol; results of different protocols cannot be compared."""
 
     kind: Literal["nonoverlapping", "sliding", "token"] = "nonoverlapping"
     """disjoint windows, a window that slides by stride, or one that slides by a token"""
     length: int | None = None
-    """tokens of a window; null: that of training"""
+    """tokens of a window; null: the training length"""
     stride: int | None = None
     """tokens that the sliding window advances"""
     memory: bool = False
-    """read the text once, in order, and hand the model its own memory of what came before"""
+    """read the text once, in order, with the model's memory"""
 
 
 @dataclass(kw_only=True)
 class ExcerptConfig:
-    """Excerpts of files: which package is this from?"""
+    """Excerpts of files, to classify by package."""
 
     size: int = 512
     """bytes of an excerpt"""
     min_files: int = 8
-    """a package with fewer files is left out"""
+    """minimum number of files of a package"""
     per_class: int | None = None
-    """excerpts of a package in each split, at most; null: all"""
+    """maximum number of excerpts of a package in each split; null: all"""
 
 
 @dataclass(kw_only=True)
@@ -111,12 +111,12 @@ class QuestionConfig(SourceConfig):
     """Questions whose answer is a span of their context, as in SQuAD."""
 
     context: int = 512
-    """characters of a context made from the embedded text, at most"""
+    """maximum characters of a context of the embedded text"""
     length: int = 640
-    """tokens that the model reads at once: question, context and three marks"""
+    """maximum tokens of an input: question, context and three special tokens"""
     stride: int = 256
-    """tokens from one part of a context that is longer to the next"""
+    """tokens between the starts of two parts of a long context"""
     longest_question: int = 100
-    """tokens that are kept of a question"""
+    """maximum tokens of a question; the rest is cut off"""
     longest_answer: int = 80
-    """tokens of an answer, at most"""
+    """maximum tokens of an answer"""

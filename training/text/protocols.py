@@ -1,11 +1,11 @@
-"""Scoring a text under a protocol; results of two protocols cannot be compared.
+"""Scoring of texts under a protocol; results of different protocols cannot be compared.
 
-A token's loss depends on how much of the text before it the model may see. Disjoint windows show
-the first tokens of each very little; a window that slides by a stride shows every token nearly a
-window's worth and costs length / stride times as much; sliding by one token shows the most. A model
-with a memory reads every token once, in order, and carries a state along. (Press, Smith, Lewis,
-Shortformer, ACL 2021, arXiv 2012.15832, section 2.) Every token but the first is scored exactly
-once under each of them.
+The loss of a token depends on the length of its context. In disjoint windows, the first tokens have
+little context. A window that slides by a stride gives every token at least length - stride tokens
+of context and costs length / stride times as much; sliding by one token gives the most. A model
+with a memory reads every token once, in order, and passes a state. (Press, Smith, Lewis,
+Shortformer, ACL 2021, arXiv 2012.15832, section 2.) Each protocol scores every token except the
+first exactly once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from training.text.options import ProtocolConfig
 from training.text.segments import IGNORE
 
 # (state, tokens [B, n], positions [B, n]) -> (logits or log-probabilities [B, n, V], state).
-# The state is None where the rows begin; else what the call before returned for these rows.
+# The state is None at the start of rows, then the result of the previous call.
 Model = Callable[[Any, Tensor, Tensor], tuple[Tensor, Any]]
 
 
@@ -36,9 +36,9 @@ class Block:
 
     Attributes:
         tokens: rows of the text.
-        positions: 0 to n - 1; with a memory, counted from where the row began.
-        targets: the token after each, ``IGNORE`` where this call does not score it.
-        fresh: whether the model begins without a state.
+        positions: 0 to n - 1; with a memory, from the start of the row.
+        targets: the next token; ``IGNORE`` if this call does not score it.
+        fresh: whether the model starts without a state.
     """
 
     tokens: Tensor
@@ -49,7 +49,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Score:
-    """Sums over the scored tokens, and what they were scored under."""
+    """The protocol, and sums over the scored tokens."""
 
     protocol: str
     nats: float
@@ -70,23 +70,25 @@ class Score:
         return math.exp(min(self.nats_per_token, 700.0))
 
     def record(self) -> dict[str, Any]:
-        """Return the results for a log, with the protocol."""
+        """Return the protocol and the results as a dict."""
         names = ("protocol", "nats_per_token", "bits_per_byte", "perplexity", "tokens")
         return {name: getattr(self, name) for name in names}
 
 
 class ScoringPlan:
-    """The blocks in which a stream is scored; iterate over it.
+    """An iterable of the blocks of a stream to score.
 
     Args:
         stream: [N] tokens.
-        length: tokens of a window where ``config`` does not say.
-        batch_size: rows of a block. Windows are independent of each other. With a memory, the text
-            is cut into that many stripes, which are read side by side and begin without a memory:
-            1 scores the text as it stands.
-        shard: which of ``shards`` parts to go through; the sums of all parts make the score.
+        config: the protocol.
+        length: tokens of a window, if the protocol has none.
+        batch_size: rows of a block. With a memory, the text is cut into this number of stripes,
+            which start without a memory; 1 scores the text as a whole.
+        shard: index of this part.
+        shards: number of parts; the sum of all parts is the score.
 
-    Raises :class:`UserError` for a stride outside [1, length] and a text shorter than a window.
+    Raises:
+        UserError: if the stride is outside [1, length], or the text is shorter than a window.
     """
 
     def __init__(
@@ -113,7 +115,7 @@ class ScoringPlan:
         if self.memory and batch_size * self.length >= len(stream):
             raise UserError(
                 f"{batch_size} stripes of {len(stream)} tokens are shorter than a window of "
-                f"{self.length}; a smaller evaluation batch would work"
+                f"{self.length}; use a smaller eval_batch_size"
             )
         self.label = f"{kind}, window {self.length}"
         if config.memory:
@@ -126,20 +128,20 @@ class ScoringPlan:
         total = len(self.stream) - 1  # targets
         number = 1 + math.ceil((total - self.length) / self.stride)
         starts = np.arange(number) * self.stride
-        # All rows of a block are as long. Only the last window can be cut short: it goes alone.
+        # Rows of a block have equal lengths. The last window may be shorter, so it is separate.
         edges = [*range(0, number - 1, self.batch_size), number - 1, number]
         blocks = list(itertools.pairwise(edges))
         for first, end in blocks[self.shard :: self.shards]:
             begins = starts[first:end]
             size = min(self.length, total - begins[0])
             places = np.arange(size)
-            # The window before has scored all but the stride; the first has none before it.
+            # The previous window has scored all tokens except the last ``stride``.
             scored = (places >= self.length - self.stride) | (begins[:, None] == 0)
             yield self._block(begins, places, scored, fresh=True)
 
     def _carried(self) -> Iterator[Block]:
         total = len(self.stream) - 1
-        # Targets of each row, the shorter rows first: one that has ended reads on in the next.
+        # Targets of each row, shorter rows first: a finished row reads tokens of the next one.
         short, longer = divmod(total, self.batch_size)
         counts = np.array([short] * (self.batch_size - longer) + [short + 1] * longer)
         mine = slice(self.shard, None, self.shards)
@@ -170,9 +172,13 @@ def score(
     byte_counts: np.ndarray,
     device: torch.device | str = "cpu",
 ) -> Score:
-    """Score the plan's text with ``model``; ``byte_counts`` [V] are the bytes of each token.
+    """Score the text of a plan.
 
-    The model is called with the blocks in order: see :data:`Model`.
+    Args:
+        model: a function of the blocks in order, see :data:`Model`.
+        plan: the plan.
+        byte_counts: [V], bytes of each token.
+        device: device of the model.
     """
     nats, tokens, size, state = 0.0, 0, 0, None
     for block in plan:
@@ -182,7 +188,7 @@ def score(
         scored = block.targets != IGNORE
         targets = block.targets[scored]
         chosen = logits[scored.to(device)]
-        # At least float32. Log-probabilities pass the softmax unchanged.
+        # At least float32. The softmax does not change log-probabilities.
         chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
         loss = F.cross_entropy(chosen, targets.to(device), reduction="none")
         nats += float(loss.double().sum())
@@ -192,16 +198,16 @@ def score(
 
 
 def _stride(config: ProtocolConfig, length: int) -> tuple[int, str]:
-    """Return the protocol's stride, and its name for people."""
+    """Return the stride and the name of a protocol."""
     if config.kind == "sliding":
         stride = config.stride
         if stride is None or not 1 <= stride <= length:
             raise UserError(
-                f"protocol.stride: {stride} is not from 1 to the window's {length} tokens"
+                f"protocol.stride: {stride} is not from 1 to {length}, the length of a window"
             )
         return stride, f"sliding window, stride {stride}"
     if config.stride is not None:
         raise UserError(
-            f"protocol.stride: {config.stride} goes with protocol.kind sliding, not {config.kind}"
+            f"protocol.stride: {config.stride} needs protocol.kind: sliding, not {config.kind}"
         )
     return (length, "non-overlapping") if config.kind == "nonoverlapping" else (1, "token by token")

@@ -1,7 +1,7 @@
-"""Questions whose answer is a span of their context: SQuAD, or made from source code.
+"""Questions whose answer is a span of their context: SQuAD, or generated from source code.
 
-Each question is a dict as Hugging Face's ``squad`` has it: id, title, context, question, and
-``answers`` with the lists text and answer_start (in characters; both empty where there is none).
+Each question is a dict as in Hugging Face's ``squad``: id, title, context, question and
+``answers``, with the lists text and answer_start (in characters; both empty without an answer).
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ from training.text.options import QuestionConfig, TextConfig
 Question = dict[str, Any]
 
 _COLUMNS = ("id", "title", "context", "question", "answers")
-# Longer ones are seldom a span that somebody would ask for.
-_LONGEST_ANSWER = 80
+_LONGEST_ANSWER = 80  # characters
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def open_questions(config: QuestionConfig, split: str) -> Iterable[Question]:
     """Return the questions of "train" or "validation", in a fixed order.
 
-    Raises :class:`UserError` for an unknown name, a missing file or split, or a file that is not
-    SQuAD's.
+    Raises:
+        UserError: if the name is unknown, a file or split is missing, or a file is not SQuAD's.
     """
     training = split == "train"
     if config.name.startswith(PREFIX):
@@ -54,7 +53,8 @@ def open_questions(config: QuestionConfig, split: str) -> Iterable[Question]:
 def read_squad(path: Path) -> list[Question]:
     """Read SQuAD's JSON, of version 1.1 or 2.0.
 
-    Raises :class:`UserError` for a file that is not, or whose answers are not where it says.
+    Raises:
+        UserError: if the file is not SQuAD's, or an answer is not at its position.
     """
     try:
         articles = json.loads(path.read_text(encoding="utf-8"))["data"]
@@ -79,20 +79,20 @@ def read_squad(path: Path) -> list[Question]:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{str(path)!r} is not a SQuAD JSON file: {reason}") from error
     if not questions:
-        raise UserError(f"{str(path)!r} holds no questions")
+        raise UserError(f"{str(path)!r} has no questions")
     for question in questions:
         check_answers(question)
     return questions
 
 
 def check_answers(question: Question) -> None:
-    """Raise :class:`UserError` unless each answer stands in the context where it says."""
+    """Raise :class:`UserError` unless each answer is at its position in the context."""
     answers = question["answers"]
     for text, start in zip(answers["text"], answers["answer_start"], strict=True):
         found = question["context"][start : start + len(text)]
         if start < 0 or not text or found != text:
             raise UserError(
-                f"question {question['id']!r}: the answer {text!r:.60} does not stand at character "
+                f"question {question['id']!r}: the answer {text!r:.60} is not at character "
                 f"{start} of its context, which has {found!r:.60} there"
             )
 
@@ -100,14 +100,17 @@ def check_answers(question: Question) -> None:
 def make_questions(
     documents: Iterable[Document], context: int = 512, known: Iterable[Document] = ()
 ) -> list[Question]:
-    """Ask what the functions in Python source code do, return and take by default.
+    """Return questions about the functions in Python source code.
 
-    Three kinds: the first line of a docstring, the expression of the only return statement, the
-    default of a parameter. The context is at most ``context`` characters of whole lines, with the
-    function's head at a place drawn from the question's id; a function whose name is defined
-    twice in it is left out. Of functions that are alike up to the answer only the first is asked
-    about, and none that is in ``known``, the documents of training. Files that are not Python are
-    left out.
+    There are three kinds of answers: the first line of a docstring, the expression of the only
+    return statement, and the default of a parameter. The position of the function in the context is
+    random, from the question's id. Functions whose name is defined twice in the context are left
+    out, and so are repeated functions and files that are not Python.
+
+    Args:
+        documents: the source files.
+        context: maximum length of a context, in characters; it has whole lines.
+        known: documents of training, whose functions are left out too.
     """
     seen = {key for document in known for key, _ in _ask(document, context)}
     questions = []
@@ -120,10 +123,10 @@ def make_questions(
 
 
 def _ask(document: Document, size: int) -> Iterator[tuple[tuple[str, str], Question]]:
-    """Yield each question, under a key of what is asked and the function's text to the answer."""
+    """Yield (key, question); the key is the question and the function's text up to the answer."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the documents' own code
+            warnings.simplefilter("ignore")  # warnings about the documents
             tree = ast.parse(document.text)
     except (SyntaxError, ValueError):
         return
@@ -150,7 +153,7 @@ def _ask(document: Document, size: int) -> Iterator[tuple[tuple[str, str], Quest
 def _spans(
     node: ast.FunctionDef | ast.AsyncFunctionDef, lines: _Lines
 ) -> Iterator[tuple[str, str, int, int]]:
-    """Yield kind, question, and where the answer starts and ends in the text."""
+    """Yield kind, question, and start and end of the answer in the text."""
     first = node.body[0]
     if ast.get_docstring(node) and isinstance(first, ast.Expr):
         start, end = lines.span(first)
@@ -174,7 +177,7 @@ def _spans(
 
 
 def _own(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield what is inside a function, but not inside the functions and classes in it."""
+    """Yield the nodes of a function, without those of inner functions and classes."""
     for child in ast.iter_child_nodes(node):
         yield child
         if not isinstance(child, (*_FUNCTIONS, ast.ClassDef, ast.Lambda)):
@@ -182,7 +185,7 @@ def _own(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _around(text: str, head: int, end: int, size: int, name: str) -> tuple[int, int]:
-    """Return ``size`` characters, or less for whole lines, with ``head`` and ``end`` in them."""
+    """Return start and end of whole lines of up to ``size`` characters around ``head``, ``end``."""
     room = max(size - (end - head), 0)
     begin = max(head - derive("context", name) % (room + 1), 0)
     stop = min(begin + size, len(text))
@@ -194,11 +197,11 @@ def _around(text: str, head: int, end: int, size: int, name: str) -> tuple[int, 
 
 
 class _Lines:
-    """Places in a text, in characters, from the lines and UTF-8 bytes that ``ast`` counts in."""
+    """Converts ``ast``'s lines and UTF-8 byte offsets to positions in characters."""
 
     def __init__(self, text: str) -> None:
         self.text = text
-        # Not splitlines: Python ends a line of source only here, form feeds are white space.
+        # splitlines would also split at form feeds, which are white space in Python source.
         self.lines = text.split("\n")
         self.starts = [0, *itertools.accumulate(len(line) + 1 for line in self.lines)]
 

@@ -1,6 +1,6 @@
-"""Windows of a stream of tokens, plain or made of segments that keep their positions.
+"""Windows of a stream of tokens, plain or of segments that keep their positions.
 
-With segments a model that attends to a window of Lt tokens sees distances up to Le - 1, at the cost
+With segments of a text of Le tokens, windows of Lt tokens have distances up to Le - 1, at the cost
 of Lt.
 Sources: Karypis, McAuley, Karypis, Extending Input Contexts of Language Models through Training on
 Segmented Sequences, NAACL Findings 2024, arXiv 2310.14633 (chunk, prefix); Ruoss et al., Randomized
@@ -20,7 +20,7 @@ from training.data.loaders import Movable
 from training.errors import UserError
 from training.text.options import SegmentConfig
 
-# The label of a position that has no loss, as in torch's cross entropy.
+# The label of a position without loss, as in torch's cross entropy.
 IGNORE = -100
 
 
@@ -29,12 +29,12 @@ class TextBatch(Movable):
     """B windows of L tokens, each tensor [B, L] int64.
 
     Attributes:
-        position_ids: where each token stands in its text, strictly increasing along a row.
-        labels: the true next token of each token, already shifted: a model must not shift them
-            again. ``IGNORE`` where there is no loss.
-        segment_ids: number of the segment that a token belongs to, counted along the row.
-        reset: a model that keeps a memory from batch to batch must forget it before this one.
-            Where False, row b continues row b of the batch before.
+        input_ids: the tokens.
+        position_ids: positions of the tokens in their text, strictly increasing in a row.
+        labels: the next token of each token, already shifted; ``IGNORE``: no loss.
+        segment_ids: index of the segment of each token in its row.
+        reset: whether a model with a memory must clear it before this batch. If False, row b
+            continues row b of the previous batch.
     """
 
     input_ids: Tensor
@@ -47,10 +47,16 @@ class TextBatch(Movable):
 def windows(
     stream: np.ndarray, starts: np.ndarray, length: int, *, reset: bool = True
 ) -> TextBatch:
-    """Return the windows of ``length`` tokens that begin at ``starts`` [B].
+    """Return the windows of ``length`` tokens that start at ``starts`` [B].
 
-    Positions count from the start of a window. The last label of a window is the first token of
-    the text behind it, or ``IGNORE`` where the stream ends.
+    Positions are relative to the window. The last label is the token after the window, or
+    ``IGNORE`` at the end of the stream.
+
+    Args:
+        stream: tokens of the text.
+        starts: [B], start of each window.
+        length: tokens of a window.
+        reset: see :class:`TextBatch`.
     """
     places = starts[:, None] + np.arange(length)
     positions = np.broadcast_to(np.arange(length), places.shape)
@@ -66,9 +72,9 @@ def make_batch(
     *,
     reset: bool = True,
 ) -> TextBatch:
-    """Return the batch of the tokens at ``places`` [B, L] of the stream, with their positions."""
+    """Return the batch of the tokens at indices ``places`` [B, L], with their positions."""
     after = stream[np.minimum(places + 1, len(stream) - 1)].astype(np.int64)
-    labels = np.where(places + 1 < len(stream), after, IGNORE)  # after the last token there is none
+    labels = np.where(places + 1 < len(stream), after, IGNORE)
     arrays = (stream[places].astype(np.int64), positions, labels, segments)
     tensors = [torch.from_numpy(np.array(array, dtype=np.int64)) for array in arrays]
     return TextBatch(*tensors, reset=reset)
@@ -79,10 +85,10 @@ class Picks:
     """The tokens of one row, each array [L] int64.
 
     Attributes:
-        places: which tokens of the long text, counted from its start.
-        positions: their positions, as the model gets them.
-        segments: number of the segment that each token belongs to.
-        scored: [L] bool, which of them have a loss.
+        places: indices of the tokens in the long text.
+        positions: positions of the tokens for the model.
+        segments: index of the segment of each token.
+        scored: [L] bool, whether a token has a loss.
     """
 
     places: np.ndarray
@@ -92,9 +98,10 @@ class Picks:
 
 
 def long_length(config: SegmentConfig, length: int) -> int:
-    """Return the tokens of text that a window of ``length`` is drawn from.
+    """Return the number of tokens of the text that a window of ``length`` is drawn from.
 
-    Raises :class:`UserError` for options that do not fit one another or the length.
+    Raises:
+        UserError: if options contradict each other or the length.
     """
     if config.method == "none":
         return length
@@ -104,7 +111,7 @@ def long_length(config: SegmentConfig, length: int) -> int:
     if long < length:
         raise UserError(f"segments.long_length: {long} is below the window's {length} tokens")
     if config.content == "skip" and config.method != "chunk":
-        raise UserError(f"segments.content: skip goes with method chunk, not {config.method}")
+        raise UserError(f"segments.content: skip needs method chunk, not {config.method}")
     if config.method in ("chunk", "prefix"):
         size = _segment(config, length)
         grid = config.method == "chunk" and config.placement == "grid"
@@ -117,7 +124,7 @@ def long_length(config: SegmentConfig, length: int) -> int:
 
 
 def window_length(config: SegmentConfig, length: int) -> int:
-    """Return the tokens of a batch's rows: ``length``, but the long text's for method full."""
+    """Return the number of tokens of a row: ``length``; for method full, the long length."""
     return long_length(config, length) if config.method == "full" else length
 
 
@@ -148,11 +155,11 @@ def segment_batch(
     config: SegmentConfig,
     seeds: Sequence[int],
 ) -> TextBatch:
-    """Return a batch of one window from each of the long texts that begin at ``starts`` [B].
+    """Return a batch with one window from each of the long texts that start at ``starts`` [B].
 
-    A row depends on its own seed and on nothing else. Positions count from the start of the long
-    text. Each label is the token that follows in the text, so none lies across a join; it is
-    ``IGNORE`` in a prefix and where the stream ends.
+    A row depends only on its seed. Positions are relative to the long text. Labels are the next
+    tokens of the long text, also at the end of a segment; ``IGNORE`` in a prefix and at the end of
+    the stream.
     """
     rows = [pick(config, length, np.random.default_rng(seed)) for seed in seeds]
     places = np.stack([row.places for row in rows]) + starts[:, None]
@@ -164,7 +171,7 @@ def segment_batch(
 
 
 def _segment(config: SegmentConfig, length: int) -> int:
-    """Return the tokens of a chunk, or of a suffix."""
+    """Return the number of tokens of a chunk or suffix."""
     number = round(1 / config.alpha) if config.alpha > 0 else 0
     if number < 1 or abs(number * config.alpha - 1) > 1e-6:
         raise UserError(f"segments.alpha: {config.alpha} is not one over a whole number")
@@ -191,7 +198,7 @@ def _prefix(config: SegmentConfig, length: int, generator: np.random.Generator) 
 
 
 def _anywhere(long: int, number: int, size: int, generator: np.random.Generator) -> np.ndarray:
-    """Return where ``number`` disjoint segments begin: every pattern of gaps can occur."""
+    """Return the random starts of ``number`` disjoint segments."""
     gaps = generator.integers(long - number * size, size=number, endpoint=True)
     return np.sort(gaps) + size * np.arange(number)
 

@@ -1,9 +1,8 @@
-"""Which windows of the text each step trains on, as a pure function of the step.
+"""The windows of text of each training step, as a pure function of the step.
 
-Staged training (Press, Smith, Lewis, Shortformer, ACL 2021, arXiv 2012.15832) begins with short
-windows and continues with long ones, at a constant number of tokens a step; ordinary training is a
-plan of one stage. Since a step's windows depend on nothing that came before, a run that is resumed
-in the middle of a stage sees what it would have seen.
+Staged training (Press, Smith, Lewis, Shortformer, ACL 2021, arXiv 2012.15832) starts with short
+windows and continues with long ones, with a constant number of tokens per step; ordinary training
+has one stage. Windows depend only on the step, so a resumed run reads the same windows.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ from training.text.segments import TextBatch, long_length, segment_batch, window
 
 @dataclass(frozen=True)
 class StepRows:
-    """What one step reads.
+    """The windows of one step.
 
     Attributes:
-        stage: number of the stage; it never falls from step to step.
-        turn: how often the stage has gone through the text before.
+        stage: index of the stage.
+        turn: number of finished passes of the stage over the text.
         length: tokens of a window.
-        span: tokens of the text that a window is drawn from, or the length itself.
-        starts: [B] int64, where in the stream each row's text begins.
-        reset: whether a memory kept from the step before must be dropped.
+        span: tokens of the text that a window is drawn from.
+        starts: [B] int64, start of each row's text in the stream.
+        reset: whether to drop the memory of the previous step.
     """
 
     stage: int
@@ -46,21 +45,22 @@ class StepRows:
 class TextPlan:
     """The windows of every step of a run.
 
-    Each stage goes through the text in turns. A turn reads the same tokens whatever the length:
-    the first ``steps_per_turn x budget`` of the stream, each once; what remains, less than one
-    step's tokens, is left out. A stage begins a turn of its own: one that the end of
-    the stage before has interrupted is not taken up again.
+    Each stage reads the text in turns. A turn reads the first ``steps_per_turn x budget`` tokens of
+    the stream once, and leaves out the rest, which is shorter than a step. Each stage starts with a
+    new turn.
+
+    With order "shuffled", windows are disjoint, and their order is random from (seed, stage, turn).
+    With "stripes", for models with a memory, the text has one stripe for each row of the batch, and
+    row b of a step continues row b of the previous step. With segments, each window is drawn from a
+    longer text of ``span`` tokens, so a turn has fewer steps.
 
     Args:
-        tokens: tokens of the stream.
-        config: its lengths, budget and order of windows. "shuffled" draws disjoint windows in an
-            order made from (seed, stage, turn). "stripes" cuts the text into as many stripes as the
-            batch has rows, and row b of a step continues row b of the step before, for models that
-            keep a memory. Segments draw each window from a longer text; a turn then has fewer
-            steps, as each takes ``span`` tokens a row.
+        tokens: number of tokens of the stream.
+        config: options of the script.
 
-    Raises :class:`UserError` for lengths that do not divide the budget, stages out of order and a
-    text that is shorter than a window or a step.
+    Raises:
+        UserError: if lengths do not divide the budget, stages are not in order, or the text is
+            shorter than a window or a step.
     """
 
     def __init__(self, tokens: int, config: LmConfig) -> None:
@@ -69,8 +69,8 @@ class TextPlan:
         self.steps = config.epochs * config.steps_per_epoch
         if self.order == "stripes" and self.segments.method != "none":
             raise UserError(
-                f"segments.method: {self.segments.method} does not go with stripes, which are "
-                "read in order; use method none or a shuffled order"
+                f"segments.method: {self.segments.method} is not allowed with order: stripes; use "
+                "segments.method: none or order: shuffled"
             )
         self.ends = _ends(stages, self.steps)
         self._picked = tuple(stage.length for stage in stages)
@@ -79,16 +79,16 @@ class TextPlan:
         _check_sizes(tokens, self.budget, self.lengths, self.spans)
 
     def batch_size(self, stage: int) -> int:
-        """Return the rows of a step of the stage, over all processes."""
+        """Return the number of rows of a step of the stage, in all processes."""
         return self.budget // self.lengths[stage]
 
     def steps_per_turn(self, stage: int) -> int:
-        """Return the steps in which the stage goes once through the text."""
-        # The last token of all has no next one and can only be a label.
+        """Return the number of steps of a turn of the stage."""
+        # The last token can only be a label.
         return (self.tokens - 1) // (self.batch_size(stage) * self.spans[stage])
 
     def at(self, step: int) -> StepRows:
-        """Return what ``step`` reads, in all processes together."""
+        """Return the windows of a step, of all processes."""
         stage = next(number for number, end in enumerate(self.ends) if step < end)
         begin = self.ends[stage - 1] if stage else 0
         per_turn, rows = self.steps_per_turn(stage), self.batch_size(stage)
@@ -103,10 +103,16 @@ class TextPlan:
         return StepRows(stage, turn, self.lengths[stage], span, numbers * span, reset)
 
     def batch(self, stream: np.ndarray, step: int, shard: int = 0, shards: int = 1) -> TextBatch:
-        """Return one of ``shards`` equal parts of the step's batch.
+        """Return one of ``shards`` equal parts of the batch of a step.
 
-        A part is one process's, or one of the batches that it accumulates. All parts together
-        are what a single process would read; with stripes, each keeps to its own.
+        A part is for one of the accumulated batches of one process. With stripes, a part has the
+        same stripes in all steps.
+
+        Args:
+            stream: tokens of the text.
+            step: the step.
+            shard: index of the part.
+            shards: number of parts.
         """
         rows = self.at(step)
         self.check_shards(shards)

@@ -1,4 +1,4 @@
-"""Text into numbers: bytes, or byte pairs found in the training text; and back."""
+"""Tokenisers: bytes, or byte pairs of the training text."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from training.errors import UserError
 from training.text.corpus import Document
 from training.text.options import TextConfig
 
-# Characters that are encoded at once: an encoding takes a hundred times the memory of its text.
+# Characters to encode at once: encoding needs a hundred times the memory of the text.
 _PIECE = 1 << 20
-# Finding pairs takes time that grows with the square of the longest word: 20 s for 200,000
-# characters without a blank, in words of this many less than 1 s.
+# Training of byte pairs is quadratic in the longest word: 20 s for 200,000 characters without a
+# blank, less than 1 s for words of this length.
 _LONG_WORD = re.compile(r"\S{4096}")
 
 
@@ -29,8 +29,8 @@ class ByteTokens:
     """Each byte of UTF-8 is a token.
 
     Attributes:
-        vocab_size: numbers lie below it.
-        byte_counts: [vocab_size] int64, bytes of UTF-8 that each token stands for.
+        vocab_size: number of tokens.
+        byte_counts: [vocab_size] int64, length of each token in bytes of UTF-8.
     """
 
     vocab_size = 256
@@ -53,7 +53,7 @@ class PairTokens:
         whole = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
         counts = np.zeros(self.vocab_size, dtype=np.int64)
         for token, number in vocabulary.items():
-            # Elsewhere than in added tokens, a character stands for one byte.
+            # Except in added tokens, a character is one byte.
             counts[number] = len(token.encode("utf-8")) if token in whole else len(token)
         self.byte_counts = counts
 
@@ -66,13 +66,13 @@ class PairTokens:
         found, size = int(self.byte_counts[ids].sum()), len(text.encode("utf-8"))
         if checked and found != size:
             raise UserError(
-                f"data.tokenizer: {size} bytes of text became tokens of {found}: it loses text"
+                f"data.tokenizer: {size} bytes of text have tokens of {found} bytes: it loses text"
             )
         return ids
 
     @property
     def digest(self) -> str:
-        """Of all that decides which tokens a text becomes."""
+        """A digest of the tokeniser."""
         return hashlib.blake2b(self.tokenizer.to_str().encode("utf-8"), digest_size=16).hexdigest()
 
     def save(self, path: Path) -> None:
@@ -87,7 +87,7 @@ Tokens = ByteTokens | PairTokens
 
 
 def make_tokens(config: TextConfig, documents: Iterable[Document]) -> Tokens:
-    """Return the code that ``config`` asks for; byte pairs are found in ``documents``."""
+    """Return the tokeniser of a config; new byte pairs are trained on ``documents``."""
     if config.tokens == "bytes":
         return ByteTokens()
     if config.tokenizer is not None:
@@ -96,14 +96,19 @@ def make_tokens(config: TextConfig, documents: Iterable[Document]) -> Tokens:
 
 
 def find_pairs(documents: Iterable[Document], vocab_size: int) -> PairTokens:
-    """Find the byte pairs that are frequent in ``documents``, to ``vocab_size`` tokens in all.
+    """Train byte pairs on ``documents``.
 
-    A short text may not have so many. Raises :class:`UserError` for less than the 256 bytes.
+    Args:
+        documents: the documents.
+        vocab_size: number of tokens, at least 256; a short text may have fewer.
+
+    Raises:
+        UserError: if ``vocab_size`` is out of range.
     """
     tokenizers = tokenizers_package("data.tokens: bpe")
     if not 256 <= vocab_size <= 1 << 20:
         raise UserError(
-            f"data.vocab_size: {vocab_size} is out of range; at least 256, the bytes themselves"
+            f"data.vocab_size: {vocab_size} is out of range; at least 256 are needed, for all bytes"
         )
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -119,12 +124,10 @@ def find_pairs(documents: Iterable[Document], vocab_size: int) -> PairTokens:
 
 
 def read_pairs(path: Path) -> PairTokens:
-    """Read a ``tokenizer.json`` of a byte-level encoding.
-
-    Truncation, padding and dropout that it holds are turned off.
+    """Read a ``tokenizer.json`` of a byte-level encoding, without truncation, padding and dropout.
 
     Raises:
-        UserError: for a file that cannot be read, and for settings that lose or change text.
+        UserError: if the file cannot be read, or its settings lose or change text.
     """
     tokenizers = tokenizers_package("data.tokens: bpe")
     try:
@@ -134,17 +137,14 @@ def read_pairs(path: Path) -> PairTokens:
     reason = _lossy(tokenizer, tokenizers)
     if reason is not None:
         raise UserError(
-            f"data.tokenizer: {str(path)!r} is not a byte-level encoding that leaves the text "
-            f"as it is, so bits per byte have no meaning for it: {reason}"
+            f"data.tokenizer: {str(path)!r} is not a lossless byte-level encoding, which bits per "
+            f"byte need: {reason}"
         )
     return PairTokens(tokenizer)
 
 
 def uncut(tokenizer: Any) -> Any:
-    """Turn off settings of a tokenizer's file that training must not have.
-
-    Truncation loses text, padding adds to it, dropout makes tokens random.
-    """
+    """Turn off truncation, padding and dropout of a tokenizer, and return it."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     model = getattr(tokenizer, "model", None)
@@ -154,7 +154,7 @@ def uncut(tokenizer: Any) -> Any:
 
 
 def _lossy(tokenizer: Any, tokenizers: Any) -> str | None:
-    """Return what of a tokenizer loses or changes text, None if nothing does."""
+    """Return why a tokenizer loses or changes text, or None."""
     layout, tokens = json.loads(tokenizer.to_str()), PairTokens(tokenizer)
     if layout["model"]["type"] != "BPE":
         return f"model is {layout['model']['type']}, not BPE"
@@ -167,28 +167,33 @@ def _lossy(tokenizer: Any, tokenizers: Any) -> str | None:
     kinds = set(re.findall(r'"type": "(\w+)"', steps))
     if kinds - _LOSSLESS or '"Removed"' in steps:
         return f"pre_tokenizer: {', '.join(sorted(kinds))} can drop characters"
-    # What no setting says: an added token whose characters the decoder takes for bytes, blanks that
-    # are stripped or added, ...
+    # Test what no setting shows: added tokens that the decoder reads as bytes, blanks that are
+    # stripped or added, ...
     added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     probe = " a\n".join(["b", *added, "".join(map(chr, range(0x250))), "\u4e1c \U0001f600 \t\r\n "])
     ids = tokens.encode(probe, checked=False)
     if tokens.decode(ids) == probe and tokens.byte_counts[ids].sum() == len(probe.encode()):
         return None
-    return f"it changes some of its own {len(added)} added tokens, or other characters"
+    return f"it changes some of its {len(added)} added tokens, or other characters"
 
 
-# Steps that cut a text, unless they remove what they cut at.
+# Steps that only split a text, unless they remove the separators.
 _LOSSLESS = {"ByteLevel", "Digits", "Punctuation", "Split", "UnicodeScripts", "Sequence"}
 
 
 def encode(
     documents: Iterable[Document], tokens: Tokens, separator: str = "", path: Path | None = None
 ) -> np.ndarray:
-    """Return all documents as one stream of tokens, with ``separator`` between two of them.
+    """Return all documents as one stream of tokens, of the smallest unsigned dtype.
 
-    The stream has the smallest unsigned type that holds the vocabulary. With ``path`` it is
-    written there, document by document, and mapped into memory. Raises :class:`UserError` where
-    there is no text at all.
+    Args:
+        documents: the documents.
+        tokens: the tokeniser.
+        separator: text between two documents.
+        path: a file to write the stream to and map into memory; None: keep it in memory.
+
+    Raises:
+        UserError: if there is no text.
     """
     if path is None:
         parts = list(_parts(documents, tokens, separator))
@@ -202,15 +207,15 @@ def encode(
 
 
 def map_stream(path: Path, tokens: Tokens) -> np.ndarray:
-    """Map a stream that :func:`encode` wrote with the same ``tokens``."""
+    """Map a stream of :func:`encode`, with the same ``tokens``, into memory."""
     if not path.exists() or not path.stat().st_size:
-        raise UserError(f"{str(path)!r} holds no tokens")
+        raise UserError(f"{str(path)!r} has no tokens")
     return np.memmap(path, dtype=_type_of(tokens), mode="r")
 
 
 def _parts(documents: Iterable[Document], tokens: Tokens, separator: str) -> Iterator[np.ndarray]:
     started = False
-    # On a terminal, after five seconds.
+    # The bar is shown on a terminal, after five seconds.
     for document in tqdm(
         documents, "tokens", unit=" documents", delay=5, leave=False, disable=None
     ):
@@ -225,7 +230,7 @@ def _type_of(tokens: Tokens) -> np.dtype:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut a long text after lines, and words that are longer than any."""
+    """Yield a text in pieces, split after lines and inside very long words."""
     start = 0
     while start < len(text):
         end = start + _PIECE
@@ -241,12 +246,12 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def tokenizers_package(option: str) -> Any:
-    """Import the ``tokenizers`` package, which an option needs."""
+    """Return the ``tokenizers`` package; raise UserError with ``option`` if it is missing."""
     try:
         import tokenizers
     except ImportError as error:
         raise UserError(
             f"{option} needs the tokenizers package: pip install tokenizers; "
-            "data.tokens: bytes does without"
+            "data.tokens: bytes does not need it"
         ) from error
     return tokenizers

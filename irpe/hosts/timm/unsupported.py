@@ -30,7 +30,7 @@ _REASONS = {
 
 
 def reason(module: nn.Module) -> str | None:
-    """Return why attach does not support a timm module; None if it is no attention by its name."""
+    """Return why attach does not support a timm module; None if its name is not of attention."""
     kind: Any = type(module)
     if not kind.__module__.startswith("timm.") or _GATES.match(kind.__module__):
         return None
