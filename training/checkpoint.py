@@ -59,10 +59,6 @@ class States:
     """The training states in a folder: ``state-epoch2-step500-CHECKSUM.pt``.
 
     The epoch counts finished epochs, the step counts the steps of the run.
-
-    Args:
-        folder: folder of the states.
-        keep: number of states that :meth:`save` keeps.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:

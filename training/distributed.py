@@ -189,11 +189,6 @@ class Sharded:
     Evaluations, averages and files use the whole model, so processes may evaluate different numbers
     of batches. Every process must call each method.
 
-    Args:
-        whole: the model.
-        accelerator: prepares the copy.
-        config: options of the run.
-
     Attributes:
         model: the sharded copy to train.
     """

@@ -26,13 +26,7 @@ _CHECK_EVERY = 10  # steps between checks on a GPU, where each check synchronise
 
 
 class Loop:
-    """Trains the model of a context on its task.
-
-    Attributes:
-        epoch: number of finished epochs.
-        within: number of finished steps of the current epoch.
-        step: number of finished steps of the run.
-    """
+    """Trains the model of a context on its task."""
 
     def __init__(self, context: Context) -> None:
         self.context, self.task = context, context.task

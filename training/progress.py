@@ -15,11 +15,8 @@ class Progress:
     """A bar with metrics, throughput and the remaining time of the run.
 
     Args:
-        steps: optimiser steps of the run.
-        epochs: epochs of the run.
         style: "bar" with lines above it; "lines", for log files; "none"; or "auto", a bar on a
             terminal and lines elsewhere.
-        unit: the unit of the throughput.
     """
 
     def __init__(self, steps: int, epochs: int, style: Style, unit: str = "images") -> None:

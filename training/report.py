@@ -149,8 +149,6 @@ def start_trackers(
     """Start trackers that write into the run directory ``folder``, on the main process.
 
     Args:
-        accelerator: accelerate's object, which gets the trackers.
-        names: accelerate's names of the trackers.
         folder: the run directory.
         config: options by dotted names; values that are not numbers are stored as text.
     """

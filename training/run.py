@@ -29,13 +29,7 @@ _WARMUP = 0.2  # warm-up of runs that are shorter than their warm-up, as a fract
 def main_of(
     kind: type, open_task: Callable[[Any, Accelerator], Task], prog: str
 ) -> Callable[..., int]:
-    """Return the ``main(argv)`` of the script ``prog``.
-
-    Args:
-        kind: dataclass of its options.
-        open_task: opens data and model from the options.
-        prog: name of the script.
-    """
+    """Return the ``main(argv)`` of the script ``prog``."""
 
     @script
     def main(argv: Sequence[str] | None = None) -> None:

@@ -33,7 +33,6 @@ class Step:
     """The results of a task for one batch.
 
     Attributes:
-        loss: the mean over the batch.
         count: number of samples in the batch.
         sums: further metrics, summed over the samples: fractions or, named ``loss_...``, losses.
         names: names of the samples, for reports of bad ones.
@@ -51,24 +50,17 @@ class Task:
     """A model, the batches of an epoch, their loss, and the evaluation.
 
     Args:
-        config: configuration of the script.
-        accelerator: accelerate's object for devices and processes.
-        model: the model.
         name: name of the run directory.
         about: header of the weights files; its classes must stay the same in a resumed run.
 
     Attributes:
         best: name of the metric that selects the best checkpoint.
         lower: whether lower values of ``best`` are better.
-        unit: the unit of the throughput.
         line: parts of the line of an epoch, formatted with the values of a record; fractions are
             in percent. Parts without a value are omitted.
-        result: format of the result of an evaluation.
-        panels: metrics to draw.
         advice: remedies for a loss that is not finite.
         note: printed when training starts.
         bad: images that do not decode; None for a task without images.
-        steps: optimiser steps of an epoch.
     """
 
     best, lower, unit, note = "loss", True, "images", ""
@@ -162,7 +154,6 @@ class ImageTask(Task):
         sources: sources of the loaders, which may have lists ``left_out`` of unused files.
         loaders: this process's loaders of training, unless evaluation only, and evaluation.
         bad: images that do not decode, or None.
-        given: the arguments of :class:`Task`.
 
     Attributes:
         sums: names of the results of :meth:`measure`.
@@ -280,14 +271,8 @@ class Context:
     Attributes:
         task: the task; with sharding, its model is updated from ``trained`` when needed.
         trained: the model that accelerate prepared, or the sharded copy.
-        optimizer: the optimiser.
-        schedule: the learning rate schedule.
-        ema: the averaged weights, or None.
-        sharded: the sharded model, or None.
         directory: the run directory; None except on the main process.
-        progress: the progress bar.
         epochs: epochs of the run, with cooldown.
-        data: digest of the training data.
     """
 
     task: Task

@@ -34,7 +34,6 @@ def start_from(
     resizes absolute embeddings, and prints the line on the main process.
 
     Args:
-        model: the model.
         file: see ``irpe.load``.
         classes: :func:`identity` of the data.
         heads: the modules of ``model`` that depend on the classes.

@@ -17,13 +17,7 @@ from training.task import ImageTask, Step
 
 
 class Classify(ImageTask):
-    """Training and evaluation of a classifier.
-
-    Args:
-        aug: options of mixup, cutmix and label smoothing.
-        num_classes: number of classes of the model.
-        given: the arguments of :class:`ImageTask`.
-    """
+    """Training and evaluation of a classifier."""
 
     best, lower, panels, sums = "top1", False, CLASSIFIER, ("loss", "top1", "top5")
     line = (

@@ -79,13 +79,6 @@ def check_memory(
 
     Only attention that materialises ``[B, H, L, L]`` is checked: timm's without its fused kernel,
     and encodings with rpe_backend: reference. Windowed models are not checked.
-
-    Args:
-        config: options of the script.
-        model: the model.
-        size: height and width of the images.
-        batch: number of images of a forward pass of this process.
-        device: the device of the model.
     """
     if not isinstance(model, VisionTransformer) or config.model.kwargs.get("patch_drop_rate"):
         return

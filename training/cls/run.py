@@ -48,13 +48,7 @@ def open_task(config: ClsConfig, accelerator: Accelerator) -> ImageClassify:
 
 
 class ImageClassify(Classify):
-    """Training and evaluation of a classifier of images.
-
-    Args:
-        config: options of the script.
-        accelerator: joins the processes.
-        sources: training images, unless evaluation only, and held-out images.
-    """
+    """Training and evaluation of a classifier of images."""
 
     def __init__(self, config: ClsConfig, accelerator: Accelerator, sources: list[Any]) -> None:
         if len(sources) > 1:

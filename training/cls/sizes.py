@@ -58,7 +58,6 @@ def measure_sizes(
 
     Args:
         sizes: (height, width) of the images, in pixels.
-        trained: the training size.
         measure: returns the metrics at a size.
         directory: the run directory; None except on the main process.
 

@@ -30,7 +30,6 @@ class ClassFolder:
     Args:
         root: the folder with the splits, each a folder or ``SPLIT.tar``; or an archive with the
             folder of the split, or with class folders.
-        split: name of the split.
         class_map: text file with one class name per line, in the working directory or the split's
             root; None: no map.
         mode: "RGB" or "L".
@@ -120,7 +119,6 @@ def read_class_map(path: str, root: str = "") -> tuple[str, ...]:
 
     Args:
         path: path of the file, relative to the working directory or ``root``.
-        root: folder of the split.
 
     Raises:
         UserError: if the file is missing or invalid.

@@ -31,7 +31,6 @@ class Annotations:
         category_ids: int64 [T].
         iscrowd: bool [T].
         area: float32 [T], in pixels.
-        image_id: id of the image.
     """
 
     boxes: Tensor
@@ -43,12 +42,6 @@ class Annotations:
 
 class CocoSource:
     """Images and their annotations by index, in ascending order of image ids.
-
-    Args:
-        files: the files of the images.
-        instances: the instances file.
-        annotations: path of the instances file.
-        exif: whether to apply the EXIF orientation.
 
     Attributes:
         left_out: a line for each image and annotation that was left out.

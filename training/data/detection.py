@@ -82,11 +82,6 @@ class DetectionTransform:
     The image is normalised, float32 [3, H, W]. The target has labels int64 [T] (category ids),
     boxes float32 [T, 4] (center x, center y, width, height as fractions of this image before
     padding), image_id, and size, the original (height, width). Crowds are left out.
-
-    Args:
-        steps: geometric transforms.
-        mean: mean of each channel.
-        std: standard deviation of each channel.
     """
 
     def __init__(

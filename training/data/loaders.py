@@ -28,13 +28,9 @@ class EpochSampler(Sampler):
     """The samples of one epoch and process, as (epoch, sample, copy).
 
     Args:
-        length: number of samples in the data set.
-        seed: seed of the order.
         shuffle: whether each epoch has a new order, from (seed, epoch); else ascending.
         even: whether each process gets the same number of samples, without the last few of the
             order (training). Otherwise every sample occurs in exactly one process.
-        rank: index of the process.
-        world: number of processes.
         repeats: number of consecutive copies of each sample, augmented differently in several
             processes (repeated augmentation, Hoffer et al., 2020). The length of an epoch stays,
             with fewer samples.
@@ -140,14 +136,7 @@ def make_loader(
     """Return a loader for one process; see :func:`set_epoch`.
 
     Args:
-        dataset: the data set.
-        batch_size: batch size of this process.
         training: whether to shuffle and drop the last incomplete batch.
-        seed: seed of the order.
-        workers: number of loader processes.
-        rank: index of the process.
-        world: number of processes.
-        pin_memory: whether to copy batches into pinned memory.
         repeats: see :class:`EpochSampler`.
         collate: makes a batch of samples.
 

@@ -14,7 +14,6 @@ def decode(file: IO[bytes], *, exif: bool = False) -> Image.Image:
     """Decode an image of any mode; of an animation, the first picture.
 
     Args:
-        file: the open file.
         exif: apply the EXIF orientation; COCO's boxes are without it.
 
     Raises:

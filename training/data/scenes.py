@@ -56,7 +56,6 @@ def make_scenes(
     creates the set while the others wait.
 
     Args:
-        folder: the folder.
         scenes: parameters of the set; None: the defaults.
         say: prints a line before a set is created.
 

@@ -89,9 +89,7 @@ class SeededDataset(Dataset):
     message about the next epoch.
 
     Args:
-        source: the source.
         transform: a function of a PIL image.
-        seed: seed of the augmentation.
         replace: for images that do not decode. True (training): use the next of 50 images that
             decodes, so that batches keep their size. False (evaluation): drop the sample.
     """
@@ -132,9 +130,7 @@ class SeededStream(IterableDataset):
     is only as reproducible as that of the data set.
 
     Args:
-        stream: timm's data set.
         transform: a function of a PIL image.
-        seed: seed of the augmentation.
         rank: index of this process.
         world: number of processes in evaluation: each reads all samples and keeps its part, since
             timm would drop or repeat samples to make parts equal. 1: timm distributes samples.

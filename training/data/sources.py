@@ -77,17 +77,9 @@ def open_source(
     """Open one split of a data set.
 
     Args:
-        name: option data.name.
-        root: option data.root.
-        split: name of the split.
-        training: whether the split is for training.
         in_chans: 1 for grey images, 3 for colour.
         batch_size: batch size, for streams.
         seed: seed of the order, for streams.
-        class_map: option data.class_map.
-        download: option data.download.
-        exif: option data.exif.
-        kwargs: option data.kwargs.
 
     Returns:
         A source, or timm's iterable data set for streaming formats.

@@ -66,7 +66,6 @@ class BoxEvaluation:
         """Add the detections of some images.
 
         Args:
-            image_ids: ids of images of the ground truth.
             detections: for each image, scores ``[Q]``, labels ``[Q]`` (category ids) and boxes
                 ``[Q, 4]`` (x0, y0, x1, y1 in pixels of the image as annotated), on any device.
                 pycocotools uses the best 100 of each image and category. Unknown labels are in the

@@ -60,13 +60,6 @@ def open_task(config: DetConfig, accelerator: Accelerator) -> Detect:
 class Detect(ImageTask):
     """Training and evaluation of a detector.
 
-    Args:
-        config: options of the script.
-        accelerator: joins the processes.
-        model: the detector.
-        loaders: see :class:`ImageTask`.
-        sources: training images, unless evaluation only, and held-out images.
-
     Attributes:
         evaluations: the evaluation of each model that was last evaluated.
     """

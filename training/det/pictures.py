@@ -27,7 +27,6 @@ class Example:
     """One image with its objects and its detections.
 
     Attributes:
-        name: title of the image.
         image: ``[3, H, W]``, in [0, 1] or uint8, without padding.
         truth: labels ``[T]`` and boxes ``[T, 4]``: x0, y0, x1, y1 in pixels of ``image``.
         found: scores ``[Q]``, labels ``[Q]`` and boxes ``[Q, 4]``, from ``models.detr.detections``.
@@ -44,7 +43,6 @@ def draw_detections(examples: Sequence[Example], path: Path, names: Mapping[int,
 
     Args:
         examples: the examples; without any, nothing is drawn.
-        path: the file to write.
         names: names of categories; a label without a name is shown as a number.
     """
     if not examples:

@@ -62,7 +62,6 @@ def make_excerpts(
     The end of a file that is shorter than ``size`` is left out.
 
     Args:
-        splits: the documents of each split.
         size: length of an excerpt in bytes.
         min_files: minimum number of files of a package.
         per_class: maximum number of excerpts of a class in each split; None: all.

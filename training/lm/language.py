@@ -43,15 +43,7 @@ def tokens_of(windows: float, length: int) -> int:
 
 
 class Held:
-    """A text to score models on, under several protocols.
-
-    Args:
-        config: options of the script.
-        accelerator: joins the processes.
-        stream: tokens of the text.
-        byte_counts: bytes of each token of the vocabulary.
-        length: default number of tokens of a window.
-    """
+    """A text to score models on, under several protocols."""
 
     def __init__(
         self,
@@ -85,17 +77,7 @@ class Held:
 
 
 class Language(Task):
-    """Training and evaluation of a language model.
-
-    Args:
-        config: options of the script.
-        accelerator: joins the processes.
-        model: the language model.
-        held: the text to evaluate on.
-        tokens: the tokeniser.
-        plan: the windows of all steps; None: evaluation only.
-        streams: training tokens, unless evaluation only, and held-out tokens.
-    """
+    """Training and evaluation of a language model."""
 
     best, unit, panels = "bits_per_byte", "tokens", LANGUAGE
     line = (

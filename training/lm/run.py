@@ -66,11 +66,6 @@ def open_text(
 
     With ``data.folder`` one process writes missing files, and the others read them.
 
-    Args:
-        config: options of the text.
-        accelerator: joins the processes.
-        splits: names of the splits.
-
     Raises:
         UserError: if the folder cannot be written, and errors of ``open_corpus``.
     """
@@ -107,17 +102,7 @@ def open_text(
 
 
 def _kept(name: Path, source: str, make: Callable[[Path], Any], read: Callable[[Path], Any]) -> Any:
-    """Read a file, after creating it if it is missing or outdated.
-
-    Args:
-        name: path of the file, without digests.
-        source: text that identifies its source.
-        make: writes a file.
-        read: reads a file.
-
-    Returns:
-        The result of ``read``.
-    """
+    """Return what ``read`` returns for a file, created first if it is missing or outdated."""
     stem = f"{name.stem}-{hashlib.blake2b(source.encode(), digest_size=8).hexdigest()}"
     before = list(name.parent.glob(f"{name.stem}-*{name.suffix}"))
     for path in before:

@@ -77,7 +77,6 @@ class Reading:
     """A question and a part of its context.
 
     Attributes:
-        question: index of the question.
         tokens: int32 [n].
         types: uint8 [n], 1 in the context and the last special token.
         spans: int32 [n, 2], start and end of each token in the context, in characters; -1 for
@@ -98,11 +97,6 @@ def make_readings(
     questions: Iterable[Question], code: Marked, config: QuestionConfig
 ) -> list[Reading]:
     """Split contexts into parts that fit; the target is the first answer of each question.
-
-    Args:
-        questions: the questions.
-        code: the tokeniser.
-        config: lengths and stride.
 
     Raises:
         UserError: if the length is too small, or the stride skips tokens.
@@ -200,7 +194,6 @@ def best_spans(start: Tensor, end: Tensor, batch: ReadingBatch, longest: int) ->
     Args:
         start: logits of the first token ``[B, L]``.
         end: logits of the last token ``[B, L]``.
-        batch: the batch.
         longest: maximum number of tokens.
     """
     places = [torch.from_numpy(reading.spans[:, 0] >= 0) for reading in batch.readings]

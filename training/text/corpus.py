@@ -145,7 +145,6 @@ def read_folder(
     """Read the files of a folder recursively, without hidden and empty ones, in order of names.
 
     Args:
-        root: the folder.
         extensions: suffixes of the files to read; None: all files.
         leave_out: returns whether to leave out a file or folder, from its path relative to root.
     """
@@ -237,12 +236,6 @@ class _Rows:
 
 def load_rows(name: str, split: str, columns: tuple[str, ...], kwargs: dict[str, Any]) -> Any:
     """Return a split of a Hugging Face data set, whose rows are dicts.
-
-    Args:
-        name: name without the prefix.
-        split: name of the split.
-        columns: columns that must exist.
-        kwargs: further arguments of ``load_dataset``.
 
     Raises:
         UserError: if ``datasets`` is not installed, the data set cannot be opened, or a column is

@@ -176,9 +176,7 @@ def score(
 
     Args:
         model: a function of the blocks in order, see :data:`Model`.
-        plan: the plan.
         byte_counts: [V], bytes of each token.
-        device: device of the model.
     """
     nats, tokens, size, state = 0.0, 0, 0, None
     for block in plan:

@@ -108,7 +108,6 @@ def make_questions(
     out, and so are repeated functions and files that are not Python.
 
     Args:
-        documents: the source files.
         context: maximum length of a context, in characters; it has whole lines.
         known: documents of training, whose functions are left out too.
     """

@@ -51,12 +51,6 @@ def windows(
 
     Positions are relative to the window. The last label is the token after the window, or
     ``IGNORE`` at the end of the stream.
-
-    Args:
-        stream: tokens of the text.
-        starts: [B], start of each window.
-        length: tokens of a window.
-        reset: see :class:`TextBatch`.
     """
     places = starts[:, None] + np.arange(length)
     positions = np.broadcast_to(np.arange(length), places.shape)

@@ -26,9 +26,7 @@ class StepRows:
     """The windows of one step.
 
     Attributes:
-        stage: index of the stage.
         turn: number of finished passes of the stage over the text.
-        length: tokens of a window.
         span: tokens of the text that a window is drawn from.
         starts: [B] int64, start of each row's text in the stream.
         reset: whether to drop the memory of the previous step.
@@ -53,10 +51,6 @@ class TextPlan:
     With "stripes", for models with a memory, the text has one stripe for each row of the batch, and
     row b of a step continues row b of the previous step. With segments, each window is drawn from a
     longer text of ``span`` tokens, so a turn has fewer steps.
-
-    Args:
-        tokens: number of tokens of the stream.
-        config: options of the script.
 
     Raises:
         UserError: if lengths do not divide the budget, stages are not in order, or the text is
@@ -107,12 +101,6 @@ class TextPlan:
 
         A part is for one of the accumulated batches of one process. With stripes, a part has the
         same stripes in all steps.
-
-        Args:
-            stream: tokens of the text.
-            step: the step.
-            shard: index of the part.
-            shards: number of parts.
         """
         rows = self.at(step)
         self.check_shards(shards)

@@ -99,7 +99,6 @@ def find_pairs(documents: Iterable[Document], vocab_size: int) -> PairTokens:
     """Train byte pairs on ``documents``.
 
     Args:
-        documents: the documents.
         vocab_size: number of tokens, at least 256; a short text may have fewer.
 
     Raises:
@@ -187,8 +186,6 @@ def encode(
     """Return all documents as one stream of tokens, of the smallest unsigned dtype.
 
     Args:
-        documents: the documents.
-        tokens: the tokeniser.
         separator: text between two documents.
         path: a file to write the stream to and map into memory; None: keep it in memory.
 
