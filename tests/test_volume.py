@@ -338,7 +338,7 @@ def test_the_geometry():
         [[0, 1, 0], [0, 1, 1], [1, 0, 0]],
     ]
     assert repr(some) == "Volume(2, 3, 4, prefix=2, positions=[2, 3, 3])" and some.batch == 2
-    with pytest.raises(irpe.IrpeError, match="whole volume; this one holds a selection"):
+    with pytest.raises(irpe.IrpeError, match="whole volume; this one is a selection"):
         some.select(kept)
     with pytest.raises(irpe.IrpeError, match="frames=0 is not an integer of at least 1"):
         irpe.Volume(0, 1, 1)
