@@ -101,7 +101,7 @@ def find_sites(model: nn.Module) -> Iterator[Site]:
         elif kind in _IN_ROWS and id(module) not in in_models:
             yield LocatedSite(path, module)
         elif kind in _IN_ROWS:
-            why = f"attach does not support this {kind.__name__}'s place in its model"
+            why = f"the positions of this {kind.__name__} cannot be read from its model"
             yield TimmSite(path, module, why)
         elif kind in KINDS or reason(module) is not None:
             yield TimmSite(path, module)
