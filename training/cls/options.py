@@ -139,11 +139,11 @@ class ClsConfig(ScriptConfig):
 
     rules = (
         Rule("data.root data.download data.train_split data.val_split", "data.name not digits",
-             ", but folder, or another data set"),
+             ": use folder, or another data set"),
         Rule("data.exif data.class_map data.kwargs", "data.name not digits or fashion",
-             ", but folder, or another data set"),
+             ": use folder, or another data set"),
         Rule("data.download data.kwargs", "data.name not folder or tar",
-             ", but fashion, torch/NAME, hfds/NAME, tfds/NAME or wds/NAME"),
+             ": use fashion, torch/NAME, hfds/NAME, tfds/NAME or wds/NAME"),
         Rule("data.download", "data.root not null", "",
              lambda c: c.data.root is not None or c.data.name != "fashion"),
         Rule("sizes", "eval_only: true", "; it does not train"),
