@@ -175,54 +175,8 @@ def test_pia_against_loops():
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-def test_pia_values_carry_no_position():
-    """With queries of zero attention is uniform, and the order of the keys is not seen."""
-    layer = irpe.RPEAttention(12, 2, "pia", prefix=0, dtype=F64)
-    with torch.no_grad():
-        layer.qkv.weight[:12] = 0
-        layer.qkv.bias[:12] = 0
-    x, order = torch.randn(1, 6, 12, dtype=F64), torch.randperm(6)
-    found = layer(x, irpe.Sequence(6))
-    torch.testing.assert_close(layer(x[:, order], irpe.Sequence(6)), found, rtol=1e-12, atol=1e-12)
-
-
 def test_pia_leaves_the_prefix_of_each_side_alone():
     like = torch.zeros(1, dtype=F64)
     on_q, on_k = embedding("pia").waves(irpe.Sequence(4, prefix=1, key_prefix=3), like)
     assert not on_q[:1].any() and not on_k[:3].any()
     assert torch.equal(on_q[1:], on_k[3:]) and on_q[1:].any()
-
-
-def test_pia_with_memory_block_by_block_is_token_by_token():
-    """One layer: cached inputs get new positions, 0 to M - 1, and new tokens those after."""
-    layer = pia_layer()
-    pia, memory, x = layer.pia, *(torch.randn(1, n, 12, dtype=F64) for n in (4, 3))
-
-    def attend(new, every, queries, keys):
-        geometry = irpe.Sequence(len(queries), positions=torch.tensor(queries), keys=keys)
-        on_q, on_k = pia.inputs(new, every, geometry)
-        weights, biases = layer.qkv.weight.chunk(3), layer.qkv.bias.chunk(3)
-        q, k, v = (
-            (y @ w.T + b).unflatten(-1, (2, 6)).transpose(1, 2)
-            for y, w, b in zip((on_q, on_k, every), weights, biases, strict=True)
-        )
-        return irpe.attention(q, k, v, is_causal=True)
-
-    block = attend(x, torch.cat((memory, x), 1), [4, 5, 6], torch.arange(7))
-    for t in range(3):
-        every = torch.cat((memory, x[:, : t + 1]), 1)
-        one = attend(x[:, t : t + 1], every, [4 + t], torch.arange(5 + t))
-        torch.testing.assert_close(one, block[:, :, t : t + 1], rtol=1e-12, atol=1e-12)
-    # A cache may keep what is projected: Wk (y + p) = Wk y + Wk p.
-    geometry = irpe.Sequence(3, positions=torch.arange(4, 7), keys=torch.arange(7))
-    every, weight = torch.cat((memory, x), 1), layer.qkv.weight[12:24]
-    waves = pia.waves(geometry, x)[1]
-    assert waves.shape == (7, 12)
-    parts = every @ weight.T + waves @ weight.T
-    torch.testing.assert_close((every + waves) @ weight.T, parts, rtol=1e-11, atol=1e-11)
-
-
-def test_pia_is_not_shift_invariant():
-    layer, x = pia_layer(), torch.randn(1, 6, 12, dtype=F64)
-    moved = layer(x, irpe.Sequence(6, positions=torch.arange(5, 11)))
-    assert (moved - layer(x, irpe.Sequence(6))).abs().max() > 1e-3

@@ -130,17 +130,6 @@ def test_an_image_alone_and_copies():
             )
 
 
-def test_detach_gives_back_torchs_own():
-    plain = host(batch_first=True)
-    model = copy.deepcopy(plain)
-    irpe.attach(model, K)
-    irpe.detach(model)
-    assert type(model) is nn.MultiheadAttention and model.__dict__.keys() == plain.__dict__.keys()
-    assert model.state_dict().keys() == plain.state_dict().keys()
-    x, placed, _ = tokens()
-    assert torch.equal(model(placed, placed, x)[0], plain(placed, placed, x)[0])
-
-
 def test_what_cannot_be_equipped():
     whole = nn.Transformer(C, H, 1, 1, 32)
     assert irpe.attach(whole, K, where="encoder.*").modules == ("encoder.layers.0.self_attn",)
