@@ -76,15 +76,6 @@ def test_without_an_encoding_it_is_plain_attention():
     torch.testing.assert_close(layer(x, irpe.Grid(2, 3)), wanted, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("spec", SPECS)
-def test_fresh_tables_change_nothing(spec):
-    layer, none = irpe.RPEAttention(12, 2, spec, prefix=1), irpe.RPEAttention(12, 2, None, prefix=1)
-    none.load_state_dict({n: p for n, p in layer.state_dict().items() if "rpe_" not in n})
-    x = torch.randn(2, 7, 12)
-    grid = irpe.Grid(2, 3, prefix=1)
-    torch.testing.assert_close(layer(x, grid), none(x, grid), rtol=1e-5, atol=1e-6)
-
-
 def test_dropout_only_in_training():
     layer = layer_of(SPECS[0], attn_drop=0.5, proj_drop=0.5)
     x, grid = torch.randn(2, 7, 12, dtype=F64), irpe.Grid(2, 3, prefix=1)
@@ -153,18 +144,6 @@ def test_dense_call_is_the_originals(spec, size):
     torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-10)
     dense = on_k(q * scale, height, width)
     assert dense.shape == ((1, 2, L, L) if spec.mode == "bias" else (2, 2, L, L))
-
-
-def test_shared_bias_is_the_same_in_all_heads():
-    on_k = irpe.build_rpe("rpe-1.9-product-bias-1-k", head_dim=6, num_heads=3, prefix=1, dtype=F64)[
-        1
-    ]
-    nn.init.normal_(on_k.table)
-    zero, v = torch.zeros(1, 3, 7, 6, dtype=F64), torch.eye(7, dtype=F64).expand(1, 3, 7, 7)
-    p = irpe.attention(zero, zero, v, on_k.terms(irpe.Grid(2, 3, prefix=1)))
-    assert torch.equal(p[:, 0], p[:, 1]) and torch.equal(p[:, 0], p[:, 2])
-    assert p[0, 0].std() > 0.01
-    torch.testing.assert_close(p.sum(-1), torch.ones(1, 3, 7, dtype=F64))
 
 
 def test_module_prints_what_it_is():

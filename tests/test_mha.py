@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import irpe
-from models.detr import Transformer
 from models.detr.attention import MultiheadAttention
 
 K, QKV, BIAS = "rpe-2.0-product-ctx-1-k", "rpe-2.0-cross-ctx-0-qkv", "rpe-1.9-product-bias-0-k"
@@ -93,24 +92,6 @@ def test_terms_are_the_encoders(spec):
         )
         mixed = torch.einsum("bhls,bshd->blhd", chances, v).flatten(2)
         torch.testing.assert_close(theirs.out_proj(mixed), wanted)
-
-
-def test_torchs_encoder_in_training_and_evaluation():
-    layer = nn.TransformerEncoderLayer(C, H, 32, 0.0, batch_first=True, dtype=torch.float64)
-    model = nn.TransformerEncoder(layer, 2)
-    irpe.attach(model, K)
-    ours = Transformer(C, H, 2, 1, 32, 0.0, enc_rpe2d=K).double()
-    fill(ours)
-    model.load_state_dict(ours.encoder.state_dict())
-    x, _, padding = tokens()
-    for training in (True, False):
-        for part in (model, ours):
-            part.train(training)
-        with irpe.located(GRID), torch.set_grad_enabled(training):
-            found = model(x, src_key_padding_mask=padding)
-        wanted = ours.encoder(x, torch.zeros_like(x), ~padding, GRID)
-        torch.testing.assert_close(found[0], wanted[0])
-        torch.testing.assert_close(found[1, :10], wanted[1, :10])
 
 
 def test_an_image_alone_and_copies():

@@ -30,19 +30,6 @@ def logits(spec, q, k, geometry):
     return q @ k.mT
 
 
-@pytest.mark.parametrize("spec", ROPES)
-def test_a_rotation_is_a_rotation(spec):
-    x = torch.randn(1, 2, 5, 16, dtype=F64)
-    geometry = at(0, 3, -3, 700, 5)
-    y = turned(spec, x, geometry)
-    torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1), rtol=1e-13, atol=0)
-    assert torch.equal(y[:, :, 0], x[:, :, 0])
-    twice = turned(spec, turned(spec, x, at(2, 3, 10, -5, 8)), at(1, -3, 7, 6, -9))
-    torch.testing.assert_close(twice, turned(spec, x, at(3, 0, 17, 1, -1)), rtol=1e-12, atol=1e-12)
-    back = turned(spec, y, at(0, -3, 3, -700, -5))
-    torch.testing.assert_close(back, x, rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.cases(1)
 @pytest.mark.parametrize("spec", ROPES)
 def test_gradient_is_the_rotation_back(spec):
@@ -111,31 +98,6 @@ def test_prefix_tokens_are_not_rotated(spec):
     y, z = module.transform(x, x, geometry)
     assert torch.equal(y[:, :, :2], x[:, :, :2]) and torch.equal(z[:, :, :2], x[:, :, :2])
     assert not torch.allclose(y[:, :, 4:], x[:, :, 4:])
-
-
-def table_frequencies(spec, D):
-    """Radians and factor of a spec, from its table at position 1."""
-    cos, sin = rope(spec, D).tables(at(1), torch.zeros(1, dtype=F64))[0][:, 0]
-    return torch.atan2(sin, cos), torch.hypot(sin, cos)
-
-
-@pytest.mark.parametrize("D", [16, 64, 128])
-def test_scaled_frequencies(D):
-    base, _ = table_frequencies("rope", D)
-    torch.testing.assert_close(base, torch.tensor(plain.frequencies(D, 10000.0), dtype=F64))
-    found, _ = table_frequencies("rope,scaling=linear,factor=4", D)
-    torch.testing.assert_close(found, base / 4, rtol=1e-12, atol=0)
-    found, _ = table_frequencies("rope,scaling=ntk,factor=4", D)
-    wanted = plain.frequencies(D, 10000.0 * 4 ** (D / (D - 2)))
-    torch.testing.assert_close(found, torch.tensor(wanted, dtype=F64), rtol=1e-12, atol=0)
-    torch.testing.assert_close(found[-1], base[-1] / 4, rtol=1e-12, atol=0)
-    assert found[0] == base[0]
-    found, factor = table_frequencies("rope,scaling=yarn,factor=4,original=4096", D)
-    wanted, mscale = plain.yarn(D, 10000.0, 4.0, 4096)
-    torch.testing.assert_close(found, torch.tensor(wanted, dtype=F64), rtol=1e-12, atol=0)
-    torch.testing.assert_close(factor, torch.full_like(factor, mscale), rtol=1e-12, atol=0)
-    torch.testing.assert_close(found[0], base[0], rtol=1e-12, atol=0)
-    torch.testing.assert_close(found[-1], base[-1] / 4, rtol=1e-12, atol=0)
 
 
 SHORT, LONG = [1 + t / 16 for t in range(8)], [2.0 + t for t in range(8)]

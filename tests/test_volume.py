@@ -190,56 +190,6 @@ def test_tables_have_the_sizes_of_three_axes():
     assert len(parts) == 3 and size == 7
 
 
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("prefix", [0, 2])
-def test_one_frame_is_a_grid(spec, prefix):
-    """With the tables of a grid where offsets of frames are 0; the frames' own table is fresh."""
-    volume = build(spec, prefix=prefix)
-    axial = spec.startswith("rope-axial")
-    # Frames have a third of the channels; rows and columns are those of a grid of the others.
-    width = 2 * D // 3 if axial else D
-    grid = build(spec, axes=2, prefix=prefix, D=width)
-    theirs = dict(volume.named_parameters())
-    with torch.no_grad():
-        for name, p in theirs.items():
-            if "rp_frames" in name:
-                p.zero_()
-            elif spec == LOGS:
-                p[0].zero_()
-        for name, p in grid.named_parameters():
-            other = theirs[name]
-            if "frequencies" in name or spec == LOGS:
-                other = other[1:]
-            elif "product" in spec:
-                axis = 1 if name.startswith("rpe_v") or "bias" in name else 2
-                side = p.shape[axis] - (prefix > 0)
-                bound = (math.isqrt(side) - 1) // 2
-                keep = torch.arange(bound * side, (bound + 1) * side)
-                keep = torch.cat((keep, torch.tensor([other.shape[axis] - 1])[: prefix > 0]))
-                other = other.index_select(axis, keep)
-            p.copy_(other)
-    length = prefix + 6
-    q, k, v = (torch.randn(2, H, length, D, dtype=F64) for _ in range(3))
-    if not axial:
-        ours = attend(volume, q, k, v, irpe.Volume(1, 2, 3, prefix=prefix))
-        wanted = attend(grid, q, k, v, irpe.Grid(2, 3, prefix=prefix))
-        torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
-        return
-    planes = torch.arange(D // 2)
-    planes = planes[: -D // 6] if "xy" in spec else planes[D // 6 :]  # frames come first, or last
-    half = "half" in spec
-    keep = torch.cat((planes, planes + D // 2)) if half else torch.stack(
-        (2 * planes, 2 * planes + 1), -1).flatten()  # fmt: skip
-    (turned3, _), (turned2, _) = (
-        module["rope"].transform(x, x, geometry)
-        for module, x, geometry in (
-            (volume, q, irpe.Volume(1, 2, 3, prefix=prefix)),
-            (grid, q[..., keep], irpe.Grid(2, 3, prefix=prefix)),
-        )
-    )
-    torch.testing.assert_close(turned3[..., keep], turned2, rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("shift", [1, -3, 10**7])
 @pytest.mark.parametrize("spec", SPECS)
 def test_only_offsets_count(spec, shift):

@@ -144,7 +144,6 @@ def test_flip():
 def test_crop_clips_boxes_and_drops_what_vanishes():
     """Each box against the rule written out; the crop is found by its pixels."""
     height, width, smallest, largest = 24, 32, 6, 14
-    image = Image.fromarray(np.arange(height * width * 3, dtype=np.uint8).reshape(height, width, 3))
     numbered = np.arange(height * width).reshape(height, width)
     image = Image.fromarray(
         np.stack((numbered // 256, numbered % 256, numbered * 0), -1).astype("u1")
