@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from common import refuses
 from oracles import text as plain
 from text import F64
 
@@ -102,12 +103,6 @@ def test_learned_table_interpolated_by_its_spec():
     assert dict(long.named_parameters()).keys() == {"weight"} and long.weight.shape == (6, 12)
     found.square().sum().backward()
     assert (long.weight.grad != 0).all()
-
-
-def refuses(call, *parts):
-    with pytest.raises(irpe.IrpeError) as caught:
-        call()
-    assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
 def test_what_absolute_embeddings_refuse():

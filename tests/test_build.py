@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from common import refuses
 from text import F64
 from torch import nn
 
@@ -295,12 +296,6 @@ def test_several_encodings_on_one_layer():
     out = irpe.attention(q, k, v, layer.t5.terms(geometry), backend="reference")
     torch.testing.assert_close(found, layer.proj(out.transpose(1, 2).flatten(2)))
     assert hooks.embed(x, geometry) is x and hooks.inputs(x, x, geometry) == (x, x)
-
-
-def refuses(call, *parts):
-    with pytest.raises(irpe.IrpeError) as caught:
-        call()
-    assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from common import refuses
 from oracles import text as plain
 from text import F64, places, rotation
 
@@ -199,12 +200,6 @@ def test_compiled():
 
     found = torch.compile(call, fullgraph=True, backend="aot_eager")(q, k, v)
     torch.testing.assert_close(found, call(q, k, v), rtol=1e-11, atol=1e-11)
-
-
-def refuses(call, *parts):
-    with pytest.raises(irpe.IrpeError) as caught:
-        call()
-    assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
 def test_what_it_refuses():

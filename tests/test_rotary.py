@@ -1,9 +1,11 @@
 """Rotary embeddings: what must hold whatever the numbers, precision, and frequencies."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from common import refuses
 from oracles import text as plain
 from text import F64
 
@@ -208,9 +210,7 @@ def test_mixed_in_low_precision_computes_angles_in_float32():
     ],
 )
 def test_head_dims_that_cannot_be_rotated(spec, D, says):
-    with pytest.raises(irpe.IrpeError) as caught:
-        irpe.build(spec, dim=D, num_heads=1)
-    assert all(part in str(caught.value) for part in says)
+    refuses(partial(irpe.build, spec, dim=D, num_heads=1), *says)
 
 
 @pytest.mark.parametrize(
@@ -225,9 +225,7 @@ def test_head_dims_that_cannot_be_rotated(spec, D, says):
 def test_positions_on_other_axes(spec, geometry, says):
     (module,) = irpe.build(spec, dim=16, num_heads=2).values()
     x = torch.randn(1, 2, 6, 8)
-    with pytest.raises(irpe.IrpeError) as caught:
-        module.transform(x, x, geometry)
-    assert all(part in str(caught.value) for part in says)
+    refuses(partial(module.transform, x, x, geometry), *says)
     place = irpe.Sequence(6) if spec == "rope" else irpe.Grid(2, 3)
     with pytest.raises(irpe.IrpeError, match="8.*1, 2, 6, 16"):
         module.transform(torch.randn(1, 2, 6, 16), x, place)

@@ -42,3 +42,9 @@ def weights(folder: Path, name: str = "last") -> dict[str, torch.Tensor]:
 def same(one: Path, other: Path, *names: str) -> bool:
     pairs = [(weights(one, name), weights(other, name)) for name in names or ("last", "best")]
     return all(torch.equal(a[key], b[key]) for a, b in pairs for key in a)
+
+
+def assert_one_line(status: int, err: str, *parts: str) -> None:
+    """A script ended with one line that says what is wrong."""
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+    assert [part for part in parts if part not in err] == [], err

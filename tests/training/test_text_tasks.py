@@ -11,7 +11,7 @@ from cls_command import ROOT
 from lm_command import TINY_TASK
 from processes import launch
 from released import released_names
-from run_files import newest_state, records, same
+from run_files import assert_one_line, newest_state, records, same
 
 import train_lm
 from models.text import Bert, SpanFinder
@@ -349,6 +349,4 @@ BAD = [
 @pytest.mark.parametrize(("arguments", "wanted"), BAD, ids=[" ".join(bad[0]) for bad in BAD])
 def test_bad_input_is_one_line(arguments: list[str], wanted: list[str], lm, asked):
     status, out, err = lm(*(asked if "--task=excerpts" not in arguments else ()), *arguments)
-    assert status == 2
-    assert err.startswith("error: ") and err.count("\n") == 1, err
-    assert [part for part in wanted if part not in err] == [], err
+    assert_one_line(status, err, *wanted)

@@ -15,7 +15,7 @@ from PIL import Image
 from processes import launch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from run_files import files, newest_state, records, same
+from run_files import assert_one_line, files, newest_state, records, same
 
 from irpe.files.read import read_weights
 from training.data.scenes import Scenes, make_scenes
@@ -309,11 +309,8 @@ BAD = [
 @pytest.mark.parametrize(("arguments", "parts"), BAD, ids=[" ".join(bad[0]) for bad in BAD])
 def test_bad_input_is_one_line(arguments: list[str], parts: list[str], det):
     status, out, err = det(*arguments)
-    assert status == 2
+    assert_one_line(status, err, *parts)
     assert out == ""
-    assert err.startswith("error: "), err
-    assert err.count("\n") == 1, err
-    assert [part for part in parts if part not in err] == [], err
 
 
 def test_a_checkpoint_of_another_encoding(det, tmp_path: Path):
