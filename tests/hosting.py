@@ -8,7 +8,6 @@ import copy
 import io
 import pickle
 
-import pytest
 import torch
 from oracles import attention as truth
 from oracles import buckets as plain
@@ -207,23 +206,6 @@ def same(found, wanted, **close):
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a, b, **close)
-
-
-def trains_alike(model, plain, call):
-    """20 steps of both, with the same losses."""
-    losses = []
-    for one in (model, plain):
-        optimizer, own = torch.optim.SGD(one.parameters(), lr=1e-3), []
-        torch.manual_seed(1)
-        for _ in range(20):
-            loss = call(one).logsumexp(-1).mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            own.append(loss.item())
-        losses.append(own)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert losses[0][0] != losses[0][-1]
 
 
 def sum_of_passes(model, runs, together=lambda: None):

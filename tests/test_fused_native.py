@@ -152,15 +152,6 @@ SOME = [
 ]
 
 
-@pytest.mark.cases(1)
-@pytest.mark.parametrize("name", SOME)
-def test_training_has_the_same_losses(name):
-    model, x = made(name, torch.float32)
-    plain = copy.deepcopy(model)
-    irpe.attach(model, native="fuse")
-    hosting.trains_alike(model, plain, lambda m: m(x))
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_detach_restores(name):
     model, x = made(name)
