@@ -16,6 +16,8 @@ from torch import nn
 import irpe
 
 QK, QKV = (f"rpe-1.9-product-ctx-1-{on}" for on in ("qk", "qkv"))
+CHECKS = ("outputs_stay", "tables_learn", "state_round_trip", "copies_are_independent",
+          "compiles", "detach_undoes")  # fmt: skip
 
 
 def fill(model, seed=1):
@@ -178,3 +180,71 @@ def seen_by(module, call):
         call()
     hook.remove()
     return caught[0]
+
+
+def everything(model):
+    """All that a module holds: attributes, hooks, submodules, parameters by identity, classes."""
+    found = {}
+    for name, module in model.named_modules():
+        state = {k: v.copy() if isinstance(v, dict) else v for k, v in vars(module).items()}
+        grads = [p.requires_grad for p in module.parameters()]
+        found[name] = type(module), state, grads
+    return found
+
+
+def outcome(model, x, run):
+    """run(model, x), and gradients of x and all parameters; None for those without."""
+    x = x.detach().requires_grad_()
+    torch.manual_seed(1)  # for a model with dropout
+    out = run(model, x)
+    inputs = [x, *model.parameters()]
+    return [out, *torch.autograd.grad(out.square().sum(), inputs, allow_unused=True)]
+
+
+def same(found, wanted, **close):
+    for a, b in zip(found, wanted, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, **close)
+
+
+def sum_of_passes(model, runs, together=lambda: None):
+    """One backward pass of several forward passes gives the sum of the gradients of each.
+
+    ``together()`` is called before the joint pass; it may turn on checkpointing.
+    """
+    wanted = {}
+    for run in runs:
+        model.zero_grad()
+        run().square().sum().backward()
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                wanted[name] = wanted.get(name, 0) + p.grad
+    model.zero_grad()
+    together()
+    sum(run().square().sum() for run in runs).backward()
+    assert any("lookup_table" in name for name in wanted)
+    for name, grad in wanted.items():
+        mine = model.get_parameter(name).grad
+        torch.testing.assert_close(mine, grad, rtol=1e-8, atol=1e-8, msg=name)
+
+
+class Fixed(nn.Module):
+    """A layer whose geometry is a constant of its graph."""
+
+    def __init__(self, layer, geometry):
+        super().__init__()
+        self.layer, self.geometry = layer, geometry
+
+    def forward(self, x):
+        return self.layer(x, self.geometry)
+
+
+def layer_compiles_exports_and_rounds(layer, x, geometry):
+    wanted = layer(x, geometry)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, geometry), wanted, rtol=1e-5, atol=1e-5)
+    exported = torch.export.export(Fixed(layer, geometry).eval(), (x,)).module()
+    torch.testing.assert_close(exported(x), wanted, rtol=1e-5, atol=1e-5)
+    low = layer.to(torch.bfloat16)(x.to(torch.bfloat16), geometry)
+    assert (low.float() - wanted).abs().max() < 0.1 * wanted.abs().max() + 0.05

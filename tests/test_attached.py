@@ -6,7 +6,7 @@ import pytest
 import test_attach_torch as torchs
 import torch
 from families import FAMILIES, build, inputs, run
-from hosting import QKV, fill
+from hosting import QKV, everything, fill
 from test_attach import vit
 from timm.utils import AttentionExtract
 from torch import nn
@@ -14,16 +14,6 @@ from torch import nn
 import irpe
 
 RPE = "rpe-1.9-product-ctx-1-k"
-
-
-def everything(model):
-    """All that a module holds: attributes, hooks, submodules, parameters by identity, classes."""
-    found = {}
-    for name, module in model.named_modules():
-        state = {k: v.copy() if isinstance(v, dict) else v for k, v in vars(module).items()}
-        grads = [p.requires_grad for p in module.parameters()]
-        found[name] = type(module), state, grads
-    return found
 
 
 def torchvision():

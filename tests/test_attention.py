@@ -240,20 +240,6 @@ def test_rows_that_see_nothing(mask, backend):
         assert torch.isfinite(x.grad).all() and x.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "mask", [torch.zeros(13, 13, dtype=torch.bool), torch.full((13, 13), -torch.inf)]
-)
-def test_nothing_seen_at_all(mask, backend):
-    modules, _ = build("rpe-2.0-product-ctx-1-qk", 6, 2, True)
-    q, k, v = tensors(2, 2, 13, 13, 6)
-    terms = joined(modules, irpe.Grid(3, 4, prefix=1))
-    out = irpe.attention(q, k, v, terms, mask=mask, backend=backend)
-    out.sum().backward()
-    tables = [p for m in modules for p in m.parameters()]
-    assert all((x == 0).all() for x in (out, *(x.grad for x in (q, k, v, *tables))))
-
-
 @pytest.mark.parametrize("backend", ("reference", "eager", *TILES, "sdpa"))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_masks_of_the_lowest_number(dtype, backend):
@@ -474,20 +460,6 @@ def test_empty_batch(backend):
     out = irpe.attention(q, k, v, joined(modules, irpe.Grid(2, 3)), backend=backend)
     out.sum().backward()
     assert out.shape == (0, 2, 6, 6) and q.grad.shape == q.shape
-
-
-@pytest.mark.parametrize("backend", ("reference", "eager", *TILES))
-def test_value_only_mass(backend):
-    """Uniform attention: the value term is the mean of the table over the buckets of a row."""
-    rpe_v = irpe.build_rpe("rpe-2.0-product-ctx-0-v", head_dim=3, num_heads=2, prefix=1, dtype=F64)[
-        2
-    ]
-    torch.nn.init.normal_(rpe_v.table)
-    grid = irpe.Grid(3, 2, prefix=1)
-    ids, _ = irpe.bucket_ids("rpe-2.0-product-ctx-0-v", grid)
-    zero = torch.zeros(1, 2, 7, 3, dtype=F64)
-    out = irpe.attention(zero, zero, zero, rpe_v.terms(grid), backend=backend)
-    torch.testing.assert_close(out[0], rpe_v.table[:, ids].mean(2), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", ("reference", "eager", *TILES, "sdpa"))

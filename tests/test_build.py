@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from common import refuses
 from text import F64
 from torch import nn
 
@@ -163,18 +164,6 @@ def test_compiled(spec, causal):
     assert torch.equal(layer(x, outside), wanted), "what eager keeps is not a tracer's"
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("spec", ["rope", "alibi"])
-def test_compiled_by_inductor(spec):
-    layer = layer_of(spec, True, dtype=torch.float32)
-    x = torch.randn(2, 9, 12, requires_grad=True)
-    found = torch.compile(layer, fullgraph=True)(x, irpe.Sequence(9))
-    wanted = layer(x, irpe.Sequence(9))
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    one, two = (torch.autograd.grad(y.square().sum(), x)[0] for y in (found, wanted))
-    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.cases(1)
 @pytest.mark.parametrize("spec", ["rope", "alibi", "shaw,clip=3", "t5,buckets=8,max=20"])
 def test_compiles_for_any_length(spec):
@@ -307,12 +296,6 @@ def test_several_encodings_on_one_layer():
     out = irpe.attention(q, k, v, layer.t5.terms(geometry), backend="reference")
     torch.testing.assert_close(found, layer.proj(out.transpose(1, 2).flatten(2)))
     assert hooks.embed(x, geometry) is x and hooks.inputs(x, x, geometry) == (x, x)
-
-
-def refuses(call, *parts):
-    with pytest.raises(irpe.IrpeError) as caught:
-        call()
-    assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import types
 
 import pytest
 import torch
+from common import refuses
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -12,14 +13,6 @@ from models.deit import DeiT
 
 K = "rpe-1.9-product-ctx-1-k"
 GRID = irpe.Grid(3, 4, prefix=1)
-
-
-def refuses(call, *says):
-    with pytest.raises(irpe.IrpeError) as caught:
-        call()
-    assert caught.type is irpe.IrpeError
-    for said in says:
-        assert said in str(caught.value), str(caught.value)
 
 
 SPECS = {

@@ -4,10 +4,12 @@ import copy
 import re
 from pathlib import Path
 
+import hosting
 import pytest
 import timm
 import torch
 from fused import DEVICE
+from hosting import everything, same
 
 import irpe
 from irpe.encodings.window import WindowBuckets
@@ -76,19 +78,7 @@ def made(name, dtype=F64):
 
 
 def outcome(model, x):
-    """Output, and gradients of the images and all parameters."""
-    x = x.detach().requires_grad_()
-    torch.manual_seed(1)  # RelPosMlp has a dropout of its own
-    out = model(x)
-    inputs = [x, *model.parameters()]
-    return [out, *torch.autograd.grad(out.square().sum(), inputs, allow_unused=True)]
-
-
-def same(found, wanted, **close):
-    for a, b in zip(found, wanted, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, **close)
+    return hosting.outcome(model, x, lambda m, x: m(x))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -165,12 +155,13 @@ SOME = [
 @pytest.mark.cases(1)
 @pytest.mark.parametrize("name", SOME)
 def test_training_has_the_same_losses(name):
-    model, x = made(name, torch.float32)
-    plain = copy.deepcopy(model)
+    """In float64, since small steps hide an encoding that is left out."""
+    plain, x = made(name)
+    model = copy.deepcopy(plain)
     irpe.attach(model, native="fuse")
     losses = []
     for one in (model, plain):
-        optimizer, own = torch.optim.SGD(one.parameters(), lr=1e-3), []
+        optimizer, own = torch.optim.SGD(one.parameters(), lr=1e-2), []
         torch.manual_seed(1)
         for _ in range(20):
             loss = one(x).logsumexp(-1).mean()
@@ -179,22 +170,19 @@ def test_training_has_the_same_losses(name):
             optimizer.zero_grad()
             own.append(loss.item())
         losses.append(own)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
     assert losses[0][0] != losses[0][-1]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_detach_restores(name):
     model, x = made(name)
-    modules = [(type(m), dict(m.__dict__)) for m in model.modules()]
+    before = everything(model)
     irpe.attach(model, native="fuse")
     with pytest.raises(irpe.IrpeError, match="already"):
         irpe.attach(model, native="fuse")
     irpe.detach(model)
-    for (kind, before), module in zip(modules, model.modules(), strict=True):
-        assert type(module) is kind and module.__dict__.keys() == before.keys()
-        for key, value in before.items():
-            assert value is module.__dict__[key] or value == module.__dict__[key], key
+    assert everything(model) == before
     same([model(x)], [made(name)[0](x)])
 
 

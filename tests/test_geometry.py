@@ -5,7 +5,6 @@ import pickle
 
 import pytest
 import torch
-from common import TILES
 from oracles import buckets as plain
 
 import irpe
@@ -41,11 +40,6 @@ def test_select(dtype):
     assert one.batch is None and one.positions(CPU)[0].tolist() == [[0, 0], [1, 3], [2, 3]]
 
 
-def test_all_selected_is_the_grid():
-    whole, chosen = irpe.Grid(3, 4, prefix=1), irpe.Grid(3, 4, prefix=1).select(torch.arange(12))
-    assert torch.equal(irpe.bucket_ids(K, whole)[0], irpe.bucket_ids(K, chosen)[0])
-
-
 def test_geometry_of_two_lengths():
     query, key = torch.randint(0, 9, (3, 2)), torch.randint(0, 9, (2, 5, 2))
     geometry = irpe.Geometry(query, key, prefix=1, key_prefix=2)
@@ -56,60 +50,6 @@ def test_geometry_of_two_lengths():
     assert irpe.Geometry(query, prefix=3).key_prefix == 3
     single = irpe.Geometry(query.unsqueeze(0), key[:1])
     assert single.batch is None and irpe.bucket_ids(K, single)[0].shape == (3, 5)
-
-
-def test_sequence():
-    text = irpe.Sequence(5, prefix=1)
-    assert text.axes == 1 and text.query_length == 6
-    assert text.positions(CPU)[0].flatten().tolist() == [0, 1, 2, 3, 4]
-    cached = irpe.Sequence(1, positions=torch.tensor([7]), keys=torch.arange(8))
-    assert (cached.query_length, cached.key_length) == (1, 8)
-    assert cached.offsets(CPU).flatten().tolist() == [7, 6, 5, 4, 3, 2, 1, 0]
-
-
-def _counted(monkeypatch):
-    from irpe.buckets import ids
-
-    calls = []
-    plainly = ids.BucketIds._dense
-
-    def dense(self, device):
-        calls.append(self)
-        return plainly(self, device)
-
-    monkeypatch.setattr(ids.BucketIds, "_dense", dense)
-    return calls
-
-
-@pytest.mark.parametrize("backend", ["reference", "eager", *TILES, "sdpa"])
-def test_layers_share_their_ids(monkeypatch, backend, request):
-    """Twelve layers with a grid each look offsets up once: equal grids share their ids."""
-    irpe.clear_cache()
-    calls = _counted(monkeypatch)
-    layers = [irpe.RPEAttention(12, 2, K, backend=backend, prefix=1) for _ in range(12)]
-    grid, x = irpe.Grid(3, 4, prefix=1), torch.randn(2, 13, 12)
-    for layer in layers:
-        layer(x, irpe.Grid(3, 4, prefix=1)).sum().backward()
-    # Tiles copy blocks of a grid, and look up no map of all pairs.
-    assert len(calls) == (request.node.get_closest_marker("tiles") is None)
-    a, b = (layer.rpe_k.terms(grid)[0].buckets for layer in layers[:2])
-    assert a.dense(CPU) is b.dense(CPU) and a.flat(CPU) is b.flat(CPU)
-
-
-def test_other_specs_and_sides_do_not_share():
-    grid = irpe.Grid(3, 4, prefix=1)
-    rpe_q, rpe_k, _ = irpe.build_rpe("rpe-1.9-product-ctx-1-qk", head_dim=4, num_heads=2, prefix=1)
-    other = irpe.build_rpe("rpe-3.0-product-ctx-1-k", head_dim=4, num_heads=2, prefix=1)[1]
-    q, k, o = (m.terms(grid)[0].buckets.dense(CPU) for m in (rpe_q, rpe_k, other))
-    assert not torch.equal(q, k) and not torch.equal(k, o)
-    clip = irpe.build_rpe(K + ",index=clip,beta=3", head_dim=4, num_heads=2, prefix=1)[1]
-    assert not torch.equal(clip.terms(grid)[0].buckets.dense(CPU), k)
-
-
-def test_two_grids_do_not_share():
-    tall, wide = irpe.Grid(4, 3), irpe.Grid(3, 4)
-    assert not torch.equal(irpe.bucket_ids(K, tall)[0], irpe.bucket_ids(K, wide)[0])
-    assert not torch.equal(irpe.bucket_ids(K, tall)[0], irpe.bucket_ids(K, wide)[0])
 
 
 @pytest.mark.parametrize(
@@ -137,29 +77,6 @@ def test_copies(geometry, copied):
         assert torch.equal(irpe.bucket_ids(K, other)[0], irpe.bucket_ids(K, geometry)[0])
     by_value = not geometry.explicit
     assert (other == geometry) == by_value and (hash(other) == hash(geometry)) == by_value
-
-
-def test_inference_mode_then_training():
-    grid = irpe.Grid(3, 4, prefix=1)
-    with torch.inference_mode():
-        first, _ = irpe.bucket_ids(K, grid)
-    second, _ = irpe.bucket_ids(K, grid)
-    assert first.is_inference() and not second.is_inference()
-    assert torch.equal(first.clone(), second)
-    x = torch.randn(1, 1, 13, 50, requires_grad=True)
-    irpe.lookup(x, second).sum().backward()
-
-
-def test_ids_of_given_positions_go_with_their_geometry():
-    import gc
-    import weakref
-
-    grid = irpe.Grid(3, 4, prefix=1).select(torch.arange(5))
-    ids = weakref.ref(irpe.bucket_ids(K, grid)[0])
-    assert ids() is not None
-    del grid
-    gc.collect()
-    assert ids() is None
 
 
 def test_given_positions_are_not_changed():
@@ -198,12 +115,3 @@ def test_positions_are_readable_only_where_their_values_are():
         torch.zeros(2, 3)
     )
     assert seen == [None]
-
-
-def test_a_geometry_keeps_no_pair_of_a_tracers_tensors():
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    text = irpe.Sequence(5)
-    with FakeTensorMode():
-        text.remember("pair", lambda: (torch.zeros(2), torch.zeros(2)))
-    assert type(text.remember("pair", lambda: (torch.ones(2),))[0]) is torch.Tensor

@@ -27,7 +27,7 @@ class Wrapped(nn.Module):
 
 def settings(groups, model):
     """Weight decay and learning rate of each parameter by its name, as the optimiser sees them."""
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     found = {}
     for group in groups:
         for p in group["params"]:
@@ -67,6 +67,7 @@ def test_groups_are_timms(name, wrapped, layer_decay):
 def test_tables_without_a_rate_of_their_own_follow_their_layer():
     model = MODELS["vit"]()
     irpe.attach(model, K)
+    model.cls_token.requires_grad_(False)  # in no group
     found = settings(irpe.param_groups(model, lr=1.0, weight_decay=0.1, layer_decay=0.5), model)
     for block in (0, 1):
         of_layer = found[f"blocks.{block}.attn.qkv.weight"]

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import irpe
-from models.detr import Transformer
 from models.detr.attention import MultiheadAttention
 
 K, QKV, BIAS = "rpe-2.0-product-ctx-1-k", "rpe-2.0-cross-ctx-0-qkv", "rpe-1.9-product-bias-0-k"
@@ -95,24 +94,6 @@ def test_terms_are_the_encoders(spec):
         torch.testing.assert_close(theirs.out_proj(mixed), wanted)
 
 
-def test_torchs_encoder_in_training_and_evaluation():
-    layer = nn.TransformerEncoderLayer(C, H, 32, 0.0, batch_first=True, dtype=torch.float64)
-    model = nn.TransformerEncoder(layer, 2)
-    irpe.attach(model, K)
-    ours = Transformer(C, H, 2, 1, 32, 0.0, enc_rpe2d=K).double()
-    fill(ours)
-    model.load_state_dict(ours.encoder.state_dict())
-    x, _, padding = tokens()
-    for training in (True, False):
-        for part in (model, ours):
-            part.train(training)
-        with irpe.located(GRID), torch.set_grad_enabled(training):
-            found = model(x, src_key_padding_mask=padding)
-        wanted = ours.encoder(x, torch.zeros_like(x), ~padding, GRID)
-        torch.testing.assert_close(found[0], wanted[0])
-        torch.testing.assert_close(found[1, :10], wanted[1, :10])
-
-
 def test_an_image_alone_and_copies():
     model = host()
     irpe.attach(model, K)
@@ -128,17 +109,6 @@ def test_an_image_alone_and_copies():
             torch.testing.assert_close(
                 other(placed[1], placed[1], x[1], key_padding_mask=padding[1])[0], found
             )
-
-
-def test_detach_gives_back_torchs_own():
-    plain = host(batch_first=True)
-    model = copy.deepcopy(plain)
-    irpe.attach(model, K)
-    irpe.detach(model)
-    assert type(model) is nn.MultiheadAttention and model.__dict__.keys() == plain.__dict__.keys()
-    assert model.state_dict().keys() == plain.state_dict().keys()
-    x, placed, _ = tokens()
-    assert torch.equal(model(placed, placed, x)[0], plain(placed, placed, x)[0])
 
 
 def test_what_cannot_be_equipped():

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hosting import layer_compiles_exports_and_rounds
+from oracles import text
 from torch.nn.functional import interpolate
 
 import irpe
@@ -22,19 +24,14 @@ def made(spec, heads=2, dim=6, dtype=F64):
     return module
 
 
-def log_bucket(x):
-    """T5's bucket of an offset query - key, for 8 buckets both ways and max=6."""
-    far = abs(x)
-    if far >= 2:
-        far = min(3, 2 + int(math.log(far / 2) / math.log(6 / 2) * 2))
-    return far + 4 * (x < 0)
-
-
 def value(module, grid, q, h, i, j):
     """What is added to logit (i, j) of a head, for patches (row, column), pair by pair."""
     spec, (dy, dx) = module.spec, (i[0] - j[0], i[1] - j[1])
     if str(spec).startswith("t5-axes"):
-        return module.table[0, h, log_bucket(dy)] + module.table[1, h, log_bucket(dx)]
+        return (
+            module.table[0, h, text.t5_bucket(dy, 8, 6, True)]
+            + module.table[1, h, text.t5_bucket(dx, 8, 6, True)]
+        )
     if str(spec).startswith("decomposed"):
         total = 0.0
         for table, offset, side in (
@@ -208,22 +205,7 @@ def test_layers_compile_export_and_low_precision(spec):
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     grid, x = irpe.Grid(3, 4, prefix=1), torch.randn(2, 13, 12)
-    wanted = layer(x, grid)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x, grid), wanted, rtol=1e-5, atol=1e-5)
-
-    class Whole(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x):
-            return self.layer(x, irpe.Grid(3, 4, prefix=1))
-
-    exported = torch.export.export(Whole(), (x,)).module()
-    torch.testing.assert_close(exported(x), wanted, rtol=1e-5, atol=1e-5)
-    low = layer.to(torch.bfloat16)(x.to(torch.bfloat16), grid)
-    assert (low.float() - wanted).abs().max() < 0.1 * wanted.abs().max() + 0.05
+    layer_compiles_exports_and_rounds(layer, x, grid)
 
 
 @pytest.mark.parametrize("spec", [*SPECS, "lookhere"])

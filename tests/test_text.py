@@ -4,12 +4,13 @@ import functools
 
 import pytest
 import torch
+from common import TILES
 from oracles import text as plain
 from text import F64, modules, oracle, places
 
 import irpe
 
-BACKENDS = ("auto", "reference", "eager", "sdpa")
+BACKENDS = ("auto", "reference", "eager", *TILES, "sdpa")
 # spec: the places it is tried at, and options: causal, mask, D, H
 EVERYWHERE = ("whole", "gaps", "own", "prefix", "cached", "cached prefix")
 CASES = [

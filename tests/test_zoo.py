@@ -118,18 +118,6 @@ def test_options_of_the_host():
     assert model(image()).shape == (2, 3)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradient_checkpointing(checkpointing):
-    model = fill(create(num_classes=3)).double()
-    model(image().double()).square().sum().backward()
-    wanted = {n: p.grad.clone() for n, p in model.named_parameters()}
-    model.zero_grad()
-    model.set_grad_checkpointing(checkpointing)
-    model(image().double()).square().sum().backward()
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, wanted[name])
-
-
 def test_features_only():
     model = create(features_only=True, depth=4, out_indices=(1, 3)).eval()
     found = model(image())
@@ -278,9 +266,3 @@ def test_a_file_of_another_architecture_names_keys(served):
     released(create(TINY), files / "model.pth")
     with pytest.raises(RuntimeError, match="blocks.0.attn.rpe_q.lookup_table_weight"):
         create(pretrained=True, pretrained_cfg_overlay={"url": f"{address}/model.pth"})
-
-
-def test_compiles_in_one_piece():
-    model = fill(create(num_classes=3)).eval()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(image()), model(image()), rtol=1e-4, atol=1e-5)

@@ -3,7 +3,7 @@
 import hosting
 import pytest
 import torch
-from hosting import QKV, fill
+from hosting import CHECKS, QKV, fill
 from oracles import buckets as plain
 from torch import nn
 
@@ -27,8 +27,6 @@ FAMILIES = {
     "divided": ("Timesformer", {**SQUARE, "attention_type": "divided_space_time"}, 1),
     "space": ("Timesformer", {**SQUARE, "attention_type": "space_only"}, 1),
 }
-CHECKS = ("outputs_stay", "tables_learn", "state_round_trip", "copies_are_independent",
-          "compiles", "detach_undoes")  # fmt: skip
 
 
 def build(family, seed=0):
@@ -141,17 +139,8 @@ def test_two_grids_before_one_backward():
     model = build("joint")
     attach(model, QKV)
     fill(model)
-    wanted = {}
-    for size in ((32, 48), (48, 32)):
-        model.zero_grad()
-        run(model, *size).square().sum().backward()
-        for name, p in model.named_parameters():
-            wanted[name] = p.grad + wanted.get(name, 0) if p.grad is not None else None
-    model.zero_grad()
-    sum(run(model, *size).square().sum() for size in ((32, 48), (48, 32))).backward()
-    for name, grad in wanted.items():
-        if grad is not None:
-            torch.testing.assert_close(model.get_parameter(name).grad, grad, rtol=1e-9, atol=1e-9)
+    runs = [lambda size=size: run(model, *size) for size in ((32, 48), (48, 32))]
+    hosting.sum_of_passes(model, runs)
 
 
 @pytest.mark.parametrize("family", ["VideoMAE", "joint"])

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from hosting import everything, outcome, same
 from torch import nn
 
 import irpe
@@ -70,20 +71,6 @@ def run(model, x):
     return model(pixel_values=x, **more).last_hidden_state
 
 
-def outcome(model, x):
-    x = x.detach().requires_grad_()
-    out = run(model, x)
-    inputs = [x, *model.parameters()]
-    return [out, *torch.autograd.grad(out.square().sum(), inputs, allow_unused=True)]
-
-
-def same(found, wanted, **close):
-    for a, b in zip(found, wanted, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, **close)
-
-
 def never(*args, **kwargs):
     raise AssertionError("a bias of all pairs")
 
@@ -96,7 +83,7 @@ def test_outputs_and_gradients(name, size, native, monkeypatch):
     plain, x = copy.deepcopy(model), images(size)
     spec = None if native == "fuse" else "rpe-1.9-product-ctx-1-k"
     report = irpe.attach(model, spec, native=native)
-    wanted = outcome(plain, x)
+    wanted = outcome(plain, x, run)
     for module in plain.modules():
         for method in ("get_decomposed_rel_pos", "generate_relative_position_index"):
             if hasattr(type(module), method):
@@ -108,18 +95,20 @@ def test_outputs_and_gradients(name, size, native, monkeypatch):
         return
     assert "fused" in str(report) and not report.keys
     assert model.state_dict().keys() == plain.state_dict().keys()
-    same(outcome(model, x), wanted, rtol=1e-9, atol=1e-9)
+    same(outcome(model, x, run), wanted, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.cases(1)
 @pytest.mark.parametrize("name", MODELS)
 def test_training_has_the_same_losses(name):
-    model, x = made(name, torch.float32), images(MODELS[name][2][0], torch.float32)
-    plain = copy.deepcopy(model)
+    """In float64, since small steps hide an encoding that is left out."""
+    plain, x = made(name), images(MODELS[name][2][0])
+    model = copy.deepcopy(plain)
     irpe.attach(model, native="fuse")
     losses = []
-    for one in (model.train(), plain.train()):
-        optimizer, own = torch.optim.SGD(one.parameters(), lr=1e-3), []
+    for one in (model, plain):
+        optimizer, own = torch.optim.SGD(one.parameters(), lr=1e-2), []
+        torch.manual_seed(1)
         for _ in range(20):
             loss = run(one, x).logsumexp(-1).mean()
             loss.backward()
@@ -127,7 +116,7 @@ def test_training_has_the_same_losses(name):
             optimizer.zero_grad()
             own.append(loss.item())
         losses.append(own)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
     assert losses[0][0] != losses[0][-1]
 
 
@@ -135,13 +124,10 @@ def test_training_has_the_same_losses(name):
 def test_detach_restores(name):
     model, x = made(name), images(MODELS[name][2][0])
     wanted = run(model, x)  # Swin's forward pass sets attributes
-    modules = [(type(m), dict(m.__dict__)) for m in model.modules()]
+    before = everything(model)
     irpe.attach(model, native="fuse")
     irpe.detach(model)
-    for (kind, before), module in zip(modules, model.modules(), strict=True):
-        assert type(module) is kind and module.__dict__.keys() == before.keys()
-        for key, value in before.items():
-            assert value is module.__dict__[key] or value == module.__dict__[key], key
+    assert everything(model) == before
     assert torch.equal(run(model, x), wanted)
 
 

@@ -22,6 +22,7 @@ def test_specs():
             parsed = irpe.parse(spec)
         except irpe.IrpeError as error:
             assert "\n" not in str(error)
+            assert not isinstance(spec, str) or repr(spec) in str(error)
             outcomes["refused"] += 1
             return
         again = irpe.parse(str(parsed))

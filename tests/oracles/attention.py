@@ -3,18 +3,7 @@
 import torch
 
 
-def attention(
-    q,
-    k,
-    v,
-    encodings,
-    queries,
-    keys,
-    mask=None,
-    is_causal=False,
-    scale=None,
-    keep=None,
-):
+def attention(q, k, v, encodings, queries, keys, mask=None, is_causal=False, scale=None):
     """Eq. 13 to 17 of Wu et al., with the released code's scaling.
 
     Args:
@@ -27,7 +16,6 @@ def attention(
             column); None for a prefix token,
             which puts its pairs into the last bucket.
         mask: bool or additive, of the full shape ``[B, H, L, S]``.
-        keep: what multiplies each probability, ``[B, H, L, S]``.
     """
     B, H, L, D = q.shape
     G, S = k.shape[1:3]
@@ -73,7 +61,7 @@ def attention(
                                 head = table[h if table.shape[0] > 1 else 0]
                                 n = _bucket(function, queries[b][i], keys[b][j])
                                 value = value + head[n]
-                        row = row + (p if keep is None else p * keep[b, h, i, j]) * value
+                        row = row + p * value
                 samples.append(row)
     return torch.stack(samples).view(B, H, L, -1)
 

@@ -135,7 +135,7 @@ def interpolated(rows, length, anchor):
     return made
 
 
-def attention(q, k, v, logit, value=None, mask=None, is_causal=False, keep=None):
+def attention(q, k, v, logit, value=None, mask=None, is_causal=False):
     """Softmax attention with any logit and any addition to values.
 
     Args:

@@ -49,6 +49,26 @@ def run(script, *arguments, env=CPU):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, env=env)
 
 
+def measured(folder, script, *given, env=CPU):
+    """What a benchmark writes into its file of results."""
+    done = run(script, *given, "--name", folder / "figures", env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "figures.json").read_text())
+
+
+@pytest.fixture
+def wrong(monkeypatch):
+    """Return ``wrong(backend)``, which makes it compute terms on keys wrongly."""
+
+    def attention(call):
+        out = reference.attention(call)
+        return out * 1.01 if any(term.kind == "key" for term in call.terms) else out
+
+    return lambda name: monkeypatch.setitem(
+        BACKENDS, name, replace(BACKENDS[name], attention=attention)
+    )
+
+
 @pytest.fixture
 def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
@@ -58,9 +78,7 @@ def benchmarks(monkeypatch):
 def test_models(tmp_path):
     (tmp_path / "irpe.py").write_text(STAND_IN)
     given = ["--model", "test_vit", "--size", "160", "--batch", "1", "--rounds", "2"]
-    done = run("models", *given, "--original", tmp_path, "--name", tmp_path / "figures")
-    assert done.returncode == 0, done.stderr
-    figures = json.loads((tmp_path / "figures.json").read_text())
+    figures = measured(tmp_path, "models", *given, "--original", tmp_path)
     originals = {"original k", "original qk", "original qkv"}
     assert set(figures["rows"]) == {"plain", "plain again", "k", "qk", "qkv"} | originals
     for name, row in figures["rows"].items():
@@ -70,18 +88,14 @@ def test_models(tmp_path):
 
 def test_text_attention(tmp_path):
     given = ["--length", "48", "--dim", "16", "--batch", "1", "--rounds", "2"]
-    done = run("text_attention", *given, "--name", tmp_path / "figures")
-    assert done.returncode == 0, done.stderr
-    figures = json.loads((tmp_path / "figures.json").read_text())
+    figures = measured(tmp_path, "text_attention", *given)
     assert set(figures["specs"]) < set(figures["rows"])
     assert figures["rows"]["shaw"]["over_materialised"]["median"] > 0
 
 
 @pytest.mark.full
 def test_grids(tmp_path):
-    done = run("grids", "--dim", 12, "--rounds", 2, "--name", tmp_path / "figures")
-    assert done.returncode == 0, done.stderr
-    figures = json.loads((tmp_path / "figures.json").read_text())
+    figures = measured(tmp_path, "grids", "--dim", 12, "--rounds", 2)
     assert [(case["batch"], case["train"]) for case in figures["cases"]] == [(1, False), (4, True)]
     for case in figures["cases"]:
         assert case["rows"].keys() == {"plain", "plain again", "own"}
@@ -93,9 +107,7 @@ def test_models_under_autocast(tmp_path):
     """What a GPU does, but for the GPU: several cases, and a row that cannot be."""
     (tmp_path / "irpe.py").write_text(STAND_IN.replace("with_kwargs", "mistyped"))
     given = ["--model", "test_vit", "--size", "160", "--batch", "1", "2", "--rounds", "2", "--amp"]
-    done = run("models", *given, "--original", tmp_path, "--name", tmp_path / "figures")
-    assert done.returncode == 0, done.stderr
-    figures = json.loads((tmp_path / "figures.json").read_text())
+    figures = measured(tmp_path, "models", *given, "--original", tmp_path)
     assert figures["left_out"] == []
     assert [(case["model"], case["batch"]) for case in figures["cases"]] == [
         ("test_vit", 1), ("test_vit", 2)
@@ -109,9 +121,7 @@ def test_models_under_autocast(tmp_path):
 @pytest.mark.full
 def test_encoder(tmp_path):
     given = ["--encoder", "--grid", "3x4", "2x5", "--layers", "1", "--rounds", "2"]
-    done = run("models", *given, "--device", "cpu", "--name", tmp_path / "figures")
-    assert done.returncode == 0, done.stderr
-    figures = json.loads((tmp_path / "figures.json").read_text())
+    figures = measured(tmp_path, "models", *given, "--device", "cpu")
     assert [case["grid"] for case in figures["cases"]] == ["3x4", "2x5"]
     assert figures["left_out"] == []
     for case in figures["cases"]:
@@ -121,15 +131,11 @@ def test_encoder(tmp_path):
             assert (row["peak_mib"] is None) == (name == "plain again")
 
 
-def test_a_wrong_encoder_is_not_timed(benchmarks, monkeypatch):
+def test_a_wrong_encoder_is_not_timed(benchmarks, wrong, monkeypatch):
     import encoder
 
-    def wrong(call):
-        out = reference.attention(call)
-        return out * 1.01 if any(term.kind == "key" for term in call.terms) else out
-
     assert encoder.gate("3x4", "cpu", False, "eager") is None
-    monkeypatch.setitem(BACKENDS, "eager", replace(BACKENDS["eager"], attention=wrong))
+    wrong("eager")
     monkeypatch.setattr(irpe.functional, "KNOWN", {})  # calls that the right one was chosen for
     assert "qk: " in encoder.gate("3x4", "cpu", False, "eager")
 
@@ -151,12 +157,9 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
 @pytest.mark.parametrize("device", DEVICES)
 def test_attention(device, tmp_path):
     (tmp_path / "irpe.py").write_text(STAND_IN)
-    name = tmp_path / "figures"
-    given = ["--tiny", "--device", device, "--original", tmp_path, "--name", name]
-    done = run("attention", *given, env=CPU if device == "cpu" else GPU)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert name.with_suffix(".png").stat().st_size > 10_000
-    figures = json.loads(name.with_suffix(".json").read_text())
+    given = ["--tiny", "--device", device, "--original", tmp_path]
+    figures = measured(tmp_path, "attention", *given, env=CPU if device == "cpu" else GPU)
+    assert (tmp_path / "figures.png").stat().st_size > 10_000
     assert figures["left_out"] == []
     assert [(c["dtype"], c["method"]) for c in figures["cases"]] == [
         ("float32", "product"), ("float16", "cross")
@@ -183,15 +186,11 @@ def test_attention(device, tmp_path):
 
 
 @pytest.mark.full
-def test_a_wrong_kernel_is_not_timed(benchmarks, monkeypatch):
+def test_a_wrong_kernel_is_not_timed(benchmarks, wrong):
     from attention import cases
     from session import RED, Session, Settings
 
-    def wrong(call):
-        out = reference.attention(call)
-        return out * 1.01 if any(term.kind == "key" for term in call.terms) else out
-
-    monkeypatch.setitem(BACKENDS, "triton", replace(BACKENDS["triton"], attention=wrong))
+    wrong("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     session = Session(
         cases(device, tiny=True)[0], Settings(device, 1, 1, None), {}, lambda step: None

@@ -4,6 +4,7 @@ import argparse
 import inspect
 import random
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from accelerate.state import AcceleratorState
 from cls_command import TINY
 from lm_command import TINY as LM_TINY
 from PIL import Image
+
+from training.loop import Loop
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +40,26 @@ def cls(tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable:
         return status, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture
+def stopped(monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """Return a context, ``stopped(step)``, in which runs are interrupted before a step."""
+
+    @contextmanager
+    def at(number: int):
+        real = Loop._one_step
+
+        def step(self, *given):
+            if self.step >= number:
+                raise KeyboardInterrupt
+            return real(self, *given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Loop, "_one_step", step)
+            yield
+
+    return at
 
 
 @pytest.fixture(scope="session")

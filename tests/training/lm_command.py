@@ -1,11 +1,4 @@
-"""train_lm.py on a network and a text that train in a second, and what its runs leave."""
-
-import json
-from pathlib import Path
-
-import torch
-
-from irpe.files.read import read_weights
+"""train_lm.py on a network and a text that train in a second."""
 
 TINY_TASK = [
     "--data.name=files",
@@ -28,18 +21,3 @@ TINY = [
     "--sample=20",
 ]
 STAGED = "--stages=[{length: 8, until: 5}, {length: 16}]"
-TIMES = ("seconds", "tokens_per_second", "texts_per_second", "train_cpu_seconds")
-
-
-def records(folder: Path) -> list[dict]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
-
-
-def weights(folder: Path, name: str = "last") -> dict[str, torch.Tensor]:
-    return read_weights(folder / "checkpoints" / f"{name}.safetensors")
-
-
-def same(one: Path, other: Path, *names: str) -> bool:
-    pairs = [(weights(one, name), weights(other, name)) for name in names or ("last", "best")]
-    return all(torch.equal(a[key], b[key]) for a, b in pairs for key in a)

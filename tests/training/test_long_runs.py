@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lm_command import records, same, weights
-from run_files import files, newest_state
+from run_files import files, newest_state, records, same, weights
 from safetensors.torch import load_file
 
 from training.checkpoint import States

@@ -78,14 +78,3 @@ def test_cmyk(tmp_path: Path):
         found = pixels_of(encoded(image, tmp_path / name)).astype(int)
         assert abs(found[:, :8] - (0, 255, 255)).max() <= 6
         assert found[:, 8:].max() <= 6
-
-
-def test_orientation_is_not_applied(tmp_path: Path):
-    image = Image.fromarray(np.arange(8 * 16 * 3, dtype=np.uint8).reshape(8, 16, 3))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    turned = encoded(image, tmp_path / "a.jpg", exif=exif, quality=95)
-    plain = encoded(image, tmp_path / "b.jpg", quality=95)
-    assert Image.open(tmp_path / "a.jpg").getexif()[0x0112] == 6
-    assert (pixels_of(turned) == pixels_of(plain)).all()
-    assert decode_rgb(turned).size == (16, 8)

@@ -1,38 +1,22 @@
 """An interrupted run resumes exactly."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from run_files import records, same
 
-from irpe.files.read import read_weights
 from training.checkpoint import States
-from training.loop import Loop
 
-TIMES = ("seconds", "images_per_second", "train_cpu_seconds")
 OPTIONS = ["--epochs=4", "--ema.enabled", "--ema.decay=0.9", "--model.drop_path=0.2"]
 
 
-def records(folder: Path) -> list[dict]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
-
-
 @pytest.fixture
-def interrupted(cls, monkeypatch):
+def interrupted(cls, stopped):
     """Runs a command that is interrupted in the middle of its third epoch."""
 
     def run(*arguments: str) -> None:
-        real = Loop._one_step
-
-        def step(self, *given):
-            if self.step >= 12:
-                raise KeyboardInterrupt
-            return real(self, *given)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Loop, "_one_step", step)
+        with stopped(12):
             assert cls(*OPTIONS, *arguments)[0] == 130
 
     return run
@@ -54,12 +38,7 @@ def test_the_same_weights_bit_for_bit(cls, interrupted, tmp_path: Path):
     assert status == 0, err
     assert "resuming after epoch 2 and step 12\n" in err
     assert records(parts) == records(tmp_path / "runs" / "whole")
-    for name in ("last", "last-ema", "best"):
-        one, other = (
-            read_weights(tmp_path / "runs" / run / "checkpoints" / f"{name}.safetensors")
-            for run in ("whole", "parts")
-        )
-        assert all(torch.equal(one[key], other[key]) for key in one)
+    assert same(tmp_path / "runs" / "whole", parts, "last", "last-ema", "best")
     # Finished: auto begins a new run, and the folder itself is refused.
     assert cls(*OPTIONS, "--run.experiment=parts", "--resume=auto")[0] == 0
     assert (tmp_path / "runs" / "parts-2").is_dir()

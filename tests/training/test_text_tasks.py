@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 import torch
 from cls_command import ROOT
-from lm_command import TINY_TASK, records, same
+from lm_command import TINY_TASK
 from processes import launch
 from released import released_names
-from run_files import newest_state
+from run_files import assert_one_line, newest_state, records, same
 
 import train_lm
 from models.text import Bert, SpanFinder
 from training.errors import UserError
-from training.loop import Loop
 from training.text.answers import (
     Found,
     Marked,
@@ -74,17 +73,9 @@ def test_packages_are_told_apart(lm, library, tmp_path: Path):
         assert "held-out accuracy 100.00 %" in out
 
 
-def test_excerpts_resume_and_processes(lm, library, tmp_path: Path, monkeypatch):
+def test_excerpts_resume_and_processes(lm, library, tmp_path: Path, stopped):
     assert lm(*library, "--run.experiment=whole")[0] == 0
-    real = Loop._one_step
-
-    def step(self, *given):
-        if self.step == 9:
-            raise KeyboardInterrupt
-        return real(self, *given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_one_step", step)
+    with stopped(9):
         assert lm(*library, "--run.experiment=parts", "--run.save_steps=1")[0] == 130
     state = newest_state(tmp_path / "runs" / "parts")
     assert state["step"] == 9 and state["within"] > 0
@@ -231,7 +222,7 @@ def asked(tmp_path: Path) -> list[str]:
     return [*options, "--questions.longest_answer=4", "--batch_size=16", "--epochs=2"]
 
 
-def test_questions_run_and_resume(lm, asked, tmp_path: Path, monkeypatch):
+def test_questions_run_and_resume(lm, asked, tmp_path: Path, stopped):
     status, out, err = lm(*asked, "--encoding=shaw,clip=8", "--run.experiment=whole")
     assert status == 0, err
     folder = tmp_path / "runs" / "whole"
@@ -247,15 +238,7 @@ def test_questions_run_and_resume(lm, asked, tmp_path: Path, monkeypatch):
         assert predictions[entry["id"]] in paragraph["context"]
         scores.append(f1(predictions[entry["id"]], [a["text"] for a in entry["answers"]]))
     assert sum(scores) / 21 == pytest.approx(last["f1"])
-    real = Loop._one_step
-
-    def step(self, *given):
-        if self.step == 8:
-            raise KeyboardInterrupt
-        return real(self, *given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_one_step", step)
+    with stopped(8):
         saving = ["--run.experiment=parts", "--run.save_steps=1"]
         assert lm(*asked, "--encoding=shaw,clip=8", *saving)[0] == 130
     state = newest_state(tmp_path / "runs" / "parts")
@@ -366,6 +349,4 @@ BAD = [
 @pytest.mark.parametrize(("arguments", "wanted"), BAD, ids=[" ".join(bad[0]) for bad in BAD])
 def test_bad_input_is_one_line(arguments: list[str], wanted: list[str], lm, asked):
     status, out, err = lm(*(asked if "--task=excerpts" not in arguments else ()), *arguments)
-    assert status == 2
-    assert err.startswith("error: ") and err.count("\n") == 1, err
-    assert [part for part in wanted if part not in err] == [], err
+    assert_one_line(status, err, *wanted)

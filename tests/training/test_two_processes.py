@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 from cls_command import ROOT, TINY
 from lm_command import TINY as TEXT
-from lm_command import records
 from processes import launch, start
-from run_files import newest_state
+from run_files import newest_state, records
 
 from irpe.files.read import read_weights
 from training.errors import script
