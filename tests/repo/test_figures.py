@@ -88,7 +88,15 @@ def faults(folder):
     return page(found["faults"], found["command"], found["machine"])
 
 
-WRITTEN = {f.__name__: f for f in (image, text, detection, finetune, finetune_commands, faults)}
+def video(folder):
+    from video import page
+
+    return page(lines("video.jsonl"))
+
+
+WRITTEN = {
+    f.__name__: f for f in (image, text, detection, finetune, finetune_commands, faults, video)
+}
 
 
 @pytest.mark.cases(2)

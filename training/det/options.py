@@ -137,7 +137,7 @@ class DetConfig(ScriptConfig):
         Rule("coco_path data.train_images data.train_annotations data.val_images "
              "data.val_annotations data.exif", "data.name: coco"),
         Rule("data.root", "data.name: digits", "; COCO's folder is coco_path"),
-        Rule("coco_path", "data.train_images: null", ", or one of the other three paths of data to be null",
+        Rule("coco_path", "data.train_images: null", ", or another path of data to be null",
              lambda c: not (c.data.train_images and c.data.train_annotations
                             and c.data.val_images and c.data.val_annotations)),
         Rule("rpe_backend table_lr", "enc_rpe2d not null"),
