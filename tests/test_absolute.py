@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from common import refuses
 from oracles import text as plain
 from text import F64
 
@@ -48,6 +47,18 @@ def test_absolute_embeddings_leave_prefix_tokens_alone(spec):
     torch.testing.assert_close(found[:, 2:], module.embed(x[:, 2:], irpe.Sequence(7)))
 
 
+@pytest.mark.parametrize("spec", ["sinusoidal", "learned,length=40", "pia"])
+def test_absolute_embeddings_know_where_the_start_is(spec):
+    """A constant added to all positions changes them (rotary embeddings do not mind)."""
+    module, x = embedding(spec), torch.zeros(1, 5, 12, dtype=F64)
+    for hook in (module.embed, lambda x, g: module.inputs(x, x, g)[0]):
+        here, there = (
+            hook(x, irpe.Sequence(5, positions=torch.arange(5) + start)) for start in (0, 5)
+        )
+        changes = (spec == "pia") == (hook != module.embed)
+        assert torch.allclose(here, there) is not changes
+
+
 def test_learned_rows():
     module = embedding("learned,length=40")
     where = torch.tensor([[0, 3, 4, 39], [7, 8, 9, 10]])
@@ -73,6 +84,17 @@ def test_interpolate(anchor, length):
     assert found.requires_grad and found.dtype == F64
     if length == 6:
         assert found is rows
+    # Each row lies between its two parents.
+    low = torch.minimum(rows[:-1], rows[1:]).min(0).values
+    assert (found >= low - 1e-12).all()
+    weights = torch.autograd.functional.jacobian(
+        lambda t: irpe.interpolate(t, length, anchor)[:, 0], rows.detach()
+    )[..., 0]
+    assert (weights >= 0).all() and ((weights > 1e-12).sum(1) <= 2).all()
+    torch.testing.assert_close(weights.sum(1), torch.ones(length, dtype=F64))
+    both = weights > 1e-12
+    first = both.int().argmax(1)
+    assert all(row[: f + 2].sum() == row.sum() for row, f in zip(both, first, strict=True))
 
 
 def test_interpolate_keeps_its_anchors():
@@ -103,6 +125,12 @@ def test_learned_table_interpolated_by_its_spec():
     assert dict(long.named_parameters()).keys() == {"weight"} and long.weight.shape == (6, 12)
     found.square().sum().backward()
     assert (long.weight.grad != 0).all()
+
+
+def refuses(call, *parts):
+    with pytest.raises(irpe.IrpeError) as caught:
+        call()
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
 def test_what_absolute_embeddings_refuse():
@@ -147,8 +175,54 @@ def test_pia_against_loops():
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+def test_pia_values_carry_no_position():
+    """With queries of zero attention is uniform, and the order of the keys is not seen."""
+    layer = irpe.RPEAttention(12, 2, "pia", prefix=0, dtype=F64)
+    with torch.no_grad():
+        layer.qkv.weight[:12] = 0
+        layer.qkv.bias[:12] = 0
+    x, order = torch.randn(1, 6, 12, dtype=F64), torch.randperm(6)
+    found = layer(x, irpe.Sequence(6))
+    torch.testing.assert_close(layer(x[:, order], irpe.Sequence(6)), found, rtol=1e-12, atol=1e-12)
+
+
 def test_pia_leaves_the_prefix_of_each_side_alone():
     like = torch.zeros(1, dtype=F64)
     on_q, on_k = embedding("pia").waves(irpe.Sequence(4, prefix=1, key_prefix=3), like)
     assert not on_q[:1].any() and not on_k[:3].any()
     assert torch.equal(on_q[1:], on_k[3:]) and on_q[1:].any()
+
+
+def test_pia_with_memory_block_by_block_is_token_by_token():
+    """One layer: cached inputs get new positions, 0 to M - 1, and new tokens those after."""
+    layer = pia_layer()
+    pia, memory, x = layer.pia, *(torch.randn(1, n, 12, dtype=F64) for n in (4, 3))
+
+    def attend(new, every, queries, keys):
+        geometry = irpe.Sequence(len(queries), positions=torch.tensor(queries), keys=keys)
+        on_q, on_k = pia.inputs(new, every, geometry)
+        weights, biases = layer.qkv.weight.chunk(3), layer.qkv.bias.chunk(3)
+        q, k, v = (
+            (y @ w.T + b).unflatten(-1, (2, 6)).transpose(1, 2)
+            for y, w, b in zip((on_q, on_k, every), weights, biases, strict=True)
+        )
+        return irpe.attention(q, k, v, is_causal=True)
+
+    block = attend(x, torch.cat((memory, x), 1), [4, 5, 6], torch.arange(7))
+    for t in range(3):
+        every = torch.cat((memory, x[:, : t + 1]), 1)
+        one = attend(x[:, t : t + 1], every, [4 + t], torch.arange(5 + t))
+        torch.testing.assert_close(one, block[:, :, t : t + 1], rtol=1e-12, atol=1e-12)
+    # A cache may keep what is projected: Wk (y + p) = Wk y + Wk p.
+    geometry = irpe.Sequence(3, positions=torch.arange(4, 7), keys=torch.arange(7))
+    every, weight = torch.cat((memory, x), 1), layer.qkv.weight[12:24]
+    waves = pia.waves(geometry, x)[1]
+    assert waves.shape == (7, 12)
+    parts = every @ weight.T + waves @ weight.T
+    torch.testing.assert_close((every + waves) @ weight.T, parts, rtol=1e-11, atol=1e-11)
+
+
+def test_pia_is_not_shift_invariant():
+    layer, x = pia_layer(), torch.randn(1, 6, 12, dtype=F64)
+    moved = layer(x, irpe.Sequence(6, positions=torch.arange(5, 11)))
+    assert (moved - layer(x, irpe.Sequence(6))).abs().max() > 1e-3

@@ -90,6 +90,19 @@ def test_small_integers_do_not_wrap():
         assert torch.equal(found, wanted), dtype
 
 
+@pytest.mark.parametrize(
+    ("ratio", "row"),
+    [
+        (1.9, [0, 1, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3]),
+        (2.0, [0, 1, 2, 2, 3, 3, 3, 3, 3, 3, 4, 4, 4, 4]),
+        (2.5, [0, 1, 2, 3, 3, 3, 4, 4, 4, 4, 4, 4, 4, 4]),
+        (3.0, [0, 1, 2, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 5]),
+    ],
+)
+def test_piecewise_table(ratio, row):
+    assert irpe.RPE(ratio=ratio).buckets()[0].index(torch.arange(14)).tolist() == row
+
+
 @settings(max_examples=80, deadline=None)
 @given(st.floats(0.5, 50), st.sampled_from(["piecewise", "clip"]))
 def test_step_index_is_odd_monotone_and_bounded(ratio, index):
@@ -100,6 +113,11 @@ def test_step_index_is_odd_monotone_and_bounded(ratio, index):
     assert (y.diff() >= 0).all()
     assert int(y.max()) <= int(2 * spec.ratio) and int(y[901]) <= 1
     assert y.tolist() == [plain.step(spec, int(v)) for v in x]
+
+
+def test_clip_is_clip():
+    x = torch.arange(-30, 31)
+    assert torch.equal(irpe.RPE(index="clip", beta=4.7).buckets()[0].index(x), x.clamp(-4, 4))
 
 
 @pytest.mark.parametrize(
@@ -133,6 +151,19 @@ def test_used_buckets_of_the_published_models(name, used, allocated):
     assert number * len(found) == allocated
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_only_the_offset_counts(method):
+    spec = spec_of(method, 3.0)
+    positions = torch.randint(0, 9, (8, 2))
+    moved = positions + torch.tensor([-17, 5])
+    for a, b in zip(
+        ids_of(spec, irpe.Geometry(positions))[0],
+        ids_of(spec, irpe.Geometry(moved))[0],
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("size", GRIDS)
 @pytest.mark.parametrize("method", METHODS)
 def test_mirrored_pairs(method, size):
@@ -150,6 +181,32 @@ def test_mirrored_pairs(method, size):
                 assert not torch.equal(patches, patches.T)
 
 
+@pytest.mark.parametrize("size", GRIDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_prefix_rows_and_columns(method, size):
+    """One bucket for every pair with a prefix token, which no other pair uses."""
+    height, width, prefix = size
+    found, number = ids_of(spec_of(method), irpe.Grid(*size))
+    plainly, fewer = ids_of(spec_of(method), irpe.Grid(height, width))
+    for ids, without in zip(found, plainly, strict=True):
+        assert torch.equal(ids[prefix:, prefix:], without)
+        if prefix:
+            assert number == fewer + 1
+            assert (ids[:prefix] == number - 1).all() and (ids[:, :prefix] == number - 1).all()
+            assert (without < number - 1).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_crop_of_a_larger_grid(method):
+    """Ids of a smaller grid are those of the same tokens in a larger one."""
+    spec = spec_of(method, 3.0)
+    chosen = (torch.arange(3).unsqueeze(1) * 9 + torch.arange(5)).flatten() + 1
+    large, _ = ids_of(spec, irpe.Grid(8, 9, prefix=1))
+    chosen = torch.cat((torch.zeros(1, dtype=torch.long), chosen))
+    for a, b in zip(large, ids_of(spec, irpe.Grid(3, 5, prefix=1))[0], strict=True):
+        assert torch.equal(a[chosen][:, chosen], b)
+
+
 def test_product_of_one_row_is_shaw_in_one_dimension():
     spec = spec_of("product")
     ids, _ = irpe.bucket_ids(spec, irpe.Grid(1, 9))
@@ -158,6 +215,15 @@ def test_product_of_one_row_is_shaw_in_one_dimension():
     assert torch.equal(ids, index + 3 * 7 + 3)
     ids, _ = irpe.bucket_ids(spec, irpe.Grid(9, 1))
     assert torch.equal(ids, (index + 3) * 7 + 3)
+
+
+def test_cross_is_its_two_axes():
+    (rows, columns), _ = ids_of(spec_of("cross"), irpe.Grid(4, 6))
+    product, _ = irpe.bucket_ids(spec_of("product"), irpe.Grid(4, 6))
+    assert torch.equal(product, rows * 7 + columns)
+    rows, columns = rows.view(4, 6, 4, 6), columns.view(4, 6, 4, 6)
+    assert torch.equal(rows, rows[:, :1, :, :1].expand_as(rows))
+    assert torch.equal(columns, columns[:1, :, :1].expand_as(columns))
 
 
 def test_half_turn_of_the_image():
@@ -173,3 +239,26 @@ def test_ranks_number_the_distances():
     squares = {r * r + c * c for r in range(14) for c in range(14)}
     assert len(squares) == 94 == ids.unique().numel()
     assert ids[0, 0] == 500 and ids[0, 1] == 501 and ids[0, 15] == 502 and ids[0, 2] == 503
+
+
+def test_terms_share_ids_and_expand_as_documented():
+    """The flat form is the dense one, laid end to end; by key, rows belong to the keys."""
+    from irpe.buckets import BucketIds
+
+    (function,) = spec_of("product").buckets()
+    geometry = irpe.Geometry(
+        torch.randint(0, 9, (2, 3, 2)), torch.randint(0, 9, (2, 4, 2)), prefix=1
+    )
+    cpu = torch.device("cpu")
+    forward, backward = (
+        BucketIds(function, geometry),
+        BucketIds(function, geometry).oriented(by_key=True),
+    )
+    N = forward.size
+    dense, flat = forward.dense(cpu), forward.flat(cpu)
+    rows = torch.arange(4).view(1, 4, 1) * N
+    assert torch.equal(flat.view(2, 4, 5), dense + rows) and flat.shape == (2, 1, 20)
+    rows = torch.arange(5).view(1, 1, 5) * N
+    assert torch.equal(backward.flat(cpu).view(2, 4, 5), backward.dense(cpu) + rows)
+    patches = dense[:, 1:, 1:]
+    assert torch.equal(backward.dense(cpu)[:, 1:, 1:], N - 2 - patches)

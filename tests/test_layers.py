@@ -1,5 +1,8 @@
 """RPEAttention and the encodings' modules, by themselves."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from common import TILES
@@ -76,6 +79,15 @@ def test_without_an_encoding_it_is_plain_attention():
     torch.testing.assert_close(layer(x, irpe.Grid(2, 3)), wanted, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("spec", SPECS)
+def test_fresh_tables_change_nothing(spec):
+    layer, none = irpe.RPEAttention(12, 2, spec, prefix=1), irpe.RPEAttention(12, 2, None, prefix=1)
+    none.load_state_dict({n: p for n, p in layer.state_dict().items() if "rpe_" not in n})
+    x = torch.randn(2, 7, 12)
+    grid = irpe.Grid(2, 3, prefix=1)
+    torch.testing.assert_close(layer(x, grid), none(x, grid), rtol=1e-5, atol=1e-6)
+
+
 def test_dropout_only_in_training():
     layer = layer_of(SPECS[0], attn_drop=0.5, proj_drop=0.5)
     x, grid = torch.randn(2, 7, 12, dtype=F64), irpe.Grid(2, 3, prefix=1)
@@ -144,6 +156,98 @@ def test_dense_call_is_the_originals(spec, size):
     torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-10)
     dense = on_k(q * scale, height, width)
     assert dense.shape == ((1, 2, L, L) if spec.mode == "bias" else (2, 2, L, L))
+
+
+def test_shared_bias_is_the_same_in_all_heads():
+    on_k = irpe.build_rpe("rpe-1.9-product-bias-1-k", head_dim=6, num_heads=3, prefix=1, dtype=F64)[
+        1
+    ]
+    nn.init.normal_(on_k.table)
+    zero, v = torch.zeros(1, 3, 7, 6, dtype=F64), torch.eye(7, dtype=F64).expand(1, 3, 7, 7)
+    p = irpe.attention(zero, zero, v, on_k.terms(irpe.Grid(2, 3, prefix=1)))
+    assert torch.equal(p[:, 0], p[:, 1]) and torch.equal(p[:, 0], p[:, 2])
+    assert p[0, 0].std() > 0.01
+    torch.testing.assert_close(p.sum(-1), torch.ones(1, 3, 7, dtype=F64))
+
+
+def test_per_head_tables_act_on_their_head():
+    on_k = irpe.build_rpe("rpe-1.9-product-ctx-0-k", head_dim=6, num_heads=3, prefix=1, dtype=F64)[
+        1
+    ]
+    q, k, v = (torch.randn(1, 3, 7, 6, dtype=F64) for _ in range(3))
+    grid = irpe.Grid(2, 3, prefix=1)
+    before = irpe.attention(q, k, v, on_k.terms(grid))
+    with torch.no_grad():
+        on_k.table[1].normal_()
+    after = irpe.attention(q, k, v, on_k.terms(grid))
+    assert torch.equal(after[:, [0, 2]], before[:, [0, 2]])
+    assert not torch.allclose(after[:, 1], before[:, 1])
+
+
+def test_half_turn_with_flipped_tables():
+    """Tokens in reverse and tables in reverse: outputs in reverse (papers, D3.10)."""
+    layer = layer_of("rpe-1.9-product-ctx-0-qkv", prefix=0)
+    turned = copy.deepcopy(layer)
+    with torch.no_grad():
+        for name, p in turned.named_parameters():
+            if "lookup_table" in name:
+                p.copy_(p.flip(1 if "rpe_v" in name else 2))
+    x, grid = torch.randn(1, 12, 12, dtype=F64), irpe.Grid(3, 4)
+    found = turned(x.flip(1), grid)
+    torch.testing.assert_close(found, layer(x, grid).flip(1), rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(layer(x.flip(1), grid), layer(x, grid).flip(1))
+
+
+def test_a_permutation_of_tokens_with_their_positions():
+    """Attention with positions is equivariant: only where a token is counts, not its number."""
+    layer = layer_of("rpe-1.9-cross-ctx-0-qkv", prefix=0)
+    x, order = torch.randn(1, 12, 12, dtype=F64), torch.randperm(12)
+    wanted = layer(x, irpe.Grid(3, 4))[:, order]
+    found = layer(x[:, order], irpe.Grid(3, 4).select(order))
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_a_smaller_image_is_a_masked_larger_one():
+    layer = layer_of("rpe-1.9-product-ctx-1-qkv", prefix=1)
+    inside = torch.cat(
+        (torch.tensor([0]), (torch.arange(2)[:, None] * 4 + torch.arange(3) + 1).flatten())
+    )
+    x = torch.randn(1, 13, 12, dtype=F64)
+    seen = torch.zeros(1, 1, 1, 13, dtype=torch.bool)
+    seen[..., inside] = True
+    large = layer(x, irpe.Grid(3, 4, prefix=1), mask=seen)[:, inside]
+    small = layer(x[:, inside], irpe.Grid(2, 3, prefix=1))
+    torch.testing.assert_close(large, small, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_are_independent(copied):
+    layer = layer_of("rpe-1.9-cross-ctx-0-qkv")
+    x, grid = torch.randn(2, 7, 12, dtype=F64), irpe.Grid(2, 3, prefix=1)
+    wanted = layer(x, grid)
+    other = copied(layer)
+    assert torch.equal(other(x, grid), wanted)
+    with torch.no_grad():
+        other.rpe_k.rp_rows.table.zero_()
+    assert torch.equal(layer(x, grid), wanted) and not torch.equal(other(x, grid), wanted)
+
+
+def test_one_layer_on_many_grids():
+    """Forward passes on several grids, then one backward: the sum of separate gradients."""
+    layer = layer_of("rpe-1.9-product-ctx-1-qkv")
+    cases = [
+        (irpe.Grid(2, 6, prefix=1), 13),
+        (irpe.Grid(6, 2, prefix=1), 13),
+        (irpe.Grid(3, 3, prefix=1), 10),
+    ]
+    inputs = [torch.randn(1, L, 12, dtype=F64) for _, L in cases]
+    wanted = 0
+    for (grid, _), x in zip(cases, inputs, strict=True):
+        loss = layer(x, grid).square().sum()
+        wanted = wanted + torch.autograd.grad(loss, layer.rpe_k.table)[0]
+    loss = sum(layer(x, grid).square().sum() for (grid, _), x in zip(cases, inputs, strict=True))
+    found = torch.autograd.grad(loss, layer.rpe_k.table)[0]
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
 
 def test_module_prints_what_it_is():

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from common import refuses
 from oracles import text as plain
 from text import F64, places, rotation
 
@@ -96,6 +95,34 @@ def test_at_position_zero_it_is_plain_linear_attention(spec):
     weights = fq @ fk.mT
     wanted = weights / weights.sum(-1, keepdim=True) @ v
     torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
+
+
+def test_the_denominator_does_not_know_positions():
+    """Values of one give the sum of weights, rotated over unrotated, which need not be 1."""
+    q, k, _ = tensors()
+    ones = torch.ones(2, 2, 9, 1, dtype=F64)
+    near, far = (
+        irpe.linear.attention(q, k, ones, rope(), irpe.Sequence(9, positions=torch.arange(9) * s))
+        for s in (1, 3)
+    )
+    fq, fk = linear.elu_features(q), linear.elu_features(k)
+    bottom = fq @ fk.sum(2).unsqueeze(-1)
+    for found, step in ((near, 1), (far, 3)):
+        where = irpe.Sequence(9, positions=torch.arange(9) * step)
+        rq, rk = rope().transform(fq, fk, where)
+        torch.testing.assert_close(found * bottom, rq @ rk.sum(2).unsqueeze(-1))
+    assert not torch.allclose(near, far) and not torch.allclose(near, torch.ones_like(near))
+
+
+def test_only_differences_of_positions_count():
+    q, k, v = tensors()
+    first, second = (
+        irpe.linear.attention(
+            q, k, v, rope(), irpe.Sequence(9, positions=torch.arange(9) + s), is_causal=True
+        )
+        for s in (0, 500)
+    )
+    torch.testing.assert_close(first, second, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("how", ["whole", "causal", "step"])
@@ -200,6 +227,12 @@ def test_compiled():
 
     found = torch.compile(call, fullgraph=True, backend="aot_eager")(q, k, v)
     torch.testing.assert_close(found, call(q, k, v), rtol=1e-11, atol=1e-11)
+
+
+def refuses(call, *parts):
+    with pytest.raises(irpe.IrpeError) as caught:
+        call()
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
 def test_what_it_refuses():

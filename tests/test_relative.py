@@ -22,6 +22,14 @@ def module_of(spec, **options):
     return module
 
 
+def logits(module, q, k, geometry):
+    """What the softmax sees, from probabilities of one-hot values, up to a constant for a row."""
+    eye = torch.eye(k.shape[2], dtype=q.dtype).expand(*k.shape[:2], -1, -1)
+    terms = tuple(t for t in module.terms(geometry) if t.kind != "value")
+    rows = irpe.attention(q, k, eye, terms, backend="reference").log()
+    return rows - rows[..., :1]
+
+
 @pytest.mark.parametrize("spec", ALL)
 def test_fresh_tables_change_nothing(spec):
     (fresh,) = irpe.build(spec, dim=H * D, num_heads=H, dtype=F64).values()
@@ -34,15 +42,165 @@ def test_fresh_tables_change_nothing(spec):
     assert not torch.allclose(irpe.attention(q, k, v, fresh.terms(irpe.Sequence(L))), found)
 
 
+def test_method_4_is_both_sides_moved_less_their_product():
+    """q.k + q.a + a.k = (q + a).(k + a) - a.a, and Shaw is that without the key's term."""
+    module, shaw = module_of("huang4,clip=3"), module_of("shaw,clip=3")
+    with torch.no_grad():
+        shaw.table_k.copy_(module.table)
+    q, k, v = tensors()
+    ids, _ = irpe.bucket_ids("huang4,clip=3", irpe.Sequence(L))
+    a = module.table[0][:, ids].permute(1, 2, 0)  # [L, S, D]
+    moved = ((q.unsqueeze(3) + a) * (k.unsqueeze(2) + a) - a * a).sum(-1) * D**-0.5
+    wanted = moved.softmax(-1) @ v
+    found = irpe.attention(q, k, v, module.terms(irpe.Sequence(L)))
+    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
+    on_q, on_k = module.terms(irpe.Sequence(L))
+    assert (on_q.kind, on_k.kind) == ("query", "key")
+    without = irpe.attention(q, k, v, (on_q,))
+    torch.testing.assert_close(without, irpe.attention(q, k, v, shaw.terms(irpe.Sequence(L))))
+
+
+def test_methods_1_to_3_are_special_cases_of_one_another():
+    one, two, three = (module_of(f"huang{n},clip=3,shared=0") for n in (1, 2, 3))
+    with torch.no_grad():
+        two.table.copy_(torch.cat((one.table.flip(-1), one.table[:, 1:]), -1))
+        three.table.copy_(two.table.unsqueeze(1).expand(-1, D, -1))
+    q, k, v = tensors()
+    first, second, third = (
+        irpe.attention(q, k, v, m.terms(irpe.Sequence(L))) for m in (one, two, three)
+    )
+    torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(second, third, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("spec", ALL)
+def test_constant_content_gives_a_toeplitz_matrix(spec):
+    module = module_of(spec)
+    q, k = (torch.randn(1, H, 1, D, dtype=F64).expand(-1, -1, L, -1) for _ in range(2))
+    rows = logits(module, q, k, irpe.Sequence(L))
+    steps = rows.diff(dim=-1)  # free of the constant of a row
+    torch.testing.assert_close(steps[..., 1:, 1:], steps[..., :-1, :-1], rtol=1e-9, atol=1e-9)
+    assert steps.std() > 0.01
+
+
+@pytest.mark.parametrize("spec", ALL)
+def test_only_differences_of_positions_count(spec):
+    module, (q, k, v) = module_of(spec), tensors()
+    where = torch.tensor([0, 1, 2, 5, 6, 11, 12, 13, 30])
+    first, second = (
+        irpe.attention(q, k, v, module.terms(irpe.Sequence(L, positions=where + shift)))
+        for shift in (0, 12345)
+    )
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("spec", HUANG)
+def test_reversal(spec):
+    """Method 1 does not depend on direction; the others do, except with mirrored tables."""
+    module, (q, k, v) = module_of(spec), tensors()
+    geometry = irpe.Sequence(L)
+
+    def both():
+        there = irpe.attention(q, k, v, module.terms(geometry)).flip(2)
+        return there, irpe.attention(q.flip(2), k.flip(2), v.flip(2), module.terms(geometry))
+
+    assert torch.allclose(*both()) == (spec[:6] == "huang1")
+    if spec[:6] != "huang1":
+        with torch.no_grad():
+            module.table.add_(module.table.flip(-1).clone())
+        torch.testing.assert_close(*both(), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("spec", ALL)
+def test_far_distances_are_alike_and_more_tokens_move_no_row(spec):
+    module, (q, k, _) = module_of(spec), tensors(40)
+    rows = logits(module, q[:, :, :1], k, irpe.Sequence(1, keys=torch.arange(40)))
+    grown = logits(module, q[:, :, :1], k[:, :, :20], irpe.Sequence(1, keys=torch.arange(20)))
+    torch.testing.assert_close(rows[..., :20], grown, rtol=1e-9, atol=1e-9)
+    far = module.function(-torch.arange(20, 4000).unsqueeze(-1))
+    assert (far == far[0]).all()
+
+
+def test_method_4_with_absolute_tables_is_x_plus_p():
+    """With a_ij = p_i at the query and p_j at the key, all of (x + p).(x + p) but p.p is there."""
+    q, k, v = tensors(batch=1)
+    p, r = (torch.randn(L, D, dtype=F64) for _ in range(2))
+    # A bucket for each key, one row of the table for each: absolute positions by way of a grid.
+    from irpe.buckets import BucketIds, ClipBuckets
+
+    keys = irpe.Sequence(L, positions=torch.zeros(L, dtype=torch.int64), keys=torch.arange(L))
+    queries = irpe.Sequence(L, positions=torch.arange(L), keys=torch.zeros(L, dtype=torch.int64))
+    rows = torch.zeros(1, D, 2 * L + 1, dtype=F64)
+    on_q, on_k = rows.clone(), rows.clone()
+    on_q[0, :, L - torch.arange(L)] = r.T  # offset 0 - j indexes the vector of the query: q_i . r_j
+    on_k[0, :, L - torch.arange(L)] = p.T  # offset 0 - i, seen from the key: k_j . p_i
+    clip = ClipBuckets(L)
+    terms = (
+        irpe.Term("query", on_q, BucketIds(clip, keys)),
+        irpe.Term("key", on_k, BucketIds(clip, queries)),
+    )
+    found = irpe.attention(q, k, v, terms)
+    wanted = ((q + p) @ (k + r).mT - p @ r.T) * D**-0.5
+    torch.testing.assert_close(found, wanted.softmax(-1) @ v, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("width", [7, 16])
+def test_tables_on_a_row_of_patches(width):
+    """Shaw is iRPE on keys, M4 iRPE on queries and keys with a mirrored table, on a 1xW grid."""
+    q, k, v = tensors(width)
+    grid, line = irpe.Grid(1, width), irpe.Sequence(width)
+    rpe_q, rpe_k, _ = irpe.build_rpe(
+        "rpe-2.0-product-ctx-1-qk,index=clip,beta=3",
+        head_dim=D, num_heads=H, prefix=0, dtype=F64,
+    )  # fmt: skip
+    middle = slice(3 * 7, 4 * 7)  # buckets of row offset 0
+    module = module_of("huang4,clip=3")
+    with torch.no_grad():
+        rpe_k.table[..., middle] = module.table
+        rpe_q.table[..., middle] = module.table.flip(-1)
+    shaw = irpe.attention(q, k, v, module.terms(line)[:1])
+    torch.testing.assert_close(irpe.attention(q, k, v, rpe_k.terms(grid)), shaw)
+    both = irpe.attention(q, k, v, rpe_k.terms(grid) + rpe_q.terms(grid))
+    torch.testing.assert_close(both, irpe.attention(q, k, v, module.terms(line)))
+    assert not torch.allclose(shaw, both)
+
+
+def test_t5_is_a_bias_of_its_buckets():
+    module, (q, k, v) = module_of("t5,buckets=8,max=20"), tensors()
+    ids, size = irpe.bucket_ids("t5,buckets=8,max=20", irpe.Sequence(L))
+    assert size == 8
+    wanted = (q @ k.mT * D**-0.5 + module.table[:, ids]).softmax(-1) @ v
+    found = irpe.attention(q, k, v, module.terms(irpe.Sequence(L)))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("both", [True, False])
 @pytest.mark.parametrize(("buckets", "most"), [(32, 128), (8, 20), (64, 1000), (16, 65), (4, 3)])
 def test_t5_buckets(buckets, most, both):
-    keys = torch.arange(-3 * most, 3 * most + 1)
-    line = irpe.Sequence(1, positions=torch.tensor([0]), keys=keys)
-    spec = f"t5,buckets={buckets},max={most},bidirectional={int(both)}"
-    found, size = irpe.bucket_ids(spec, line)
-    wanted = [plain.t5_bucket(-int(x), buckets, most, both) for x in keys]
-    assert found[0].tolist() == wanted and size == buckets == max(wanted) + 1
+    from irpe.encodings.t5 import log_buckets
+
+    function = log_buckets(irpe.parse(f"t5,buckets={buckets},max={most}"), both)
+    offsets = torch.arange(-3 * most, 3 * most + 1)
+    found = function(offsets.unsqueeze(-1)).tolist()
+    assert found == [plain.t5_bucket(int(x), buckets, most, both) for x in offsets]
+    assert function.size == buckets and max(found) == buckets - 1
+
+
+@pytest.mark.parametrize("spec", ["shaw,clip=3", "huang1,clip=3", "huang4,clip=5"])
+def test_clipped_buckets(spec):
+    parsed = irpe.parse(spec)
+    ids, size = irpe.bucket_ids(spec, irpe.Sequence(12))
+    signed = spec[:6] != "huang1"
+    for i in range(12):
+        for j in range(12):
+            clipped = plain.clip(i - j, parsed.clip)
+            assert ids[i, j] == (clipped + parsed.clip if signed else abs(clipped))
+    assert size == (2 if signed else 1) * parsed.clip + 1
+    with_prefix, more = irpe.bucket_ids(spec, irpe.Sequence(12, prefix=2))
+    assert (
+        more == size + 1 and (with_prefix[:2] == size).all() and (with_prefix[:, :2] == size).all()
+    )
+    assert torch.equal(with_prefix[2:, 2:], ids)
 
 
 @pytest.mark.parametrize("backend", ["reference", "eager"])
@@ -80,6 +238,26 @@ def test_several_multipliers_multiply(backend):
     )
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_channels_in_tiles(monkeypatch):
+    """A few queries at a time, down to one, give the same numbers and gradients."""
+    from irpe.backends import eager
+    from irpe.backends.eager import passes
+
+    module, (q, k, v) = module_of("huang3,clip=3,shared=0"), tensors()
+    where = torch.stack((torch.arange(L), torch.arange(L) * 2))
+    outcomes = []
+    for size, keeps in ((2**20, True), (1, True), (1, False), (3 * 2 * H * L * D, False)):
+        monkeypatch.setattr(passes, "SIZE", size)
+        monkeypatch.setattr(eager, "keeps", lambda call, keeps=keeps: keeps)
+        terms = module.terms(irpe.Sequence(L, positions=where))
+        inputs = [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), module.table]
+        out = irpe.attention(q, k, v, terms, backend="eager")
+        outcomes.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    for found in outcomes[1:]:
+        for a, b in zip(found, outcomes[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", ["reference", "eager", "sdpa"])

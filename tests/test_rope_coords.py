@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from hosting import layer_compiles_exports_and_rounds
-from oracles.text import rotated
 from torch.utils.checkpoint import checkpoint
 
 import irpe
@@ -35,10 +33,14 @@ def by_loops(x, sides, prefix, coords, layout="interleaved", order="yx", base=10
         placed = [centre(p, n) for p, n in zip(where, divide, strict=True)]
         if move is not None:
             placed = [(c + float(s)) * float(f) for c, s, f in zip(placed, *move, strict=True)]
-        placed = placed if order == "yx" else placed[::-1]
-        angles = [2 * math.pi * c * base ** (-t / each) for c in placed for t in range(each)]
-        for h in range(x.shape[1]):
-            out[0, h, i] = rotated(x[0, h, i], angles, layout)
+        for part, c in enumerate(placed if order == "yx" else placed[::-1]):
+            for t in range(each):
+                angle = 2 * math.pi * c * base ** (-t / each)
+                plane = part * each + t
+                a, b = (plane, plane + A * each) if layout == "half" else (2 * plane, 2 * plane + 1)
+                cos, sin = math.cos(angle), math.sin(angle)
+                out[..., i, a] = x[..., i, a] * cos - x[..., i, b] * sin
+                out[..., i, b] = x[..., i, b] * cos + x[..., i, a] * sin
     return out
 
 
@@ -204,7 +206,43 @@ def test_compile_export_and_low_precision(training):
     if training:
         assert not torch.equal(*outs)
         return
-    layer_compiles_exports_and_rounds(layer, x, grid)
+    wanted = layer(x, grid)
+    torch.testing.assert_close(outs[0], wanted, rtol=1e-5, atol=1e-5)
+
+    class Whole(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x, irpe.Grid(3, 4, prefix=1))
+
+    exported = torch.export.export(Whole().eval(), (x,)).module()
+    torch.testing.assert_close(exported(x), wanted, rtol=1e-5, atol=1e-5)
+    low = layer.to(torch.bfloat16)(x.to(torch.bfloat16), grid)
+    assert (low.float() - wanted).abs().max() < 0.1 * wanted.abs().max() + 0.05
+
+
+@pytest.mark.parametrize("shift", [1, -3, 10**7])
+def test_only_offsets_count(shift):
+    module, places = rope("rope-axial,coords=max").eval(), torch.tensor([[0, 0], [2, 1], [1, 4]])
+    q, k = torch.randn(2, 1, 2, 3, 16, dtype=F64)
+    here, there = (
+        module.transform(q, k, irpe.Grid(3, 5, positions=places + n)) for n in (0, shift)
+    )
+    allowed = 1e-12 if abs(shift) < 10 else 1e-6
+    torch.testing.assert_close(there[0] @ there[1].mT, here[0] @ here[1].mT, rtol=0, atol=allowed)
+
+
+def test_dropped_patches_are_those_of_the_whole():
+    module, grid = rope("rope-axial,coords=separate"), irpe.Grid(4, 5, prefix=1)
+    kept = torch.tensor([[0, 3, 7, 19], [2, 4, 11, 12]])
+    x = torch.randn(2, 2, 21, 16)
+    whole, _ = module.transform(x, x, grid)
+    for b in range(2):
+        at = torch.cat((torch.zeros(1, dtype=torch.long), kept[b] + 1))
+        found, _ = module.transform(x[:, :, at], x[:, :, at], grid.select(kept))
+        torch.testing.assert_close(found[b], whole[b][:, at])
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,8 @@ import pytest
 import torch
 from common import TILES
 from fused import DEVICE, compare, expected
-from hosting import layer_compiles_exports_and_rounds
 from oracles import attention as truth
 from oracles import buckets as plain
-from oracles import text
 
 import irpe
 
@@ -28,7 +26,6 @@ TABLES = (
     "rpe-2.0-product-ctx-1-k,index=clip,beta=2",
 )
 LOGS = "t5-axes,buckets=8,max=6"
-bucket = functools.partial(text.t5_bucket, buckets=8, most=6, bidirectional=True)
 ROTARY = ("rope-axial", "rope-axial,layout=half,order=xy", "rope-axial,coords=max", "rope-mixed")
 SPECS = (*TABLES, *ROTARY, "alibi", LOGS)
 H, D = 2, 24
@@ -89,16 +86,32 @@ def turned(module, x, places, sides):
         heads = []
         for h in range(H):
             found, layout = frequencies(module, h)
-            tokens, planes = [], list(zip(*found, strict=True))
+            planes, tokens = len(found[0]), []
             for i, place in enumerate(row):
-                at = place or [0.0] * 3
-                if place and getattr(module.spec, "coords", "patches") == "max":
-                    at = [2 * math.pi * (2 * (p + 0.5) / max(sides) - 1) for p in place]
-                angles = [sum(p * f for p, f in zip(at, fs, strict=True)) for fs in planes]
-                tokens.append(text.rotated(x[b, h, i], angles, layout))
+                parts = list(x[b, h, i])
+                for t in range(planes if place is not None else 0):
+                    at = place
+                    if getattr(module.spec, "coords", "patches") == "max":
+                        at = [2 * math.pi * (2 * (p + 0.5) / max(sides) - 1) for p in place]
+                    angle = torch.as_tensor(
+                        sum(p * f[t] for p, f in zip(at, found, strict=True)), dtype=F64
+                    )
+                    m, n = (t, t + planes) if layout == "half" else (2 * t, 2 * t + 1)
+                    first, second = x[b, h, i, m], x[b, h, i, n]
+                    parts[m] = first * angle.cos() - second * angle.sin()
+                    parts[n] = second * angle.cos() + first * angle.sin()
+                tokens.append(torch.stack(parts))
             heads.append(torch.stack(tokens))
         samples.append(torch.stack(heads))
     return torch.stack(samples)
+
+
+def log_bucket(x):
+    """T5's bucket of an offset query - key, for 8 buckets both ways and max=6."""
+    far = abs(x)
+    if far >= 2:
+        far = min(3, 2 + int(math.log(far / 2) / math.log(6 / 2) * 2))
+    return far + 4 * (x < 0)
 
 
 def distances(places):
@@ -126,7 +139,7 @@ def solved(spec, where):
     elif spec == LOGS:
         for axis, table in enumerate(holder["t5"].table.unbind(0)):
             padded = torch.nn.functional.pad(table, (0, 1))
-            encodings.append(("bias_k", padded, lambda *x, axis=axis: bucket(x[axis])))
+            encodings.append(("bias_k", padded, lambda *x, axis=axis: log_bucket(x[axis])))
     elif spec == "alibi":
         slopes = torch.tensor([2.0**-4, 2.0**-8], dtype=F64).view(1, H, 1, 1)
         mask = -slopes * distances(places).unsqueeze(1)
@@ -190,6 +203,56 @@ def test_tables_have_the_sizes_of_three_axes():
     assert len(parts) == 3 and size == 7
 
 
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_one_frame_is_a_grid(spec, prefix):
+    """With the tables of a grid where offsets of frames are 0; the frames' own table is fresh."""
+    volume = build(spec, prefix=prefix)
+    axial = spec.startswith("rope-axial")
+    # Frames have a third of the channels; rows and columns are those of a grid of the others.
+    width = 2 * D // 3 if axial else D
+    grid = build(spec, axes=2, prefix=prefix, D=width)
+    theirs = dict(volume.named_parameters())
+    with torch.no_grad():
+        for name, p in theirs.items():
+            if "rp_frames" in name:
+                p.zero_()
+            elif spec == LOGS:
+                p[0].zero_()
+        for name, p in grid.named_parameters():
+            other = theirs[name]
+            if "frequencies" in name or spec == LOGS:
+                other = other[1:]
+            elif "product" in spec:
+                axis = 1 if name.startswith("rpe_v") or "bias" in name else 2
+                side = p.shape[axis] - (prefix > 0)
+                bound = (math.isqrt(side) - 1) // 2
+                keep = torch.arange(bound * side, (bound + 1) * side)
+                keep = torch.cat((keep, torch.tensor([other.shape[axis] - 1])[: prefix > 0]))
+                other = other.index_select(axis, keep)
+            p.copy_(other)
+    length = prefix + 6
+    q, k, v = (torch.randn(2, H, length, D, dtype=F64) for _ in range(3))
+    if not axial:
+        ours = attend(volume, q, k, v, irpe.Volume(1, 2, 3, prefix=prefix))
+        wanted = attend(grid, q, k, v, irpe.Grid(2, 3, prefix=prefix))
+        torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
+        return
+    planes = torch.arange(D // 2)
+    planes = planes[: -D // 6] if "xy" in spec else planes[D // 6 :]  # frames come first, or last
+    half = "half" in spec
+    keep = torch.cat((planes, planes + D // 2)) if half else torch.stack(
+        (2 * planes, 2 * planes + 1), -1).flatten()  # fmt: skip
+    (turned3, _), (turned2, _) = (
+        module["rope"].transform(x, x, geometry)
+        for module, x, geometry in (
+            (volume, q, irpe.Volume(1, 2, 3, prefix=prefix)),
+            (grid, q[..., keep], irpe.Grid(2, 3, prefix=prefix)),
+        )
+    )
+    torch.testing.assert_close(turned3[..., keep], turned2, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("shift", [1, -3, 10**7])
 @pytest.mark.parametrize("spec", SPECS)
 def test_only_offsets_count(spec, shift):
@@ -213,7 +276,22 @@ def test_layers_compile_export_and_low_precision(spec):
         if "table" in name:
             torch.nn.init.normal_(p, std=0.3)
     x, volume = torch.randn(2, 13, 36), irpe.Volume(2, 3, 2, prefix=1)
-    layer_compiles_exports_and_rounds(layer, x, volume)
+    wanted = layer(x, volume)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, volume), wanted, rtol=1e-5, atol=1e-5)
+
+    class Whole(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x, irpe.Volume(2, 3, 2, prefix=1))
+
+    exported = torch.export.export(Whole(), (x,)).module()
+    torch.testing.assert_close(exported(x), wanted, rtol=1e-5, atol=1e-5)
+    low = layer.to(torch.bfloat16)(x.to(torch.bfloat16), volume)
+    assert (low.float() - wanted).abs().max() < 0.1 * wanted.abs().max() + 0.05
 
 
 def test_gradients_of_learned_frequencies():

@@ -6,6 +6,7 @@ from models_text import F64, IN_ATTENTION, V, model, tokens
 from oracles import shortformer
 from torch.testing import assert_close
 
+import irpe
 from models.text import Cache, generate
 from training.text.options import ProtocolConfig
 from training.text.protocols import ScoringPlan, score
@@ -119,6 +120,18 @@ def test_memories_with_and_without_gradients_agree(spec):
                 logits, state = lm(x[:, 8 * number : 8 * number + 8], state=state)
             found.append(logits)
         assert_close(torch.cat(found, 1), truth, rtol=1e-10, atol=1e-11)
+
+
+def test_attention_is_a_block_by_a_block_and_its_memory(monkeypatch):
+    shapes, real = [], irpe.attention
+
+    def attention(q, k, v, *given, **options):
+        shapes.append((q.shape[-2], k.shape[-2]))
+        return real(q, k, v, *given, **options)
+
+    monkeypatch.setattr(irpe, "attention", attention)
+    read(model("pia", depth=1), tokens(length=24), 8, 8)
+    assert shapes == [(8, 8), (8, 16), (8, 16)]
 
 
 def test_values_carry_no_positions():

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from models_text import BY_LENGTH, F64, IN_ATTENTION, SPECS, V, model, tokens
+from models_text import AT_INPUT, BY_LENGTH, F64, IN_ATTENTION, SPECS, V, model, tokens
 from torch.testing import assert_close
 
 import irpe
@@ -298,6 +298,18 @@ def test_tables_do_not_decay(spec):
     assert bool(tables) == (spec is not None and spec[:3] in ("t5,", "sha", "hua", "lea"))
 
 
+@pytest.mark.parametrize("spec", ["rope", "alibi", "huang4,clip=3", "shaw,clip=3", "t5", "pia"])
+def test_shifted_positions(spec):
+    """Logits do not change for encodings of distances; sinusoids in attention change them."""
+    lm, x = model(spec), tokens()
+    moved = (lm(x, torch.arange(21) + 500) - lm(x)).abs().max()
+    assert moved > 1e-3 if spec == "pia" else moved < 1e-9
+    if spec == "rope":
+        lm = lm.float()
+        moved = (lm(x, torch.arange(21) + 1000) - lm(x)).abs().max()
+        assert moved < 1e-4
+
+
 def test_every_chunk_sees_all_earlier_ones():
     """Gaps between positions are no borders: a change in the first chunk reaches the last one."""
     chunks = torch.cat([torch.arange(4) + begin for begin in (0, 40, 44, 60)])
@@ -306,6 +318,43 @@ def test_every_chunk_sees_all_earlier_ones():
         changed = x.clone()
         changed[:, 1] = (x[:, 1] + 1) % V
         assert (lm(x, chunks) - lm(changed, chunks))[:, 12:].abs().amax(-1).min() > 1e-9, spec
+
+
+@pytest.mark.parametrize("given", ["gaps", "each its own", "cached"])
+def test_alibi_counts_positions_and_not_places(given):
+    """With no query, shares are those of -slope (p_i - p_j) alone."""
+    attn = model("alibi", depth=1).body.blocks[0].attn
+    with torch.no_grad():
+        attn.qkv.weight[:16], attn.qkv.bias[:16] = 0, 0
+        attn.proj.weight.copy_(torch.eye(16))
+        attn.proj.bias.zero_()
+    x = torch.randn(3, 11, 16, dtype=F64)
+    own = torch.stack([GAPS, GAPS + 7, 3 * GAPS]) if given == "each its own" else GAPS.expand(3, -1)
+    where = irpe.Sequence(11, positions=own if given == "each its own" else GAPS)
+    with torch.no_grad():
+        if given == "cached":
+            first, last = GAPS[:6], GAPS[6:]
+            before = irpe.Sequence(6, positions=first)
+            part, kept = attn(x[:, :6], before, before)
+            here = irpe.Sequence(5, positions=last)
+            among = irpe.Sequence(5, positions=last, keys=GAPS)
+            out = torch.cat((part, attn(x[:, 6:], here, among, kept)[0]), 1)
+        else:
+            out, _ = attn(x, where, where)
+        values = attn.qkv(x)[..., 32:].unflatten(-1, (2, 8))
+    for b in range(3):
+        for h, slope in enumerate((2.0**-4, 2.0**-8)):
+            for i in range(11):
+                far = (own[b, i] - own[b, : i + 1]).double()
+                shares = (-slope * far).softmax(0)
+                wanted = shares @ values[b, : i + 1, h]
+                assert_close(out[b, i].unflatten(-1, (2, 8))[h], wanted, rtol=1e-10, atol=1e-11)
+
+
+def test_absolute_positions_count():
+    for spec in AT_INPUT:
+        lm, x = model(spec), tokens()
+        assert (lm(x, torch.arange(21) + 5) - lm(x)).abs().max() > 1e-3
 
 
 # --- heads ----------------------------------------------------------------------------------------
