@@ -94,8 +94,15 @@ def video(folder):
     return page(lines("video.jsonl"))
 
 
+def native(folder):
+    import native as script
+
+    return script.page(script.read(RESULTS / "native.jsonl"))
+
+
 WRITTEN = {
-    f.__name__: f for f in (image, text, detection, finetune, finetune_commands, faults, video)
+    f.__name__: f
+    for f in (image, text, detection, finetune, finetune_commands, faults, video, native)
 }
 
 

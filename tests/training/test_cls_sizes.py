@@ -71,7 +71,7 @@ def test_table_curve_and_figures(cls, tmp_path: Path):
     assert again.sizes == "8,12,8x16,16x8" and again.eval_only
     status, out, err = cls(*evaluation, "--sizes=8,10x12")
     assert status == 2 and err.count("\n") == 1
-    assert "sizes: 10x12" in err and "patches of 4x4" in err and "8x12 is" in err
+    assert "sizes: 10x12" in err and "patch size 4x4" in err and "8x12 is" in err
 
 
 def test_a_convolutional_network_takes_any_size(cls, tmp_path: Path):

@@ -91,7 +91,7 @@ def test_ctrl_c_once(lm, at_step, whole, tmp_path: Path):
 
 
 def test_a_signal_ends_an_evaluation_at_once(lm, whole, tmp_path: Path, monkeypatch):
-    real, calls = Held.figures, []
+    real, calls = Held.metrics, []
 
     def figures(self, *given):
         calls.append(1)
@@ -101,7 +101,7 @@ def test_a_signal_ends_an_evaluation_at_once(lm, whole, tmp_path: Path, monkeypa
         return real(self, *given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Held, "figures", figures)
+        patch.setattr(Held, "metrics", figures)
         assert lm(*OPTIONS, "--run.experiment=x")[0] == 143
     folder = tmp_path / "runs" / "x"
     assert len(records(folder)) == 1 and newest_state(folder)["step"] == 6
