@@ -2,7 +2,7 @@
 
 A fast sample, the same each time; or as many new ones a test as the environment says::
 
-    IRPE_FUZZ=5000 pytest tests/fuzz
+    IRPE_FUZZ=5000 pytest -m "" tests/fuzz
 """
 
 import math
