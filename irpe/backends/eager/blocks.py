@@ -44,7 +44,9 @@ class Blocks:
         if len(ids) == 1:
             at = at[:1] if of_key else at[:, :1]
         self.at = at
-        self.runs: dict[tuple[int, ...], tuple[Tensor, ...]] = {}  # by tile
+        # By tile: indices of its runs, and by their id() what sums runs of equal index.
+        self.runs: dict[tuple[int, ...], Tensor] = {}
+        self.orders: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def read(self, numbers: Tensor) -> None:
         own = self._boxed(self.own.full(numbers[:, self.ahead :]))
@@ -59,7 +61,7 @@ class Blocks:
         if runs is not None:
             space = torch.empty_like(out) if add else out
             numbers = self.numbers.view(-1, self.width)
-            torch.index_select(numbers, 0, runs[0], out=space.view(-1, self.width))
+            torch.index_select(numbers, 0, runs, out=space.view(-1, self.width))
             if add:
                 out += space
             return
@@ -78,7 +80,11 @@ class Blocks:
     def scatter(self, x: Tensor, tile: Tile) -> None:
         runs = self._runs(x, self.sums, tile)
         if runs is not None:
-            _, order, starts, indices = runs
+            if id(runs) not in self.orders:
+                order = runs.argsort(stable=True)
+                indices, counts = torch.unique_consecutive(runs[order], return_counts=True)
+                self.orders[id(runs)] = order, counts.cumsum(0) - counts, indices
+            order, starts, indices = self.orders[id(runs)]
             sums = F.embedding_bag(order, x.view(-1, self.width), starts, mode="sum")
             self.sums.view(-1, self.width).index_add_(0, indices, sums)
             return
@@ -125,11 +131,10 @@ class Blocks:
         """Return the number of first keys of a tile that have the last bucket."""
         return tile.count if tile.rows.start < self.prefix else min(self.key_prefix, tile.count)
 
-    def _runs(self, x: Tensor, blocks: Tensor, tile: Tile) -> tuple[Tensor, ...] | None:
-        """Return the index of the run in ``blocks`` of each run of a tile, to gather; then to sum:
-        the runs of the tile in the order of their indices, where each index starts, the indices.
+    def _runs(self, x: Tensor, blocks: Tensor, tile: Tile) -> Tensor | None:
+        """Return the index in ``blocks`` of each run of a tile; a run is a row of a block.
 
-        A run is a row of a block. None where x has incomplete blocks or is not contiguous.
+        None where x has incomplete blocks or is not contiguous.
         """
         wide, (n, count, *size) = self.wide, blocks.shape
         first, last = tile.rows.start - self.prefix, tile.rows.stop - self.prefix
@@ -142,9 +147,7 @@ class Blocks:
             at = self.at[first // wide : last // wide, : tile.count // self.width].unsqueeze(1)
             at = (at * wide + torch.arange(wide).unsqueeze(1)).flatten()
             at = (at + torch.arange(n).unsqueeze(1) * (count * wide)).flatten()
-            order = at.argsort(stable=True)
-            indices, counts = torch.unique_consecutive(at[order], return_counts=True)
-            self.runs[key] = at, order, counts.cumsum(0) - counts, indices
+            self.runs[key] = at
         return self.runs[key]
 
     def _pieces(
