@@ -1,4 +1,4 @@
-"""Encodings on three axes, in small: which way does a digit move, and how fast?
+"""Encodings on three axes, in small: which way do digits move, and how far apart are they?
 
     python benchmarks/video.py                        # seeds 0 to 4: docs/results/video.md
     python benchmarks/video.py --quick --out /tmp/trial    # toy sizes: proves the script
@@ -11,6 +11,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ SPECS = {
     "quant on keys": "rpe-9.0-quant-ctx-1-k",
     "T5 by axis": "t5-axes,buckets=8,max=8",
     "ALiBi": "alibi",
+    "ALiBi, steep": "alibi,span=2",
     "axial rotary": "rope-axial",
     "mixed rotary": "rope-mixed",
 }
@@ -44,11 +46,14 @@ RECIPE: dict[str, Any] = {
 QUICK = {**RECIPE, "steps": 4, "batch": 4, "tests": 16}
 DIRECTIONS = ((-1, 0), (1, 0), (0, -1), (0, 1))
 SPEEDS = (1, 2)  # pixels a frame
-CLASSES = len(DIRECTIONS) * len(SPEEDS)
+SCANS = 6
+WITHIN = (1.5, 2.5, 6.0)  # of a cell, in patches and frames; the last is the whole video
 
 
-class Videos:
+class Moves:
     """Scans of digits that move over an empty canvas; the class is the direction and the speed."""
+
+    classes = len(DIRECTIONS) * len(SPEEDS)
 
     def __init__(self, split: str, seed: int, recipe: dict[str, Any]) -> None:
         digits = Digits(split)
@@ -59,7 +64,7 @@ class Videos:
         """Return videos ``[count, 1, frames, side, side]`` and their classes."""
         frames, side = self.recipe["frames"], self.recipe["side"]
         videos = np.zeros((count, 1, frames, side, side), np.float32)
-        classes = self.rng.integers(CLASSES, size=count)
+        classes = self.rng.integers(self.classes, size=count)
         for video, kind in zip(videos, classes, strict=True):
             scan = self.scans[self.rng.integers(len(self.scans))]
             step = np.multiply(DIRECTIONS[kind // len(SPEEDS)], SPEEDS[kind % len(SPEEDS)])
@@ -72,10 +77,37 @@ class Videos:
         return torch.from_numpy(videos), torch.from_numpy(classes)
 
 
+class Clusters(Moves):
+    """Small scans of digits, each in one patch of one frame; the class is how close they are.
+
+    They lie at random within a distance of a random cell, over patches and frames.
+    """
+
+    classes = len(WITHIN)
+
+    def draw(self, count: int) -> tuple[Tensor, Tensor]:
+        frames, side, patch = (self.recipe[name] for name in ("frames", "side", "patch"))
+        cells = np.stack(np.indices((frames, side // patch, side // patch)), -1).reshape(-1, 3)
+        distances = np.linalg.norm(cells[:, None] - cells, axis=-1)
+        videos = np.zeros((count, 1, frames, side, side), np.float32)
+        classes = self.rng.integers(self.classes, size=count)
+        for video, kind in zip(videos, classes, strict=True):
+            near = np.flatnonzero(self.rng.choice(distances) <= WITHIN[kind])
+            for t, row, column in cells[self.rng.choice(near, SCANS, replace=False)]:
+                scan = self.scans[self.rng.integers(len(self.scans))]
+                y, x = row * patch, column * patch
+                small = scan.reshape(patch, 8 // patch, patch, 8 // patch).mean((1, 3))
+                video[0, t, y : y + patch, x : x + patch] = small
+        return torch.from_numpy(videos), torch.from_numpy(classes)
+
+
+TASKS = {"direction": Moves, "distance": Clusters}
+
+
 class Model(nn.Module):
     """Patches of one frame each, blocks of attention with an encoding, and the mean of all."""
 
-    def __init__(self, spec: str | None, recipe: dict[str, Any]) -> None:
+    def __init__(self, spec: str | None, classes: int, recipe: dict[str, Any]) -> None:
         super().__init__()
         dim, patch = recipe["dim"], recipe["patch"]
         side = recipe["side"] // patch
@@ -96,7 +128,7 @@ class Model(nn.Module):
             )
             for _ in range(recipe["depth"])
         )
-        self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, CLASSES))
+        self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, classes))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x).flatten(2).transpose(1, 2)
@@ -106,14 +138,14 @@ class Model(nn.Module):
         return self.head(x.mean(1))
 
 
-def execute(name: str, seed: int, recipe: dict[str, Any]) -> dict[str, Any]:
+def execute(task: str, name: str, seed: int, recipe: dict[str, Any]) -> dict[str, Any]:
     """Train and test one model; return its line."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    start, model = time.process_time(), Model(None, recipe)
-    encoded = Model(SPECS[name], recipe)
+    start, kind = time.process_time(), TASKS[task]
+    model, encoded = (Model(spec, kind.classes, recipe) for spec in (None, SPECS[name]))
     encoded.load_state_dict(model.state_dict(), strict=False)  # the same first weights for all
-    videos = Videos("train", seed, recipe)
+    videos = kind("train", seed, recipe)
     given = {"lr": recipe["lr"], "weight_decay": recipe["weight_decay"]}
     groups = [{"params": list(encoded.parameters()), **given}]
     if SPECS[name] is not None:
@@ -130,11 +162,11 @@ def execute(name: str, seed: int, recipe: dict[str, Any]) -> dict[str, Any]:
         nn.utils.clip_grad_norm_(encoded.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    x, y = Videos("validation", 1000 + seed, recipe).draw(recipe["tests"])
+    x, y = kind("validation", 1000 + seed, recipe).draw(recipe["tests"])
     with torch.no_grad():
         right = (encoded.eval()(x).argmax(-1) == y).float().mean().item()
     return {
-        "name": name, "spec": SPECS[name], "seed": seed, "accuracy": 100 * right,
+        "task": task, "name": name, "spec": SPECS[name], "seed": seed, "accuracy": 100 * right,
         "loss": loss.item(), "cpu_s": time.process_time() - start, "recipe": recipe,
         "machine": machine(),
     }  # fmt: skip
@@ -146,13 +178,12 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean:.1f} ± {half:.1f}"
 
 
-def page(lines: list[dict[str, Any]]) -> str:
-    """The page of these lines."""
+def table(lines: list[dict[str, Any]]) -> str:
+    """The rows of one task."""
     by_name = {
         name: {x["seed"]: x["accuracy"] for x in lines if x["name"] == name} for name in SPECS
     }
-    plain, recipe, facts = by_name["no encoding"], lines[0]["recipe"], lines[0]["machine"]
-    rows = []
+    plain, rows = by_name["no encoding"], []
     for name, found in by_name.items():
         seeds = sorted(set(found) & set(plain))
         if not seeds:
@@ -165,30 +196,49 @@ def page(lines: list[dict[str, Any]]) -> str:
         )
         spec = f"`{SPECS[name]}`" if SPECS[name] else ""
         rows.append(f"| {name} | {spec} | {spread([found[s] for s in seeds])} | {said} |")
-    seeds = sorted(plain)
-    used = ", ".join(map(str, seeds))
-    return TEXT.format(**recipe, chance=100 / CLASSES, rows="\n".join(rows), seeds=used, **facts)
+    return "\n".join(rows)
+
+
+def page(lines: list[dict[str, Any]]) -> str:
+    """The page of these lines."""
+    tables = {task: table([line for line in lines if line["task"] == task]) for task in TASKS}
+    chances = {f"{task}_chance": 100 / kind.classes for task, kind in TASKS.items()}
+    seeds = ", ".join(map(str, sorted({line["seed"] for line in lines})))
+    facts = lines[0]["recipe"] | lines[0]["machine"] | tables | chances
+    return TEXT.format(**facts, seeds=seeds, scans=SCANS, within=", ".join(map(str, WITHIN)))
 
 
 TEXT = """# Encodings of videos, in small
 
-Scans of digits (held-out ones for testing) move over an empty canvas of {side}x{side} pixels for
-{frames} frames: in which of four directions, and with one pixel a frame or two? Chance is
-{chance:.1f} %. The model has {depth} blocks of width {dim} with {heads} heads, patches of
+Two tasks on videos of {frames} frames and {side}x{side} pixels, made of scans of digits (held-out
+ones for testing). The model has {depth} blocks of width {dim} with {heads} heads, patches of
 {patch}x{patch} pixels of one frame, no other position, {steps} steps of {batch} videos, AdamW,
-learning rate {lr:g} (tables {table_lr:g}); tested on {tests} videos. Nothing was tuned. Without
-positions a model sees patches in no order, so what it has above chance comes from how patches cut
-the digits.
+learning rate {lr:g} (tables {table_lr:g}); tested on {tests} videos. Nothing was tuned.
 
 Accuracy in percent, mean over seeds ± half of its 95 % interval (Student). Differences are taken
 seed by seed: of one seed, all models have the same first weights, training and test videos. *Above*
 and *below* are said where the interval excludes 0.
 
+## Direction
+
+A scan moves over an empty canvas: in which of four directions, and with one pixel a frame or two?
+Chance is {direction_chance:.1f} %. Without positions a model sees patches in no order, so what it
+has above chance comes from how patches cut the digits. `euc`, `quant` and ALiBi see distances
+alone: no direction, and a speed of one or two pixels a frame is less than a patch.
+
 | encoding | spec | accuracy | above no encoding |
 |---|---|---|---|
-{rows}
+{direction}
 
-`euc`, `quant` and ALiBi see distances alone: they can tell how fast, and not where to.
+## Distance
+
+{scans} scans, each made as small as a patch, lie within a distance of a random cell of the video:
+{within} patches and frames (Euclidean). Which of these? Chance is {distance_chance:.1f} %; what is
+spread over the video is at times near by chance.
+
+| encoding | spec | accuracy | above no encoding |
+|---|---|---|---|
+{distance}
 
 Written by `python benchmarks/video.py` from `benchmarks/results/video.jsonl`: seeds {seeds},
 {processor}, one thread, torch {torch}, {date}.
@@ -211,15 +261,15 @@ def main() -> None:
     lines = [json.loads(text) for text in file.read_text().splitlines()] if file.exists() else []
     if any(line["recipe"] != recipe for line in lines):
         parser.error(f"{file} holds runs of another recipe: move it away, or name another --out")
-    done = {(line["name"], line["seed"]) for line in lines}
-    for seed in given.seeds or ([0, 1] if given.quick else range(5)):
-        for name in SPECS:
-            if (name, seed) not in done:
-                line = execute(name, seed, recipe)
-                with file.open("a") as out:
-                    out.write(json.dumps(line) + "\n")
-                lines.append(line)
-                print(f"{name}, seed {seed}: {line['accuracy']:.1f} %", flush=True)
+    done = {(line["task"], line["name"], line["seed"]) for line in lines}
+    seeds = given.seeds or ([0, 1] if given.quick else range(5))
+    for task, seed, name in product(TASKS, seeds, SPECS):
+        if (task, name, seed) not in done:
+            line = execute(task, name, seed, recipe)
+            with file.open("a") as out:
+                out.write(json.dumps(line) + "\n")
+            lines.append(line)
+            print(f"{task}, {name}, seed {seed}: {line['accuracy']:.1f} %", flush=True)
     target = PAGE if given.out is None else given.out / PAGE.name
     target.write_text(page(lines))
     print("written to", target)

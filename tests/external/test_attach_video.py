@@ -10,22 +10,22 @@ from torch import nn
 import irpe
 
 transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
-if transformers.__version__.startswith("4"):
-    pytest.skip("the video encoders are supported in transformers 5", allow_module_level=True)
 
 SMALL = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
     "num_frames": 4, "image_size": (32, 48), "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
-SQUARE = {**SMALL, "image_size": 48, "patch_size": 16}  # what TimeSformer's layers can count
+SQUARE = {**SMALL, "image_size": 48}  # what TimeSformer's layers can count
+OLD = transformers.__version__.startswith("4")
+VIVIT = {**(SQUARE if OLD else SMALL), "tubelet_size": [2, 16, 16]}  # rectangles: transformers 5
 # Name, options, prefix tokens of the attention that is tested
 FAMILIES = {
     "VideoMAE": ("VideoMAE", {**SMALL, "patch_size": 16, "tubelet_size": 2}, 0),
-    "ViViT": ("Vivit", {**SMALL, "tubelet_size": [2, 16, 16]}, 1),
-    "joint": ("Timesformer", {**SQUARE, "attention_type": "joint_space_time"}, 1),
-    "divided": ("Timesformer", {**SQUARE, "attention_type": "divided_space_time"}, 1),
-    "space": ("Timesformer", {**SQUARE, "attention_type": "space_only"}, 1),
+    "ViViT": ("Vivit", VIVIT, 1),
+    "joint": ("Timesformer", {**SQUARE, "patch_size": 16, "attention_type": "joint_space_time"}, 1),
+    "divided": ("Timesformer", {**SQUARE, "patch_size": 16, "attention_type": "divided_space_time"}, 1),
+    "space": ("Timesformer", {**SQUARE, "patch_size": 16, "attention_type": "space_only"}, 1),
 }
 
 
@@ -47,10 +47,13 @@ def video(height=32, width=48, frames=4):
     return torch.randn(2, frames, 3, height, width, dtype=torch.float64)
 
 
+def size_of(model):
+    side = model.config.image_size
+    return (side, side) if isinstance(side, int) else side
+
+
 def run(model, *size):
-    square = model.config.model_type == "timesformer"
-    size = size or ((48, 48) if square else (32, 48))
-    return model(pixel_values=video(*size)).last_hidden_state
+    return model(pixel_values=video(*(size or size_of(model)))).last_hidden_state
 
 
 def attach(model, spec, **given):
@@ -67,7 +70,10 @@ def projected(module, x):
         return module.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4).unbind(0)
     names = ("q_proj", "k_proj", "v_proj") if hasattr(module, "q_proj") else (
         "query", "key", "value")  # fmt: skip
-    return [getattr(module, n)(x).unflatten(2, (2, 16)).transpose(1, 2) for n in names]
+    q, k, v = (getattr(module, name)(x) for name in names)
+    if hasattr(module, "q_bias"):  # VideoMAE of transformers 4 adds them itself
+        q, v = q + module.q_bias, v + module.v_bias
+    return [y.unflatten(2, (2, 16)).transpose(1, 2) for y in (q, k, v)]
 
 
 @pytest.mark.cases(1)
@@ -85,7 +91,7 @@ def test_a_layer_by_loops(family):
     fill(model)
     module, prefix = attention_of(model), FAMILIES[family][2]
     x, _, (found, *_) = hosting.seen_by(module, lambda: run(model))
-    places = plain.volume(2, 2, 3)
+    places = plain.volume(2, *(side // 16 for side in size_of(model)))
     if family == "joint":  # frame by frame in each patch
         places = sorted(plain.volume(4, 3, 3), key=lambda place: place[1:])
     elif family in ("divided", "space"):
@@ -157,9 +163,8 @@ def test_probabilities(family):
 
 @pytest.mark.parametrize("spec", ["rope-axial", "rope-mixed", "alibi", "rpe-1.9-cross-bias-0-k"])
 def test_other_encodings_train(spec):
-    config = {**SMALL, "hidden_size": 48, "tubelet_size": [2, 16, 16]}
-    model = transformers.VivitModel(transformers.VivitConfig(**config))
+    model = transformers.VivitModel(transformers.VivitConfig(**{**VIVIT, "hidden_size": 48}))
     irpe.attach(model, spec)
-    model(video().float()).last_hidden_state.square().sum().backward()
+    model(video(*size_of(model)).float()).last_hidden_state.square().sum().backward()
     for name, p in model.named_parameters():
         assert p.grad is not None or "pooler" in name, name
