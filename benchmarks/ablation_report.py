@@ -33,6 +33,7 @@ def report(lines: Sequence[Line], out: Path, study: Study = IMAGE) -> Path:
         picture = f"{study.name}_{name.removeprefix(study.name + '_')}.png"
         draw(table, own, study.side, out / picture)
         parts.append(f"![{table.title}]({picture})")
+    parts += study.last(lines, out) if study.last else []
     path = out / f"{study.name}.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path

@@ -76,6 +76,8 @@ def build(cell: Cell, seed: int, recipe: dict[str, Any] = RECIPE) -> nn.Module:
         embed_dim=recipe["dim"], depth=recipe["depth"], num_heads=recipe["heads"], mlp_ratio=2.0,
         class_token=False, global_pool="avg", weight_init="jax", dynamic_img_size=True,
     )  # fmt: skip
+    if cell.std is not None:
+        nn.init.normal_(model.pos_embed, std=cell.std)
     if not cell.absolute:  # removed after all weights are drawn, so that the others do not change
         model.pos_embed = None
     if cell.encoding is not None:

@@ -4,8 +4,9 @@ Two tables that contain the same model share its runs. The paper is Wu et al., I
 DeiT-S on ImageNet, in percent.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 Line = dict[str, Any]
@@ -25,6 +26,7 @@ class Cell:
         scale: factor of the canvas side, and so of the grid side.
         sizes: is also tested at other sizes.
         budget: share of the training steps.
+        std: initial standard deviation of the absolute embedding; None: the recipe's.
     """
 
     encoding: str | None = None
@@ -32,12 +34,14 @@ class Cell:
     scale: int = 1
     sizes: bool = False
     budget: float = 1.0
+    std: float | None = None
 
     @property
     def key(self) -> str:
         parts = [self.encoding or "none", "absolute" if self.absolute else "relative"]
         parts += [f"scale {self.scale}"] * (self.scale > 1) + ["sizes"] * self.sizes
         parts += [f"budget {self.budget:g}"] * (self.budget != 1)
+        parts += [] if self.std is None else [f"std {self.std:g}"]
         return " | ".join(parts)
 
 
@@ -82,6 +86,7 @@ class Study:
         execute: trains and tests the model of a cell with a seed and a recipe; returns its line.
         head: the start of the page, formatted with the recipe.
         side: of the images in training, in pixels.
+        last: the last parts of the page, made of all lines; pictures go into the folder given.
     """
 
     name: str
@@ -91,6 +96,7 @@ class Study:
     execute: Callable[[Cell, int, dict[str, Any]], Line]
     head: str
     side: int
+    last: Callable[[Sequence[Line], Path], list[str]] | None = None
 
 
 def accuracies(rows: dict[str, list[Line]], side: int) -> dict[str, dict[str, list[float]]]:

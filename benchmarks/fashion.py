@@ -5,7 +5,9 @@ The recipe was tuned on the plain model alone (learned absolute embedding), trai
 """
 
 import time
+from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from ablation_runs import test
 from ablation_tables import SEVERAL, Cell, Line, Study, Table, pairs
 from canvases import resized, widened
+from fashion_learned import learned, report
 from measure import machine
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_weight_decay
@@ -64,6 +67,10 @@ def build(cell: Cell, seed: int, recipe: dict[str, Any]) -> nn.Module:
     if cell.encoding is not None:
         irpe.attach(model, cell.encoding)
     return model
+
+
+def grid(recipe: dict[str, Any]) -> irpe.Grid:
+    return irpe.Grid(SIDE // recipe["patch"], SIDE // recipe["patch"])
 
 
 @cache
@@ -129,6 +136,8 @@ def execute(cell: Cell, seed: int, recipe: dict[str, Any]) -> Line:
         "key": f"{cell.key} | seed {seed}", "cell": cell.key, "seed": seed,
         "accuracy": accuracy, "loss": loss, "step_cpu_ms": round(1000 * trained / steps, 2),
     }  # fmt: skip
+    if seed == 0:
+        line["learned"] = learned(model, cell, few, grid(recipe))
     if cell.sizes:
         tests = {f"{side}x{side}": resized(few, side) for side in SIDES}
         # Of empty pixels, which are not zero once they are normalised.
@@ -202,4 +211,8 @@ def _tables() -> dict[str, Table]:
     }
 
 
-FASHION = Study("fashion", _tables(), RECIPE, QUICK, execute, HEAD, SIDE)
+def _learned(lines: Sequence[Line], out: Path) -> list[str]:
+    return report(lines, _cells(), grid(lines[0]["recipe"]), out, "fashion")
+
+
+FASHION = Study("fashion", _tables(), RECIPE, QUICK, execute, HEAD, SIDE, _learned)
