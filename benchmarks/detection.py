@@ -1,10 +1,12 @@
-"""A DETR on the embedded digits with and without relative positions, over several seeds.
+"""A small DETR with and without relative positions, over several seeds.
 
-    python benchmarks/detection.py              # 3 seeds each, two runs at a time
+    python benchmarks/detection.py                  # digits: 3 seeds each, two runs at a time
+    python benchmarks/detection.py fashion          # items of Fashion-MNIST
     python benchmarks/detection.py --seeds 5
 
 Runs `train_det.py --config configs/det/digits.yaml`; a run that is finished in the output folder is
-not repeated. Writes benchmarks/results/detection_digits.json and docs/results/detection.md.
+not repeated. Writes benchmarks/results/detection_digits.json and docs/results/detection.md, or
+detection_fashion.json and detection_fashion.md.
 """
 
 import argparse
@@ -22,6 +24,13 @@ CONFIG = "configs/det/digits.yaml"
 CELLS = {"k": [], "plain": ["--enc_rpe2d=null"]}
 TITLES = {"k": "`rpe-2.0-product-ctx-1-k`", "plain": "none"}
 NUMBERS = ("AP", "AP50", "AP75")
+PAGES = {"digits": "detection", "fashion": "detection_fashion"}
+DATA = {
+    "digits": "Scenes hold one to three digits; scenes and digits of the evaluation are held out.",
+    "fashion": "The scenes hold one to four items of Fashion-MNIST, from 14 to 42 pixels, which\n"
+    "cover each other (`benchmarks/fashion_scenes.py`); scenes of the evaluation have its test\n"
+    "images.",
+}
 
 
 def run(cell: str, seed: int, output: Path, arguments: list[str]) -> dict[str, Any]:
@@ -47,18 +56,19 @@ def summary(rows: list[dict[str, Any]], cell: str, name: str) -> str:
     return f"{mean:.1f} ± {half:.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
-def page(rows: list[dict[str, Any]], facts: dict[str, Any], seeds: int) -> str:
+def page(rows: list[dict[str, Any]], facts: dict[str, Any], seeds: int, data: str) -> str:
     lines = [
         "# A small DETR with and without relative positions",
         "",
-        f"`python benchmarks/detection.py --seeds {seeds}` writes this page. Each run trains",
-        f"`{CONFIG}`; scenes and digits of the evaluation are held out, and the",
-        "averaged weights after the last epoch are evaluated. A row is the encoding of the",
-        "self-attention in DETR's encoder. AP is COCO's average precision in points; AP50 and AP75",
-        "are AP at an overlap of 0.5 and 0.75. A cell holds the mean over",
-        f"{seeds} seeds, its 95 % interval (Student) and the range. {facts['processor']},",
-        f"torch {facts['torch']}, {facts['date']};",
-        "`benchmarks/results/detection_digits.json`.",
+        f"`python benchmarks/detection.py {data} --seeds {seeds}` writes this page. Each run",
+        f"trains `{CONFIG}`, and the averaged weights after the last epoch are",
+        f"evaluated. {DATA[data]}",
+        "",
+        "A row is the encoding of the self-attention in DETR's encoder. AP is COCO's average",
+        "precision in points; AP50 and AP75 are AP at an overlap of 0.5 and 0.75. A cell holds the",
+        f"mean over {seeds} seeds, its 95 % interval (Student) and the range.",
+        f"{facts['processor']}, torch {facts['torch']}, {facts['date']};",
+        f"`benchmarks/results/detection_{data}.json`.",
         "",
         f"| encoding of the encoder | {' | '.join(NUMBERS)} |",
         "|---|" + "---|" * len(NUMBERS),
@@ -88,25 +98,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("data", nargs="?", choices=DATA, default="digits")
     parser.add_argument("--seeds", type=int, default=3, help="seeds from 0 on, 2 to 10")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "detection")
-    parser.add_argument("--name", default="detection_digits", help="of the result file")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results" / "detection.md")
-    parser.add_argument("arguments", nargs="*", help="further options of train_det.py, after --")
+    parser.add_argument("--output", type=Path, help="folder of runs; default: runs/detection")
+    parser.add_argument("--name", help="of the result file")
+    parser.add_argument("--page", type=Path, help="the page's file")
+    parser.add_argument("--option", action="append", default=[], help="one more of train_det.py's")
     given = parser.parse_args()
     if not 2 <= given.seeds <= 10:
         parser.error("--seeds is 2 to 10")
+    output = given.output or ROOT / "runs" / PAGES[given.data]
+    options = list(given.option)
+    if given.data == "fashion":
+        from fashion_scenes import write
+
+        options += ["--data.name=coco", f"--coco_path={write(output / 'scenes')}"]
     cells = [(cell, seed) for seed in range(given.seeds) for cell in CELLS]
     with ThreadPoolExecutor(given.jobs) as pool:
-        made = [pool.submit(run, c, s, given.output, given.arguments) for c, s in cells]
+        made = [pool.submit(run, c, s, output, options) for c, s in cells]
         rows = [future.result() for future in made]
     facts = machine()
-    figures = {"command": f"python benchmarks/detection.py --seeds {given.seeds}", "machine": facts}
-    print("written to", save(given.name, {**figures, "config": CONFIG, "rows": rows}).name)
-    given.page.parent.mkdir(parents=True, exist_ok=True)
-    given.page.write_text(page(rows, facts, given.seeds), encoding="utf-8")
-    print(given.page.read_text())
+    command = f"python benchmarks/detection.py {given.data} --seeds {given.seeds}"
+    figures = {"command": command, "machine": facts, "config": CONFIG, "rows": rows}
+    print("written to", save(given.name or f"detection_{given.data}", figures).name)
+    target = given.page or ROOT / "docs" / "results" / f"{PAGES[given.data]}.md"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(page(rows, facts, given.seeds, given.data), encoding="utf-8")
+    print(target.read_text())
 
 
 if __name__ == "__main__":

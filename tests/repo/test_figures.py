@@ -65,7 +65,7 @@ def detection(folder):
 
     found = read("detection_digits.json")
     seeds = len({row["seed"] for row in found["rows"]})
-    return page(found["rows"], found["machine"], seeds)
+    return page(found["rows"], found["machine"], seeds, "digits")
 
 
 def finetune(folder):
