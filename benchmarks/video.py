@@ -204,7 +204,11 @@ def page(lines: list[dict[str, Any]]) -> str:
     tables = {task: table([line for line in lines if line["task"] == task]) for task in TASKS}
     chances = {f"{task}_chance": 100 / kind.classes for task, kind in TASKS.items()}
     seeds = ", ".join(map(str, sorted({line["seed"] for line in lines})))
-    facts = lines[0]["recipe"] | lines[0]["machine"] | tables | chances
+    machines = [line["machine"] for line in lines]
+    used = {key: ", ".join(sorted({m[key] for m in machines})) for key in ("processor", "torch")}
+    facts = lines[0]["recipe"] | used | tables | chances
+    dates = sorted({m["date"] for m in machines})
+    facts["date"] = " to ".join(dict.fromkeys((dates[0], dates[-1])))
     return TEXT.format(**facts, seeds=seeds, scans=SCANS, within=", ".join(map(str, WITHIN)))
 
 
@@ -232,9 +236,10 @@ alone: no direction, and a speed of one or two pixels a frame is less than a pat
 
 ## Distance
 
-{scans} scans, each made as small as a patch, lie within a distance of a random cell of the video:
-{within} patches and frames (Euclidean). Which of these? Chance is {distance_chance:.1f} %; what is
-spread over the video is at times near by chance.
+Scans made as small as a patch ({scans} of them) lie within a distance of a random cell of the
+video: {within} patches and frames (Euclidean). Which of these? Chance is {distance_chance:.1f} %;
+scans spread over the whole video are at times close by chance. ALiBi's slopes (for four heads 1/4
+to 1/256) are made for texts; with `span=2` (0.7 to 0.25) it learns this in the same steps.
 
 | encoding | spec | accuracy | above no encoding |
 |---|---|---|---|
