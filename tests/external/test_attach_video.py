@@ -16,16 +16,17 @@ SMALL = {
     "num_frames": 4, "image_size": (32, 48), "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
-SQUARE = {**SMALL, "image_size": 48}  # what TimeSformer's layers can count
+SQUARE = {**SMALL, "image_size": 48, "patch_size": 16}  # what TimeSformer's layers can count
 OLD = transformers.__version__.startswith("4")
-VIVIT = {**(SQUARE if OLD else SMALL), "tubelet_size": [2, 16, 16]}  # rectangles: transformers 5
+# transformers 4 takes squares only.
+VIVIT = {**SMALL, "image_size": 48 if OLD else (32, 48), "tubelet_size": [2, 16, 16]}
 # Name, options, prefix tokens of the attention that is tested
 FAMILIES = {
     "VideoMAE": ("VideoMAE", {**SMALL, "patch_size": 16, "tubelet_size": 2}, 0),
     "ViViT": ("Vivit", VIVIT, 1),
-    "joint": ("Timesformer", {**SQUARE, "patch_size": 16, "attention_type": "joint_space_time"}, 1),
-    "divided": ("Timesformer", {**SQUARE, "patch_size": 16, "attention_type": "divided_space_time"}, 1),
-    "space": ("Timesformer", {**SQUARE, "patch_size": 16, "attention_type": "space_only"}, 1),
+    "joint": ("Timesformer", {**SQUARE, "attention_type": "joint_space_time"}, 1),
+    "divided": ("Timesformer", {**SQUARE, "attention_type": "divided_space_time"}, 1),
+    "space": ("Timesformer", {**SQUARE, "attention_type": "space_only"}, 1),
 }
 
 
