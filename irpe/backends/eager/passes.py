@@ -83,7 +83,7 @@ class Pass:
         self.rest = 1.0 - call.dropout_p
         self.growth = 1.0 / self.rest if self.rest else 1.0  # scale of kept probabilities
         self._memory: dict[str, Tensor] = {}
-        self.ways: dict[int, ByMap | Blocks] = {}  # by term, for parts with all keys
+        self.ways: dict[int, Blocks] = {}  # of the last part, by term
 
     def forward(self, kept: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
         """Return the output ``[B, H, L, E]`` and the mass by bucket of each value term.
@@ -285,8 +285,8 @@ class Work:
         for way in self.rows:
             way.collect()
         if self.index is not None:
-            self._own(grads[1]).index_copy_(1, self.index, own_k)
-            self._own(grads[2]).index_copy_(1, self.index, own_v)
+            self._own(grads[1]).index_add_(1, self.index, own_k)
+            self._own(grads[2]).index_add_(1, self.index, own_v)
 
     def _back_pairs(self, grad_logits: Tensor, tile: Tile) -> None:
         """Accumulate the gradients of dense tables, and multiply ``grad_logits`` by gains."""
@@ -337,14 +337,11 @@ class Work:
 
     def _way(self, i: int) -> ByMap | Blocks:
         given, blocks = self.given, self.given.blocks(i)
-        if self.index is None and i in given.ways:
-            return given.ways[i]
         if given.plan.layout is None or blocks is None:
-            way: ByMap | Blocks = ByMap(given.plan.terms[i][1], self.q.device)
-        else:
-            way = Blocks(given.plan.layout, blocks, given.of_key(i), self.part[0])
-        if self.index is None:
-            given.ways[i] = way
+            return ByMap(given.plan.terms[i][1], self.q.device)
+        way, part = given.ways.get(i), self.part[0]
+        if way is None or way.index is not part.index or way.part != part.columns:
+            way = given.ways[i] = Blocks(given.plan.layout, blocks, given.of_key(i), part)
         return way
 
     def _own(self, x: Tensor) -> Tensor:

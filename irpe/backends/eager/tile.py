@@ -27,6 +27,7 @@ class Tile:
         hidden: bool, the masked keys among them; None: none.
         box: (top, bottom, left, right) of the keys after the prefix; the ends are exclusive. Empty:
             all.
+        columns: (left, right) of the queries after the prefix; the end is exclusive. Empty: all.
     """
 
     images: slice
@@ -36,6 +37,7 @@ class Tile:
     index: Tensor | None = None
     hidden: Tensor | None = None
     box: tuple[int, ...] = ()
+    columns: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -55,7 +57,7 @@ class Tiles:
         kept: whether probabilities are kept.
 
     Attributes:
-        parts: tiles of the same images, heads and keys.
+        parts: tiles of the same images, heads, keys and columns of queries.
         one: whether one tile is the whole call.
     """
 
@@ -76,8 +78,10 @@ class Tiles:
                 mask, dead = call.merged_mask()
                 assert mask is not None and dead is not None
                 self.mask, self.dead = mask.expand(shape), dead.expand(*shape[:3], 1)
-        many = threads
-        self.parts = [list(self._tiles(whole)) for whole in self._parts(padding, many)]
+        # Prefix tokens have separate tiles; others have tiles of rows, or of a part of a row.
+        self.width = 1 if layout is None else layout.query.shape[1]
+        self.prefix = 0 if layout is None else layout.prefix
+        self.parts = [self._tiles(whole) for whole in self._parts(padding, threads)]
         shapes = [tile.shape for part in self.parts for tile in part]
         self.one = shapes == [(self.B, self.H, self.L, self.S)]
 
@@ -108,22 +112,37 @@ class Tiles:
             first, last = whole.images.start, whole.images.stop
             for images in _split(first, last, max(1, many // self.H)):
                 for some in _split(0, self.H, min(self.H, many)):
-                    yield replace(whole, images=images, heads=some)
+                    part = replace(whole, images=images, heads=some)
+                    # Numbers gathered for a tile of a wide row would grow with its width.
+                    wide = _split(0, self.width, min(self.width, self._room(part)))
+                    for columns in wide if len(wide) > 1 else ():
+                        yield replace(part, columns=(columns.start, columns.stop))
+                    if len(wide) <= 1:
+                        yield part
 
     def _whole(self, images: slice) -> Tile:
         return Tile(images, slice(0, self.H), slice(0, self.L), self.S)
 
-    def _tiles(self, whole: Tile) -> Iterator[Tile]:
+    def _room(self, whole: Tile) -> int:
+        """Return the number of queries of a tile."""
+        return max(1, self.size // max(1, whole.shape[0] * whole.shape[1] * whole.count))
+
+    def _tiles(self, whole: Tile) -> list[Tile]:
         first = max(0, self.L - self.S) if self.causal else 0
-        unit, prefix = 1, 0
-        if self.layout is not None:  # prefix tokens have separate tiles
-            unit, prefix = self.layout.query.shape[1], self.layout.prefix
-        lead, behind = whole.shape[0] * whole.shape[1], max(first, prefix)
-        most = max(1, self.size // max(1, lead * unit * whole.count)) * unit
-        most = max(unit, min(most, self.step))
-        for rows in [*_split(first, prefix, most), *_split(behind, self.L, most, unit)]:
-            count = rows.stop + self.S - self.L if self.causal else whole.count
-            yield replace(whole, rows=rows, count=count)
+        unit, behind = self.width, max(first, self.prefix)
+        if whole.columns:
+            left, right = whole.columns
+            starts = range(self.prefix, self.L, unit)
+            ends = [(max(first, n + left), min(n + right, self.L)) for n in starts]
+            tiles = [slice(start, end) for start, end in ends if start < end]
+        else:
+            most = max(unit, min(self._room(whole) // unit * unit, self.step))
+            tiles = _split(behind, self.L, most, unit)
+        if not whole.columns or whole.columns[0] == 0:
+            tiles = _split(first, self.prefix, self._room(whole)) + tiles
+        past = self.S - self.L
+        counts = [rows.stop + past if self.causal else whole.count for rows in tiles]
+        return [replace(whole, rows=r, count=n) for r, n in zip(tiles, counts, strict=True)]
 
     def _visible(self, images: slice, seen: Tensor) -> Tile:
         """Return a tile of the visible keys, or of the box around them."""
