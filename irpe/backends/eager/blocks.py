@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .gather import put
-from .rows import Both, Layout
+from .rows import Layout, Table
 from .tile import Tile
 
 
@@ -23,13 +23,14 @@ class Blocks:
 
     Args:
         layout: layout of the tokens.
-        blocks: the result of ``layout.blocks``.
+        table: the result of ``layout.blocks``.
         of_key: whether rows of numbers belong to keys.
         part: a tile of the part.
     """
 
-    def __init__(self, layout: Layout, blocks: Both, of_key: bool, part: Tile) -> None:
-        (ids, which), self.of_key, self.index, self.part = blocks, of_key, part.index, part.columns
+    def __init__(self, layout: Layout, table: Table, of_key: bool, part: Tile) -> None:
+        (ids, offsets, which), self.of_key = table, of_key
+        self.index, self.part = part.index, part.columns
         self.prefix, self.key_prefix = layout.prefix, layout.key_prefix
         self.own, self.ahead = layout.query, self.prefix
         if of_key:
@@ -39,7 +40,7 @@ class Blocks:
         self.count = end - self.start
         top, bottom, left, right = part.box or (0, layout.key.shape[0], 0, layout.key.shape[1])
         self.rows, self.columns, self.width = slice(top, bottom), slice(left, right), right - left
-        ids = _some(_some(ids, 1, self.start, self.count), 2, left, self.width)
+        ids = ids[:, offsets[self.start : end, left:right]] if ids.shape[1] > 1 else ids[..., None]
         self.ids = ids.expand(-1, -1, self.width) if of_key else ids.expand(-1, self.count, -1)
         self.which, self.line = which[:, self.rows], torch.arange(self.count).unsqueeze(1)
         # By rows of queries and number of rows of keys: indices of blocks, and their order.
@@ -111,6 +112,8 @@ class Blocks:
         inside = total[:, self.ahead :]
         if self.sums.data_ptr() != inside.data_ptr():  # a copy with a padded last row
             inside.copy_(self.sums.flatten(1, 2)[:, : self.own.count])
+        if not (self.prefix or self.key_prefix):
+            return
         if self.index is not None and self.of_key:
             total[..., -1].index_add_(1, self.index, last)
         else:

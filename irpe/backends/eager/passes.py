@@ -18,10 +18,10 @@ from ..call import Call, project
 from .blocks import Blocks
 from .dense import by_channels, pairs
 from .gather import ByMap, put
-from .rows import Layout
+from .rows import Layout, Table
 from .tile import Tile, Tiles
 
-SIZE = 2**19  # numbers of a tile for each thread: 2 MiB
+SIZE = 2**20  # numbers of a tile for each thread: half of it takes 1.02 to 1.13 times as long
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ class Pass:
         """Return whether a term's rows of numbers belong to keys."""
         return self.plan.terms[i][0] == "key"
 
-    def blocks(self, i: int) -> tuple[Tensor, Tensor] | None:
+    def blocks(self, i: int) -> Table | None:
         """Return a term's blocks; None if it has none."""
         layout, (_, buckets) = self.plan.layout, self.plan.terms[i]
         return None if layout is None else layout.blocks(buckets, self.of_key(i))
