@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...buckets import BucketIds
 from ...terms import Kind
 from ..call import Call, project
 from .blocks import Blocks
-from .dense import by_channels, pairs
+from .dense import add_slopes, back_slopes, by_channels, pairs
 from .gather import ByMap, put
 from .rows import Layout, Table
 from .tile import Tile, Tiles
@@ -71,6 +72,8 @@ class Pass:
             else:
                 self.dense.append((kind, buckets, self.tables[i]))
         self.channels = any(kind == "channels" for kind, *_ in self.dense)
+        self.slopes = any(kind == "slope" for kind, *_ in self.dense)
+        self.least = torch.finfo(wide).tiny ** 0.75
         # Images share dense numbers: they are gathered once where one tile is the whole call.
         whole = plan.kept and bool(self.dense)
         size = q.numel() * k.shape[2] if whole else SIZE * plan.threads
@@ -291,6 +294,7 @@ class Work:
     def _back_pairs(self, grad_logits: Tensor, tile: Tile) -> None:
         """Accumulate the gradients of dense tables, and multiply ``grad_logits`` by gains."""
         grad_logits = grad_logits.view(tile.shape)
+        back_slopes(self.dense, grad_logits, tile)
         with torch.enable_grad():
             gain, added = pairs(self.dense, tile)
         if added is not None and added.requires_grad:
@@ -310,21 +314,25 @@ class Work:
             logits = self.q.new_empty(nb * nh, length, count)
             kept.append(logits)
         gain, added = pairs(self.dense, tile)
-        dense = gain is not None or added is not None
-        if dense:
-            content = self._content(logits, tile, False).view(tile.shape)
-            if gain is not None:
-                content.mul_(gain)
-            if added is not None:
-                content.add_(added)
-        for number, way in enumerate(self.rows):
-            way.gather(logits, tile, dense or number > 0)
-        if not dense:
-            self._content(logits, tile, bool(self.rows))
+        wide, add = logits.view(tile.shape), gain is not None
+        if gain is not None:
+            self._content(logits, tile, False)
+            wide.mul_(gain)
+        add = add_slopes(self.dense, wide, tile, add)
+        if added is not None:
+            put(wide, added, add)
+            add = True
+        for way in self.rows:
+            way.gather(logits, tile, add)
+            add = True
+        if gain is None:
+            self._content(logits, tile, add)
         dead = self.given.tiles.hide(logits, tile)
         torch.softmax(logits, -1, out=logits)
+        if self.given.slopes:  # far keys have subnormal probabilities, which make products 4 times slower
+            F.threshold_(logits, self.given.least, 0.0)
         if dead is not None:
-            logits.view(tile.shape).masked_fill_(dead, 0.0)
+            wide.masked_fill_(dead, 0.0)
         return logits
 
     def _content(self, out: Tensor, tile: Tile, add: bool) -> Tensor:
