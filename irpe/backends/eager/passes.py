@@ -99,7 +99,7 @@ class Pass:
         for part in self.tiles.parts:
             Work(self, part, numbers).forward(out, masses, kept)
         for i, mass in zip(self.values, masses, strict=True):
-            out += project(mass, self.tables[i])
+            _add_project(out, mass, self.tables[i])
         return out.mul_(self.growth) if self.growth != 1.0 else out, masses
 
     def backward(
@@ -127,7 +127,7 @@ class Pass:
                 grads[i] = total.sum((0, 2)).sum_to_size(self.tables[i].shape)
                 continue
             total = total.mul_(self.plan.call.scale) if self.of_key(i) else total
-            grad_x += project(total, self.tables[i].transpose(1, 2))
+            _add_project(grad_x, total, self.tables[i].transpose(1, 2))
             grads[i] = _outer(x, total, self.tables[i])
         for i, mass in zip(self.values, masses, strict=True):
             grads[i] = _outer(mass, upper, self.tables[i])
@@ -368,6 +368,14 @@ def _product(out: Tensor, x: Tensor, y: Tensor, add: bool) -> None:
 def _first(x: Tensor, tile: Tile) -> Tensor:
     """Return the keys of a tile, of ``[n, keys, D]``."""
     return x if x.shape[1] == tile.count else x[:, : tile.count]
+
+
+def _add_project(out: Tensor, x: Tensor, table: Tensor) -> None:
+    """Add ``[B, H, R, D] @ [H | 1, D, N]``."""
+    if table.shape[0] == 1:
+        out.flatten(0, 2).addmm_(x.flatten(0, 2), table[0])
+    else:
+        out += x @ table
 
 
 def _outer(x: Tensor, y: Tensor, table: Tensor) -> Tensor:
