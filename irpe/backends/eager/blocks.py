@@ -5,7 +5,7 @@ them.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from torch import Tensor
 from .gather import put
 from .rows import Layout, Table
 from .tile import Tile
+
+
+Space = Callable[[str, Sequence[int]], Tensor]
 
 
 class Blocks:
@@ -26,9 +29,14 @@ class Blocks:
         table: the result of ``layout.blocks``.
         of_key: whether rows of numbers belong to keys.
         part: a tile of the part.
+        space: function of a name and a shape that returns a buffer. Large blocks that are allocated
+            for each part would fragment the heap.
     """
 
-    def __init__(self, layout: Layout, table: Table, of_key: bool, part: Tile) -> None:
+    def __init__(
+        self, layout: Layout, table: Table, of_key: bool, part: Tile, space: Space
+    ) -> None:
+        self.space = space
         (ids, offsets, which), self.of_key = table, of_key
         self.index, self.part = part.index, part.columns
         self.prefix, self.key_prefix = layout.prefix, layout.key_prefix
@@ -36,7 +44,7 @@ class Blocks:
         if of_key:
             self.own, self.ahead = layout.key, self.key_prefix
         self.wide = layout.query.shape[1]
-        self.start, end = part.columns or (0, self.wide)
+        self.start, end = part.columns
         self.count = end - self.start
         top, bottom, left, right = part.box or (0, layout.key.shape[0], 0, layout.key.shape[1])
         self.rows, self.columns, self.width = slice(top, bottom), slice(left, right), right - left
@@ -61,12 +69,12 @@ class Blocks:
             return
         blocks = self.blocks if self.of_key else self._gathered(self._of_tile(self.numbers, tile))
         at = self._at(tile)
-        if self._whole(out, tile):
+        if self._complete(out, tile):
             runs = at.unsqueeze(1) * self.count + self.line
             if len(out) > 1:
                 images = torch.arange(len(out)).view(-1, 1, 1, 1)
                 runs = images * (blocks.shape[1] * self.count) + runs
-            space = torch.empty_like(out) if add else out
+            space = self.space("runs", out.shape) if add else out
             numbers = blocks.view(-1, self.width)
             torch.index_select(numbers, 0, runs.flatten(), out=space.view(-1, self.width))
             if add:
@@ -91,7 +99,7 @@ class Blocks:
             return
         at = self._at(tile)
         blocks = self.block_sums if self.of_key else self._zeros(x, len(at))
-        if self._whole(x, tile):
+        if self._complete(x, tile):
             self._add_runs(x, blocks, at, tile)
         else:
             for some, own, places in self._pieces(x, blocks, at, tile, ahead):
@@ -155,10 +163,12 @@ class Blocks:
         rows = rows.transpose(2, 3) if self.of_key else rows
         rows = rows.unsqueeze(2).expand(-1, -1, len(self.ids), -1, -1)
         ids = self.ids.expand(*rows.shape[:2], -1, -1, -1)
-        return rows.gather(3 if self.of_key else 4, ids).flatten(1, 2)
+        out = self.space("blocks", ids.shape)
+        return torch.gather(rows, 3 if self.of_key else 4, ids, out=out).flatten(1, 2)
 
     def _zeros(self, x: Tensor, rows: int) -> Tensor:
-        return x.new_zeros(len(x), rows * len(self.ids), *self.ids.shape[1:])
+        shape = (len(x), rows * len(self.ids), *self.ids.shape[1:])
+        return self.space("sums", shape).zero_()
 
     def _add_blocks(self, rows: Tensor, blocks: Tensor) -> None:
         """Add blocks to the rows of numbers that they were gathered from."""
@@ -168,7 +178,7 @@ class Blocks:
         index = self.ids.permute(order).flatten(1).expand(*x.shape[:2], -1, -1)
         rows.scatter_add_(3, index, x)
 
-    def _whole(self, x: Tensor, tile: Tile) -> bool:
+    def _complete(self, x: Tensor, tile: Tile) -> bool:
         """Return whether a tile is contiguous and consists of complete blocks."""
         first, last = tile.rows.start - self.prefix, tile.rows.stop - self.prefix
         lines = self._lines(tile)

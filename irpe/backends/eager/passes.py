@@ -6,6 +6,7 @@ materialising ``[B, H, L, S]``.
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -79,7 +80,8 @@ class Pass:
         size = q.numel() * k.shape[2] if whole else SIZE * plan.threads
         if self.channels:
             size = SIZE * plan.threads // q.shape[3]
-        self.tiles = Tiles(replace(call, q=q, k=k), plan.layout, size, plan.threads, plan.kept)
+        call, threads = replace(call, q=q, k=k), plan.threads
+        self.tiles = Tiles(call, plan.layout, size, self._columns(), threads, plan.kept)
         self.draws: torch.Generator | None = None
         if plan.seed is not None:
             self.draws = torch.Generator(q.device).manual_seed(plan.seed)
@@ -143,6 +145,19 @@ class Pass:
         layout, (_, buckets) = self.plan.layout, self.plan.terms[i]
         return None if layout is None else layout.blocks(buckets, self.of_key(i))
 
+    def _columns(self) -> int:
+        """Return the number of columns of queries for which blocks of keys are gathered at once.
+
+        These blocks have at most twice the size of a tile, or that of the rows of numbers.
+        """
+        most, terms = self.shape[2], [i for i in self.rows if self.of_key(i)]
+        for i, found in zip(terms, map(self.blocks, terms), strict=True):
+            if found is not None:
+                deep, size = len(found[0]), self.plan.terms[i][1].size
+                room = 2 * SIZE * self.plan.threads // self.shape[3]
+                most = min(most, max(1, size // deep, room // deep))
+        return most
+
     def _numbers(self) -> list[Tensor]:
         """Return the rows ``[B, H, L | S, N]`` that the logits gather from."""
         numbers = []
@@ -176,15 +191,14 @@ class Pass:
 
     def drawn(self, tile: Tile) -> Tensor:
         """Return the dropout mask of a tile; called once for each tile, in order."""
-        return self.space("keep", tile).bernoulli_(self.rest, generator=self.draws)
+        return self.space("keep", tile.flat).bernoulli_(self.rest, generator=self.draws)
 
-    def space(self, name: str, tile: Tile) -> Tensor:
-        """Return a buffer ``[n, rows, keys]`` for a tile, reused by all tiles."""
-        nb, nh, rows, count = tile.shape
-        size = nb * nh * rows * count
+    def space(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Return a buffer that later calls with this name reuse."""
+        size = math.prod(shape)
         if name not in self._memory or self._memory[name].numel() < size:
             self._memory[name] = self.q.new_empty(size)
-        return self._memory[name][:size].view(nb * nh, rows, count)
+        return self._memory[name][:size].view(shape)
 
     def blank(self, x: Tensor) -> Tensor:
         """Return x, filled with zeros unless a single tile overwrites it."""
@@ -220,7 +234,7 @@ class Work:
             if self.given.draws is not None:
                 keep = self.given.drawn(tile)
                 probabilities = torch.mul(probabilities, keep, out=keep)
-            _product(out[:, tile.rows], probabilities, _first(self.v, tile), False)
+            _product(out[:, tile.rows], probabilities, self.v[:, : tile.count], False)
             for way in self.masses:
                 way.scatter(probabilities, tile)
         for way in self.masses:
@@ -255,15 +269,15 @@ class Work:
             probabilities = next(kept, None)
             if probabilities is None:
                 probabilities = self._probabilities(tile, None)
-            own, grad_logits = grad[:, tile.rows], given.space("grad_logits", tile)
+            own, grad_logits = grad[:, tile.rows], given.space("grad_logits", tile.flat)
             dropped, keep = probabilities, None
             if given.draws is not None:
                 keep = given.drawn(tile)
                 dropped = torch.mul(probabilities, keep, out=grad_logits)
-            _product(_first(own_v, tile), dropped.transpose(1, 2), own, several)
+            _product(own_v[:, : tile.count], dropped.transpose(1, 2), own, several)
             for number, way in enumerate(self.masses):
                 way.gather(grad_logits, tile, number > 0)
-            _product(grad_logits, own, _first(self.v, tile).transpose(1, 2), bool(self.masses))
+            _product(grad_logits, own, self.v[:, : tile.count].transpose(1, 2), bool(self.masses))
             if keep is not None:
                 grad_logits.mul_(keep)
             # Until here the gradient of the probabilities.
@@ -273,7 +287,7 @@ class Work:
             for way in self.rows:
                 way.scatter(grad_logits, tile)
             self._back_pairs(grad_logits, tile)
-            q, k = self.q[:, tile.rows], _first(self.k, tile)
+            q, k = self.q[:, tile.rows], self.k[:, : tile.count]
             if given.channels:
                 q, k = (x.detach().requires_grad_() for x in (q, k))
                 with torch.enable_grad():
@@ -281,10 +295,10 @@ class Work:
                 content.backward(grad_logits)
                 assert q.grad is not None and k.grad is not None
                 own_q[:, tile.rows] = q.grad
-                _first(own_k, tile).add_(k.grad)
+                own_k[:, : tile.count].add_(k.grad)
             else:
                 _product(own_q[:, tile.rows], grad_logits, k, False)
-                _product(_first(own_k, tile), grad_logits.transpose(1, 2), q, several)
+                _product(own_k[:, : tile.count], grad_logits.transpose(1, 2), q, several)
         for way in self.rows:
             way.collect()
         if self.index is not None:
@@ -300,18 +314,17 @@ class Work:
         if added is not None and added.requires_grad:
             added.backward(grad_logits.sum_to_size(added.shape))
         if gain is not None and gain.requires_grad:
-            content = self._content(self.given.space("content", tile), tile, False)
+            content = self._content(self.given.space("content", tile.flat), tile, False)
             gain.backward((content.view(tile.shape) * grad_logits).sum_to_size(gain.shape))
         if gain is not None:
             grad_logits.mul_(gain.detach())
 
     def _probabilities(self, tile: Tile, kept: list[Tensor] | None) -> Tensor:
         """Return ``[n, rows, keys]``; unless kept, in a buffer that the next tile overwrites."""
-        nb, nh, length, count = tile.shape
         if kept is None:
-            logits = self.given.space("logits", tile)
+            logits = self.given.space("logits", tile.flat)
         else:
-            logits = self.q.new_empty(nb * nh, length, count)
+            logits = self.q.new_empty(tile.flat)
             kept.append(logits)
         gain, added = pairs(self.dense, tile)
         wide, add = logits.view(tile.shape), gain is not None
@@ -336,7 +349,7 @@ class Work:
         return logits
 
     def _content(self, out: Tensor, tile: Tile, add: bool) -> Tensor:
-        q, k = self.q[:, tile.rows], _first(self.k, tile)
+        q, k = self.q[:, tile.rows], self.k[:, : tile.count]
         if self.given.channels:
             put(out, by_channels(self.dense, q, k, tile), add)
         else:
@@ -349,7 +362,12 @@ class Work:
             return ByMap(given.plan.terms[i][1], self.q.device)
         way, part = given.ways.get(i), self.part[0]
         if way is None or way.index is not part.index or way.part != part.columns:
-            way = given.ways[i] = Blocks(given.plan.layout, blocks, given.of_key(i), part)
+
+            def space(name: str, shape: Sequence[int]) -> Tensor:
+                return given.space(f"{name} of {i}", shape)
+
+            way = Blocks(given.plan.layout, blocks, given.of_key(i), part, space)
+            given.ways[i] = way
         return way
 
     def _own(self, x: Tensor) -> Tensor:
@@ -363,11 +381,6 @@ def _product(out: Tensor, x: Tensor, y: Tensor, add: bool) -> None:
         out.baddbmm_(x, y, beta=int(add))
     else:
         put(out, torch.bmm(x, y), add)
-
-
-def _first(x: Tensor, tile: Tile) -> Tensor:
-    """Return the keys of a tile, of ``[n, keys, D]``."""
-    return x if x.shape[1] == tile.count else x[:, : tile.count]
 
 
 def _add_project(out: Tensor, x: Tensor, table: Tensor) -> None:
