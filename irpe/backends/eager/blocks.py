@@ -15,7 +15,6 @@ from .gather import put
 from .rows import Layout, Table
 from .tile import Tile
 
-
 Space = Callable[[str, Sequence[int]], Tensor]
 
 
