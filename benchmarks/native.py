@@ -71,7 +71,7 @@ GROWTH = """
 
 Forward + backward of one call, 2 heads of 32 channels, 32x64, 64x64 and 64x128 patches or causal
 attention over a text, MiB at the peak above the inputs: it grows with the number of tokens, where a
-bias of all pairs would take the last column.
+bias of all pairs would take the last column. {processor}, torch {torch}, {date}.
 
 | encoding | tokens | plain attention, MiB | with terms, MiB | `[1, 2, L, L]`, MiB |
 |---|---|---|---|---|
@@ -252,7 +252,7 @@ def read(lines: Path) -> list[dict]:
 
 def page(rows: list[dict]) -> str:
     """The page of docs/results, from what was measured."""
-    text = HEAD.format(**rows[-1]["machine"])
+    text = HEAD.format(**rows[0]["machine"])
     for row in (r for r in rows if r["what"] in NAMES):
         plain, fused = row["plain"], row["fused"]
         ratio, (most, memory) = fused["ratio"], BARS.get((row["what"], row["kind"]), (None, None))
@@ -276,7 +276,7 @@ def page(rows: list[dict]) -> str:
             f"| {row['rounds']} | {most:.1f} |\n"
         )
     lengths = [row for row in rows if row["kind"] == "memory"]
-    text += GROWTH if lengths else ""
+    text += GROWTH.format(**lengths[-1]["machine"]) if lengths else ""
     for row in lengths:
         (spec, length), pairs = GROWN[row["what"]], 8 * GROWN[row["what"]][1] ** 2 / 2**20
         plain, fused = row["plain"]["peak_mib"], row["fused"]["peak_mib"]
