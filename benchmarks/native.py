@@ -63,25 +63,30 @@ Head dim 64, float32, one thread; the seconds of the first and of the second.
 |---|---|---|---|---|---|---|
 """
 LENGTHS = {2048: (32, 64), 4096: (64, 64), 8192: (64, 128)}
+IMAGES = ("rpe-1.9-product-bias-0-k", "rpe-1.9-product-ctx-1-k", "rpe-1.9-product-ctx-1-qkv")
+GROWN = {f"{spec} {length}": (spec, length)
+         for spec in (*IMAGES, "t5", "shaw,clip=64") for length in LENGTHS}  # fmt: skip
 GROWTH = """
 ## Memory by length
 
-Forward + backward of one call, 2 heads of 32 channels, `rpe-1.9-product-ctx-1-k`, MiB at the peak
-above the inputs: it grows with the number of tokens, where a bias of all pairs would take the last
-column.
+Forward + backward of one call, 2 heads of 32 channels, 32x64, 64x64 and 64x128 patches or causal
+attention over a text, MiB at the peak above the inputs: it grows with the number of tokens, where a
+bias of all pairs would take the last column. {processor}, torch {torch}, {date}.
 
-| tokens | plain attention, MiB | with terms, MiB | `[1, 2, L, L]`, MiB |
-|---|---|---|---|
+| encoding | tokens | plain attention, MiB | with terms, MiB | `[1, 2, L, L]`, MiB |
+|---|---|---|---|---|
 """
 
 
-def attend(length: int, terms: bool) -> float:
+def attend(spec: str, length: int, terms: bool) -> float:
     """MiB at the peak of a call's forward + backward, above those of its inputs."""
-    grid = irpe.Grid(*LENGTHS[length])
+    causal = spec not in IMAGES
+    geometry = irpe.Sequence(length) if causal else irpe.Grid(*LENGTHS[length])
     q, k, v = (torch.randn(1, 2, length, 32, requires_grad=True) for _ in range(3))
-    encoding = irpe.build("rpe-1.9-product-ctx-1-k", dim=64, num_heads=2)["rpe_k"]
+    made = irpe.build(spec, dim=64, num_heads=2, causal=causal).values()
     before = resident()
-    irpe.attention(q, k, v, encoding.terms(grid) if terms else ()).sum().backward()
+    given = sum((module.terms(geometry) for module in made), ()) if terms else ()
+    irpe.attention(q, k, v, given, is_causal=causal).sum().backward()
     return peak_above(before)
 
 
@@ -157,8 +162,8 @@ def cell(what: str, train: bool, fuse: bool, quick: bool):
 
 def memory(what: str, train: bool, fuse: bool, quick: bool) -> float:
     """MiB at the peak of a call, above those of the model."""
-    if what.isdigit():
-        return attend(int(what), fuse)
+    if what in GROWN:
+        return attend(*GROWN[what], fuse)
     call, before = cell(what, train, fuse, quick), resident()
     call()
     return peak_above(before)
@@ -206,10 +211,10 @@ def main() -> None:
                 rows.append(measure(what, kind, given.rounds, given.quick))
                 with lines.open("a") as file:
                     print(json.dumps(rows[-1]), file=file)
-    for length in LENGTHS if given.lengths else ():
-        if (str(length), "memory") not in done:
-            peaks = {n: {"peak_mib": mib} for n, mib in measured(str(length), True, False).items()}
-            rows.append({"what": str(length), "kind": "memory", "machine": machine(), **peaks})
+    for what in GROWN if given.lengths else ():
+        if (what, "memory") not in done:
+            peaks = {n: {"peak_mib": mib} for n, mib in measured(what, True, False).items()}
+            rows.append({"what": what, "kind": "memory", "machine": machine(), **peaks})
             with lines.open("a") as file:
                 print(json.dumps(rows[-1]), file=file)
     folder = given.out or ROOT / "docs" / "results"
@@ -241,13 +246,13 @@ def processor(run: Callable[[], object]) -> float:
 def read(lines: Path) -> list[dict]:
     """The rows that were measured, in the order of ``NAMES``."""
     rows = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
-    order = [*NAMES, *CALLS, *map(str, LENGTHS)]
+    order = [*NAMES, *CALLS, *GROWN]
     return sorted(rows, key=lambda row: order.index(row["what"]))
 
 
 def page(rows: list[dict]) -> str:
     """The page of docs/results, from what was measured."""
-    text = HEAD.format(**rows[-1]["machine"])
+    text = HEAD.format(**rows[0]["machine"])
     for row in (r for r in rows if r["what"] in NAMES):
         plain, fused = row["plain"], row["fused"]
         ratio, (most, memory) = fused["ratio"], BARS.get((row["what"], row["kind"]), (None, None))
@@ -271,12 +276,11 @@ def page(rows: list[dict]) -> str:
             f"| {row['rounds']} | {most:.1f} |\n"
         )
     lengths = [row for row in rows if row["kind"] == "memory"]
-    text += GROWTH if lengths else ""
+    text += GROWTH.format(**lengths[-1]["machine"]) if lengths else ""
     for row in lengths:
-        plain, fused, pairs = row["plain"], row["fused"], 8 * int(row["what"]) ** 2 / 2**20
-        text += (
-            f"| {row['what']} | {plain['peak_mib']:.0f} | {fused['peak_mib']:.0f} | {pairs:.0f} |\n"
-        )
+        (spec, length), pairs = GROWN[row["what"]], 8 * GROWN[row["what"]][1] ** 2 / 2**20
+        plain, fused = row["plain"]["peak_mib"], row["fused"]["peak_mib"]
+        text += f"| `{spec}` | {length} | {plain:.0f} | {fused:.0f} | {pairs:.0f} |\n"
     return text
 
 

@@ -132,7 +132,7 @@ def test_causal_attention_in_blocks_of_queries(rows, monkeypatch):
 
     from irpe.backends.eager import tile
 
-    monkeypatch.setattr(tile, "KEPT_ROWS", rows)
+    monkeypatch.setattr(tile, "CAUSAL_ROWS", rows)
     for number, (_, _, options) in enumerate(CASES):
         if options.get("causal"):
             test_against_loops(number, "eager")
@@ -144,7 +144,7 @@ def test_causal_attention_in_blocks_of_queries(rows, monkeypatch):
 def test_causal_blocks_drop_out_and_differentiate_twice(monkeypatch):
     from irpe.backends.eager import tile
 
-    monkeypatch.setattr(tile, "KEPT_ROWS", 2)
+    monkeypatch.setattr(tile, "CAUSAL_ROWS", 2)
     (module,) = modules("shaw,clip=2,on=kv", 2, 4, False).values()
     terms = module.terms(irpe.Sequence(6))
     q, k, v = (torch.randn(1, 2, 6, 4, dtype=F64, requires_grad=True) for _ in range(3))

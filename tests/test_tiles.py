@@ -236,6 +236,27 @@ def test_nothing_as_large_as_the_logits(geometry, monkeypatch):
     assert 0 < largest.numbers < L * L
 
 
+@pytest.mark.parametrize("mode", ["bias-0-k", "ctx-1-k", "ctx-1-qkv", "text"])
+def test_the_largest_tensor_grows_linearly(mode, monkeypatch):
+    """Four times as many tokens: rows, tiles and blocks, none with the square of a row's width."""
+    monkeypatch.setattr(eager, "keeps", lambda call: False)
+    monkeypatch.setattr(passes, "SIZE", 2**9)
+    sizes = []
+    for side in (10, 20):
+        irpe.clear_cache()
+        if mode == "text":
+            geometry: irpe.Geometry = irpe.Sequence(side**2)
+            terms = line_terms(Clip(4), geometry, 2, 4)
+        else:
+            geometry = irpe.Grid(side, side)
+            terms = image_terms(f"rpe-1.0-product-{mode}", geometry, 2, 4)
+        inputs = [torch.randn(1, 2, side**2, 4, dtype=F64, requires_grad=True) for _ in range(3)]
+        with Largest() as largest:
+            irpe.attention(*inputs, terms, backend="eager").sum().backward()
+        sizes.append(largest.numbers)
+    assert sizes[1] <= 4 * sizes[0]
+
+
 def test_dropout_does_not_depend_on_threads_in_between(monkeypatch):
     """The backward pass draws in the tiles of its forward pass."""
     monkeypatch.setattr(eager, "keeps", lambda call: False)

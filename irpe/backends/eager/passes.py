@@ -6,7 +6,8 @@ materialising ``[B, H, L, S]``.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,12 +17,11 @@ from ...buckets import BucketIds
 from ...terms import Kind
 from ..call import Call, project
 from .blocks import Blocks
-from .dense import by_channels, pairs
-from .gather import ByMap, put
-from .rows import Layout
+from .part import Part
+from .rows import Layout, Table
 from .tile import Tile, Tiles
 
-SIZE = 2**19  # numbers of a tile for each thread: 2 MiB
+SIZE = 2**20  # numbers of a tile for each thread: half of it takes 1.02 to 1.13 times as long
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,19 +71,22 @@ class Pass:
             else:
                 self.dense.append((kind, buckets, self.tables[i]))
         self.channels = any(kind == "channels" for kind, *_ in self.dense)
+        self.slopes = any(kind == "slope" for kind, *_ in self.dense)
+        self.least = torch.finfo(wide).tiny ** 0.75
         # Images share dense numbers: they are gathered once where one tile is the whole call.
         whole = plan.kept and bool(self.dense)
         size = q.numel() * k.shape[2] if whole else SIZE * plan.threads
         if self.channels:
             size = SIZE * plan.threads // q.shape[3]
-        self.tiles = Tiles(replace(call, q=q, k=k), plan.layout, size, plan.threads, plan.kept)
+        call, threads = replace(call, q=q, k=k), plan.threads
+        self.tiles = Tiles(call, plan.layout, size, self._columns(), threads, plan.kept)
         self.draws: torch.Generator | None = None
         if plan.seed is not None:
             self.draws = torch.Generator(q.device).manual_seed(plan.seed)
         self.rest = 1.0 - call.dropout_p
         self.growth = 1.0 / self.rest if self.rest else 1.0  # scale of kept probabilities
         self._memory: dict[str, Tensor] = {}
-        self.ways: dict[int, ByMap | Blocks] = {}  # by term, for parts with all keys
+        self.ways: dict[int, Blocks] = {}  # of the last part, by term
 
     def forward(self, kept: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
         """Return the output ``[B, H, L, E]`` and the mass by bucket of each value term.
@@ -94,9 +97,9 @@ class Pass:
         out = self.blank(self.q.new_empty(*self.shape[:3], self.v.shape[-1]))
         masses, numbers = self._zeros(self.values), self._numbers()
         for part in self.tiles.parts:
-            Work(self, part, numbers).forward(out, masses, kept)
+            Part(self, part, numbers).forward(out, masses, kept)
         for i, mass in zip(self.values, masses, strict=True):
-            out += project(mass, self.tables[i])
+            _add_project(out, mass, self.tables[i])
         return out.mul_(self.growth) if self.growth != 1.0 else out, masses
 
     def backward(
@@ -116,7 +119,7 @@ class Pass:
         of_masses = [project(upper, self.tables[i].transpose(1, 2)) for i in self.values]
         sums, numbers, saved = self._zeros(self.rows), [] if kept else self._numbers(), iter(kept)
         for part in self.tiles.parts:
-            Work(self, part, numbers).backward(upper, of_masses, own, sums, saved)
+            Part(self, part, numbers).backward(upper, of_masses, own, sums, saved)
         grads = {}
         for i, total in zip(self.rows, sums, strict=True):
             x, grad_x = (self.k, grad_k) if self.of_key(i) else (self.q, grad_q)
@@ -124,7 +127,7 @@ class Pass:
                 grads[i] = total.sum((0, 2)).sum_to_size(self.tables[i].shape)
                 continue
             total = total.mul_(self.plan.call.scale) if self.of_key(i) else total
-            grad_x += project(total, self.tables[i].transpose(1, 2))
+            _add_project(grad_x, total, self.tables[i].transpose(1, 2))
             grads[i] = _outer(x, total, self.tables[i])
         for i, mass in zip(self.values, masses, strict=True):
             grads[i] = _outer(mass, upper, self.tables[i])
@@ -135,10 +138,23 @@ class Pass:
         """Return whether a term's rows of numbers belong to keys."""
         return self.plan.terms[i][0] == "key"
 
-    def blocks(self, i: int) -> tuple[Tensor, Tensor] | None:
+    def blocks(self, i: int) -> Table | None:
         """Return a term's blocks; None if it has none."""
         layout, (_, buckets) = self.plan.layout, self.plan.terms[i]
         return None if layout is None else layout.blocks(buckets, self.of_key(i))
+
+    def _columns(self) -> int:
+        """Return the number of columns of queries for which blocks of keys are gathered at once.
+
+        These blocks have at most twice the size of a tile, or that of the rows of numbers.
+        """
+        most, terms = self.shape[2], [i for i in self.rows if self.of_key(i)]
+        for i, found in zip(terms, map(self.blocks, terms), strict=True):
+            if found is not None:
+                deep, size = len(found[0]), self.plan.terms[i][1].size
+                room = 2 * SIZE * self.plan.threads // self.shape[3]
+                most = min(most, max(1, size // deep, room // deep))
+        return most
 
     def _numbers(self) -> list[Tensor]:
         """Return the rows ``[B, H, L | S, N]`` that the logits gather from."""
@@ -173,196 +189,26 @@ class Pass:
 
     def drawn(self, tile: Tile) -> Tensor:
         """Return the dropout mask of a tile; called once for each tile, in order."""
-        return self.space("keep", tile).bernoulli_(self.rest, generator=self.draws)
+        return self.space("keep", tile.flat).bernoulli_(self.rest, generator=self.draws)
 
-    def space(self, name: str, tile: Tile) -> Tensor:
-        """Return a buffer ``[n, rows, keys]`` for a tile, reused by all tiles."""
-        nb, nh, rows, count = tile.shape
-        size = nb * nh * rows * count
+    def space(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Return a buffer that later calls with this name reuse."""
+        size = math.prod(shape)
         if name not in self._memory or self._memory[name].numel() < size:
             self._memory[name] = self.q.new_empty(size)
-        return self._memory[name][:size].view(nb * nh, rows, count)
+        return self._memory[name][:size].view(shape)
 
     def blank(self, x: Tensor) -> Tensor:
         """Return x, filled with zeros unless a single tile overwrites it."""
         return x if self.tiles.one and not self.channels else x.zero_()
 
 
-class Work:
-    """One part of a pass.
-
-    Args:
-        given: the pass.
-        part: tiles of the same images, heads and keys.
-        numbers: rows that the logits gather from; empty if probabilities are kept.
-    """
-
-    def __init__(self, given: Pass, part: list[Tile], numbers: Sequence[Tensor]) -> None:
-        self.given, self.part, self.index, self.dense = given, part, part[0].index, given.dense
-        self.q, self.k, self.v = (self._own(x) for x in (given.q, given.k, given.v))
-        if self.index is not None:
-            self.k, self.v = (x.index_select(1, self.index) for x in (self.k, self.v))
-        self.rows = [self._way(i) for i in given.rows]
-        self.masses = [self._way(i) for i in given.values]
-        for way, x in zip(self.rows, numbers, strict=False):
-            way.read(self._own(x))
-
-    def forward(self, out: Tensor, masses: Sequence[Tensor], kept: list[Tensor] | None) -> None:
-        """Write the output ``[B, H, L, E]`` and the masses ``[B, H, L, N]``."""
-        out = self._own(out)
-        for way, mass in zip(self.masses, masses, strict=True):
-            way.write(self._own(mass))
-        for tile in self.part:
-            probabilities = self._probabilities(tile, kept)
-            if self.given.draws is not None:
-                keep = self.given.drawn(tile)
-                probabilities = torch.mul(probabilities, keep, out=keep)
-            _product(out[:, tile.rows], probabilities, _first(self.v, tile), False)
-            for way in self.masses:
-                way.scatter(probabilities, tile)
-        for way in self.masses:
-            way.collect()
-
-    def backward(
-        self,
-        grad: Tensor,
-        of_masses: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        sums: Sequence[Tensor],
-        kept: Iterator[Tensor],
-    ) -> None:
-        """Write gradients of q, k and v, and of the rows of numbers.
-
-        Args:
-            grad: gradient of the output.
-            of_masses: gradients of the masses.
-            grads: buffers for gradients of q, k and v, ``[B, H, L | S, D]``.
-            sums: buffers for gradients of the rows of numbers, ``[B, H, L | S, N]``.
-            kept: the probabilities of each tile; empty: they are recomputed.
-        """
-        given, several = self.given, not self.given.tiles.one
-        grad, own_q, own_k, own_v = self._own(grad), *(self._own(x) for x in grads)
-        if self.index is not None:
-            own_k, own_v = torch.zeros_like(self.k), torch.zeros_like(self.v)
-        for way, x in zip(self.masses, of_masses, strict=True):
-            way.read(self._own(x))
-        for way, x in zip(self.rows, sums, strict=True):
-            way.write(self._own(x))
-        for tile in self.part:
-            probabilities = next(kept, None)
-            if probabilities is None:
-                probabilities = self._probabilities(tile, None)
-            own, grad_logits = grad[:, tile.rows], given.space("grad_logits", tile)
-            dropped, keep = probabilities, None
-            if given.draws is not None:
-                keep = given.drawn(tile)
-                dropped = torch.mul(probabilities, keep, out=grad_logits)
-            _product(_first(own_v, tile), dropped.transpose(1, 2), own, several)
-            for number, way in enumerate(self.masses):
-                way.gather(grad_logits, tile, number > 0)
-            _product(grad_logits, own, _first(self.v, tile).transpose(1, 2), bool(self.masses))
-            if keep is not None:
-                grad_logits.mul_(keep)
-            # Until here the gradient of the probabilities.
-            torch.ops.aten._softmax_backward_data.out(
-                grad_logits, probabilities, -1, grad_logits.dtype, grad_input=grad_logits
-            )
-            for way in self.rows:
-                way.scatter(grad_logits, tile)
-            self._back_pairs(grad_logits, tile)
-            q, k = self.q[:, tile.rows], _first(self.k, tile)
-            if given.channels:
-                q, k = (x.detach().requires_grad_() for x in (q, k))
-                with torch.enable_grad():
-                    content = by_channels(self.dense, q, k, tile)
-                content.backward(grad_logits)
-                assert q.grad is not None and k.grad is not None
-                own_q[:, tile.rows] = q.grad
-                _first(own_k, tile).add_(k.grad)
-            else:
-                _product(own_q[:, tile.rows], grad_logits, k, False)
-                _product(_first(own_k, tile), grad_logits.transpose(1, 2), q, several)
-        for way in self.rows:
-            way.collect()
-        if self.index is not None:
-            self._own(grads[1]).index_copy_(1, self.index, own_k)
-            self._own(grads[2]).index_copy_(1, self.index, own_v)
-
-    def _back_pairs(self, grad_logits: Tensor, tile: Tile) -> None:
-        """Accumulate the gradients of dense tables, and multiply ``grad_logits`` by gains."""
-        grad_logits = grad_logits.view(tile.shape)
-        with torch.enable_grad():
-            gain, added = pairs(self.dense, tile)
-        if added is not None and added.requires_grad:
-            added.backward(grad_logits.sum_to_size(added.shape))
-        if gain is not None and gain.requires_grad:
-            content = self._content(self.given.space("content", tile), tile, False)
-            gain.backward((content.view(tile.shape) * grad_logits).sum_to_size(gain.shape))
-        if gain is not None:
-            grad_logits.mul_(gain.detach())
-
-    def _probabilities(self, tile: Tile, kept: list[Tensor] | None) -> Tensor:
-        """Return ``[n, rows, keys]``; unless kept, in a buffer that the next tile overwrites."""
-        nb, nh, length, count = tile.shape
-        if kept is None:
-            logits = self.given.space("logits", tile)
-        else:
-            logits = self.q.new_empty(nb * nh, length, count)
-            kept.append(logits)
-        gain, added = pairs(self.dense, tile)
-        dense = gain is not None or added is not None
-        if dense:
-            content = self._content(logits, tile, False).view(tile.shape)
-            if gain is not None:
-                content.mul_(gain)
-            if added is not None:
-                content.add_(added)
-        for number, way in enumerate(self.rows):
-            way.gather(logits, tile, dense or number > 0)
-        if not dense:
-            self._content(logits, tile, bool(self.rows))
-        dead = self.given.tiles.hide(logits, tile)
-        torch.softmax(logits, -1, out=logits)
-        if dead is not None:
-            logits.view(tile.shape).masked_fill_(dead, 0.0)
-        return logits
-
-    def _content(self, out: Tensor, tile: Tile, add: bool) -> Tensor:
-        q, k = self.q[:, tile.rows], _first(self.k, tile)
-        if self.given.channels:
-            put(out, by_channels(self.dense, q, k, tile), add)
-        else:
-            _product(out, q, k.transpose(1, 2), add)
-        return out
-
-    def _way(self, i: int) -> ByMap | Blocks:
-        given, blocks = self.given, self.given.blocks(i)
-        if self.index is None and i in given.ways:
-            return given.ways[i]
-        if given.plan.layout is None or blocks is None:
-            way: ByMap | Blocks = ByMap(given.plan.terms[i][1], self.q.device)
-        else:
-            way = Blocks(given.plan.layout, blocks, given.of_key(i), self.part[0])
-        if self.index is None:
-            given.ways[i] = way
-        return way
-
-    def _own(self, x: Tensor) -> Tensor:
-        """Return the part of ``[B, H, R, ...]`` as ``[n, R, ...]``."""
-        return x[self.part[0].images, self.part[0].heads].flatten(0, 1)
-
-
-def _product(out: Tensor, x: Tensor, y: Tensor, add: bool) -> None:
-    """Write ``x @ y`` to out, or add it."""
-    if out.is_contiguous():
-        out.baddbmm_(x, y, beta=int(add))
+def _add_project(out: Tensor, x: Tensor, table: Tensor) -> None:
+    """Add ``[B, H, R, D] @ [H | 1, D, N]``."""
+    if table.shape[0] == 1:
+        out.flatten(0, 2).addmm_(x.flatten(0, 2), table[0])
     else:
-        put(out, torch.bmm(x, y), add)
-
-
-def _first(x: Tensor, tile: Tile) -> Tensor:
-    """Return the keys of a tile, of ``[n, keys, D]``."""
-    return x if x.shape[1] == tile.count else x[:, : tile.count]
+        out += x @ table
 
 
 def _outer(x: Tensor, y: Tensor, table: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from ...geometry import Geometry
 
 WIDTH = 32  # tokens of a row if all steps between tokens are equal
 MOST = 1.0  # ratio of numbers gathered by blocks and by the map, above which the map is faster
-Both = tuple[Tensor, Tensor]
+
+Table = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,36 +81,36 @@ class Layout:
         ahead = seen.new_ones(self.key_prefix)
         return torch.cat((ahead, inside.flatten()[: self.key.count])), (top, bottom, left, right)
 
-    def blocks(self, buckets: BucketIds, of_key: bool) -> Both | None:
-        """Return ids ``[blocks, width | 1, key width | 1]`` and blocks ``[height, key height]``.
+    def blocks(self, buckets: BucketIds, of_key: bool) -> Table | None:
+        """Return the different blocks of ids, and where they are.
 
         Args:
             buckets: buckets of a term.
             of_key: whether its rows of numbers belong to keys.
 
         Returns:
-            The second tensor is the block of each row of queries and row of keys. None if blocks
-            are not faster than the map of all pairs.
+            Ids ``[blocks, offsets]`` of the different offsets within rows, or ``[blocks, 1]`` if
+            they are equal; the offset ``[width, key width]`` of each pair of columns; the block
+            ``[height, key height]`` of each pair of rows. None if blocks are not faster than the
+            map of all pairs.
         """
         if prefix_ids(buckets.function) is not None:
             return None
         key = ("blocks", buckets.function, buckets.by_key)
-        ids, which = buckets.geometry.remember(key, lambda: self._blocks(buckets))
-        others = self.query if of_key else self.key
-        numbers = len(ids) * ids.shape[1 if of_key else 2]
-        return (ids, which) if numbers < MOST * others.count else None
+        table: Table = buckets.geometry.remember(key, lambda: self._blocks(buckets))
+        others, ids = self.query if of_key else self.key, table[0]
+        numbers = len(ids) * (1 if ids.shape[1] == 1 else others.shape[1])
+        return table if numbers < MOST * others.count else None
 
-    def _blocks(self, buckets: BucketIds) -> Both:
-        rows = self.query.firsts.unsqueeze(1) - self.key.firsts
-        columns = self.query.columns.unsqueeze(1) - self.key.columns
-        apart, which = torch.unique(rows.flatten(0, 1), dim=0, return_inverse=True)
-        offsets = apart.view(-1, 1, 1, apart.shape[-1]) + columns
-        ids = buckets.function(-offsets if buckets.by_key else offsets)
+    def _blocks(self, buckets: BucketIds) -> Table:
+        rows, which = _different(self.query.firsts, self.key.firsts)
+        columns, offsets = _different(self.query.columns, self.key.columns)
+        apart = rows.unsqueeze(1) + columns
+        ids = buckets.function(-apart if buckets.by_key else apart)
         ids, same = torch.unique(ids, dim=0, return_inverse=True)
-        for axis in (1, 2):
-            first = ids.narrow(axis, 0, 1)
-            ids = first if bool((ids == first).all()) else ids
-        return ids.contiguous(), same[which].view(rows.shape[:2])
+        if bool((ids == ids[:, :1]).all()):
+            ids = ids[:, :1]
+        return ids.contiguous(), offsets, same[which]
 
 
 def layout_of(geometries: Sequence[Geometry]) -> Layout | None:
@@ -128,6 +129,13 @@ def _layout(geometry: Geometry) -> Layout | None:
     if query is None or key is None:
         return None
     return Layout(query, key, geometry.prefix, geometry.key_prefix)
+
+
+def _different(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the different offsets ``[n, A]``, and the index of that of each query and key."""
+    offsets = queries.unsqueeze(1) - keys
+    different, index = torch.unique(offsets.flatten(0, 1), dim=0, return_inverse=True)
+    return different, index.view(offsets.shape[:2])
 
 
 def _ends(seen: Tensor) -> tuple[int, int]:
