@@ -145,10 +145,11 @@ def measure(kernel: Any, given: dict[str, Any], arch: int) -> dict[str, Any]:
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     registers, stack, _, local = (int(n) for n in found.groups())
     loop = innermost_loop(code, "" if kernel.fn.__name__.startswith("lookup") else "MUFU.EX2")
-    scores = given["BM"] * given["BN"]
+    tile = {name: given.get(name, 0) for name in ("BM", "BN")}
+    scores = tile["BM"] * tile["BN"] or 1  # kernels of tables have no pairs
     lanes = 32 * given["num_warps"]
     return {
-        "BM": given["BM"], "BN": given["BN"], **options, "registers": registers,
+        **tile, **options, "registers": registers,
         "spills": max(stack, local), "shared_kib": round(compiled.metadata.shared / 1024),
         "instructions": round(len(loop) * lanes / scores, 1),
         "local_in_loop": sum("LDL" in line or "STL" in line for line in loop),
