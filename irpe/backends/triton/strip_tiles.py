@@ -54,6 +54,16 @@ def column_parts(units, unit, part, R: tl.constexpr, P: tl.constexpr, step):
 
 
 @triton.jit
+def repeated(hot, TIMES: tl.constexpr):
+    """Return one-hot matrices ``[TIMES * G, 16, 256 / SIDE]``, all of them TIMES times."""
+    if TIMES > 1:
+        G: tl.constexpr = hot.shape[0]
+        LANES: tl.constexpr = hot.shape[2]
+        hot = tl.reshape(tl.broadcast_to(hot[None, :, :, :], [TIMES, G, 16, LANES]), [TIMES * G, 16, LANES])
+    return hot
+
+
+@triton.jit
 def strip_gather(numbers, at, parts, hot, C: tl.constexpr, SIDE: tl.constexpr):
     """Return the number of each pair, ``[R, C]``, from rows that start at ``at [R]``."""
     R: tl.constexpr = parts.shape[0]
@@ -61,8 +71,11 @@ def strip_gather(numbers, at, parts, hot, C: tl.constexpr, SIDE: tl.constexpr):
     place = (at[:, None] + parts * SIDE)[:, :, None] + tl.arange(0, SIDE)[None, None, :]
     place = tl.reshape(place, [R, P * SIDE])
     place = tl.max_contiguous(tl.multiple_of(place, [1, SIDE]), [1, SIDE])
-    own = tl.reshape(tl.load(numbers + place), [R // 16, P * SIDE, 16])
-    return tl.reshape(tl.dot(own, hot), [R, C])
+    own = tl.reshape(tl.load(numbers + place), [R // 16, 16, P * SIDE // 16, 16])
+    own = tl.reshape(tl.permute(own, (2, 0, 1, 3)), [P * SIDE // 16 * (R // 16), 16, 16])
+    tile = tl.dot(own, repeated(hot, P * SIDE // 16))
+    tile = tl.reshape(tile, [P * SIDE // 16, R // 16, 16, 256 // SIDE])
+    return tl.reshape(tl.permute(tile, (1, 2, 0, 3)), [R, C])
 
 
 @triton.jit
@@ -72,8 +85,11 @@ def strip_scatter(
     """``sums[at[r] + part * SIDE + selected] += tile[r, c]``; sums are float32, of a program."""
     R: tl.constexpr = parts.shape[0]
     P: tl.constexpr = parts.shape[1]
-    own = tl.reshape(tile.to(hot.dtype), [R // 16, P * SIDE, 256 // SIDE])
-    found = tl.reshape(tl.dot(own, tl.permute(hot, (0, 2, 1))), [R, P, SIDE])
+    own = tl.reshape(tile.to(hot.dtype), [R // 16, 16, P * SIDE // 16, 256 // SIDE])
+    own = tl.reshape(tl.permute(own, (2, 0, 1, 3)), [P * SIDE // 16 * (R // 16), 16, 256 // SIDE])
+    found = tl.dot(own, tl.permute(repeated(hot, P * SIDE // 16), (0, 2, 1)))
+    found = tl.reshape(found, [P * SIDE // 16, R // 16, 16, 16])
+    found = tl.reshape(tl.permute(found, (1, 2, 0, 3)), [R, P, SIDE])
     number = tl.arange(0, SIDE)
     if DETERMINISTIC:
         # One address per token and step, of one thread: one order of additions.
