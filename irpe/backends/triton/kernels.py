@@ -20,12 +20,12 @@ import triton.language as tl
 
 from .tiles import (
     LOG2E,
+    add_rows,
     block,
     clear,
     drop,
     exponential,
     fill_rows,
-    gather,
     key_strips,
     last_key,
     load_rows,
@@ -85,7 +85,8 @@ def forward(
     for t in range(tl.program_id(0) // H, B * tiles, tl.num_programs(0) // H):
         b = (t // tiles).to(tl.int64)
         bh = (b * H + h).to(tl.int32)
-        o = t % tiles * BM + tl.arange(0, BM)
+        o_first = t % tiles * BM
+        o = o_first + tl.arange(0, BM)
         i = token(o, order, SIDE)
         own = (h * B + b) * L
         own_k = k + b * k_sb + h // GROUP * k_sh
@@ -113,12 +114,14 @@ def forward(
         acc = tl.zeros([BM, E_BLOCK], tl.float32)
         for part in range(parts if SIDE > 0 else 1):
             hot, across = query_strips(
-                units, units_so, o, part, BM, BN, SIDE, COLUMNS, queries
+                units, units_so, o_first, part, BM, BN, SIDE, COLUMNS, queries
             )
             first, end = span(part, parts, last_key(i, L, S, CAUSAL), part_slots, slots, SIDE)
             for start in range(first, end, BN):
                 j = token(start + tl.arange(0, BN), others, SIDE)
-                down, run_hot = key_strips(runs, runs_so, o, start, BN, SIDE, COLUMNS, queries)
+                down, run_hot = key_strips(
+                    runs, runs_so, o_first, start, BM, BN, SIDE, COLUMNS, queries
+                )
                 keys = load_rows(own_k, j, k_sl, S, D, D_BLOCK)
                 logits = pair_logits(
                     queries, keys, i, j, own_rows, at, ROWS,
@@ -215,7 +218,8 @@ def row_pass(
     for t in range(begin, B * tiles, tl.num_programs(0) // H):
         b = (t // tiles).to(tl.int64)
         bh = (b * H + h).to(tl.int32)
-        o = t % tiles * BM + tl.arange(0, BM)
+        o_first = t % tiles * BM
+        o = o_first + tl.arange(0, BM)
         i = token(o, order, SIDE)
         own = (h * B + b) * L
         own_k = k + b * k_sb + h // GROUP * k_sh
@@ -250,12 +254,14 @@ def row_pass(
         acc = tl.zeros([BM, D_BLOCK], tl.float32)
         for part in range(parts if SIDE > 0 else 1):
             hot, across = query_strips(
-                units, units_so, o, part, BM, BN, SIDE, COLUMNS, queries
+                units, units_so, o_first, part, BM, BN, SIDE, COLUMNS, queries
             )
             first, end = span(part, parts, last_key(i, L, S, CAUSAL), part_slots, slots, SIDE)
             for start in range(first, end, BN):
                 j = token(start + tl.arange(0, BN), others, SIDE)
-                down, run_hot = key_strips(runs, runs_so, o, start, BN, SIDE, COLUMNS, queries)
+                down, run_hot = key_strips(
+                    runs, runs_so, o_first, start, BM, BN, SIDE, COLUMNS, queries
+                )
                 keys = load_rows(own_k, j, k_sl, S, D, D_BLOCK)
                 logits = pair_logits(
                     queries, keys, i, j, own_rows, rows_at, ROWS,
@@ -267,8 +273,8 @@ def row_pass(
                 values = load_rows(own_v, j, v_sl, S, E, E_BLOCK)
                 dp = tl.zeros([BM, BN], tl.float32)
                 if MASS > 0:
-                    dp = gather(
-                        own_mass, at, MASS, own_ids, i, j, ids_sm, ids_so, down, hot,
+                    dp = add_rows(
+                        dp, own_mass, at, MASS, own_ids, i, j, ids_sm, ids_so, down, hot,
                         MAPS, N, SIDE,
                     )  # fmt: skip
                 dp = tl.dot(grad_out, tl.trans(values), dp, input_precision="ieee")
@@ -375,16 +381,19 @@ def column_pass(
             first = 0
             if CAUSAL:
                 first = tl.maximum(tl.min(j) - (S - L), 0) // BM * BM
-            for o_first in range(first, owned, BM):
+            # Hoisted, the loads of strips take more registers than there are.
+            for o_first in tl.range(first, owned, BM, disable_licm=COLUMNS > 0):
                 o = o_first + tl.arange(0, BM)
                 i = token(o, order, SIDE)
                 at = tl.minimum(i, L - 1) * W
                 queries = load_rows(own_q, i, q_sl, L, D, D_BLOCK)
                 queries = (queries * scale).to(queries.dtype)
                 hot, across = query_strips(
-                    units, units_so, o, part, BM, BN, SIDE, COLUMNS, queries
+                    units, units_so, o_first, part, BM, BN, SIDE, COLUMNS, queries
                 )
-                down, run_hot = key_strips(runs, runs_so, o, start, BN, SIDE, COLUMNS, queries)
+                down, run_hot = key_strips(
+                    runs, runs_so, o_first, start, BM, BN, SIDE, COLUMNS, queries
+                )
                 logits = pair_logits(
                     queries, keys, i, j, own_rows, i * 0 if SHARED else at, ROWS,
                     own_columns, columns_at, COLUMNS, own_ids, ids_sm, ids_so,
@@ -401,9 +410,9 @@ def column_pass(
                 acc_v = tl.dot(given, grad_out, acc_v, input_precision="ieee")
                 dp = tl.zeros([BM, BN], tl.float32)
                 if MASS > 0:
-                    dp = gather(
-                        grad_mass + own * W, at, MASS, own_ids, i, j, ids_sm, ids_so, down, hot,
-                        MAPS, N, SIDE,
+                    dp = add_rows(
+                        dp, grad_mass + own * W, at, MASS, own_ids, i, j, ids_sm, ids_so, down,
+                        hot, MAPS, N, SIDE,
                     )  # fmt: skip
                 dp = tl.dot(grad_out, tl.trans(values), dp, input_precision="ieee")
                 if DROPOUT:
@@ -434,5 +443,7 @@ def column_pass(
                         BN, W, PIECE, STEP, D_BLOCK,
                     )  # fmt: skip
                 tl.debug_barrier()
+        # Read again, so that addresses of the gradients take no registers in the loop.
+        j = token(start + tl.arange(0, BN), others, SIDE)
         store_rows(grad_k + b * grad_k_sb + kv * grad_k_sh, acc_k, j, grad_k_sl, S, D, D_BLOCK)
         store_rows(grad_v + b * grad_v_sb + kv * grad_v_sh, acc_v, j, grad_v_sl, S, E, E_BLOCK)

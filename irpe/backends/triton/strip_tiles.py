@@ -39,10 +39,11 @@ def run_onehot(runs, first, start, G: tl.constexpr, step, SIDE: tl.constexpr, li
 
 
 @triton.jit
-def row_parts(runs, o, start, P: tl.constexpr, step):
-    """Return the row parts ``[R, P]`` of queries and the runs from a slot on."""
+def row_parts(runs, first, start, R: tl.constexpr, P: tl.constexpr, step):
+    """Return the row parts ``[R, P]`` of queries and runs from a slot on."""
     run = start // 16 + tl.arange(0, P)
-    return tl.load(runs + o[:, None] * step + run[None, :]).to(tl.int32)
+    own = first + tl.arange(0, R)
+    return tl.load(runs + own[:, None] * step + run[None, :]).to(tl.int32)
 
 
 @triton.jit
@@ -54,28 +55,46 @@ def column_parts(units, unit, part, R: tl.constexpr, P: tl.constexpr, step):
 
 
 @triton.jit
+def batched(tile, R: tl.constexpr, TIMES: tl.constexpr, WIDE: tl.constexpr):
+    """Return a tile ``[R, TIMES * WIDE]`` as ``[TIMES * R / 16, 16, WIDE]``.
+
+    A warp has a group of 16 tokens here as in the products of the whole tile, so that numbers stay
+    in its registers.
+    """
+    tile = tl.permute(tl.reshape(tile, [R // 16, 16, TIMES, WIDE]), (2, 0, 1, 3))
+    return tl.reshape(tile, [TIMES * (R // 16), 16, WIDE])
+
+
+@triton.jit
+def joined(tile, R: tl.constexpr, TIMES: tl.constexpr, WIDE: tl.constexpr):
+    """Return ``[R, TIMES * WIDE]``: the reverse of ``batched``."""
+    tile = tl.permute(tl.reshape(tile, [TIMES, R // 16, 16, WIDE]), (1, 2, 0, 3))
+    return tl.reshape(tile, [R, TIMES * WIDE])
+
+
+@triton.jit
 def repeated(hot, TIMES: tl.constexpr):
     """Return one-hot matrices ``[TIMES * G, 16, 256 / SIDE]``, all of them TIMES times."""
     if TIMES > 1:
         G: tl.constexpr = hot.shape[0]
-        LANES: tl.constexpr = hot.shape[2]
-        hot = tl.reshape(tl.broadcast_to(hot[None, :, :, :], [TIMES, G, 16, LANES]), [TIMES * G, 16, LANES])
+        WIDE: tl.constexpr = hot.shape[2]
+        hot = tl.broadcast_to(hot[None, :, :, :], [TIMES, G, 16, WIDE])
+        hot = tl.reshape(hot, [TIMES * G, 16, WIDE])
     return hot
 
 
 @triton.jit
-def strip_gather(numbers, at, parts, hot, C: tl.constexpr, SIDE: tl.constexpr):
-    """Return the number of each pair, ``[R, C]``, from rows that start at ``at [R]``."""
+def strip_gather(tile, numbers, at, parts, hot, SIDE: tl.constexpr):
+    """Return tile ``[R, C]`` plus the number of each pair, from rows that start at ``at [R]``."""
     R: tl.constexpr = parts.shape[0]
     P: tl.constexpr = parts.shape[1]
+    TIMES: tl.constexpr = P * SIDE // 16
     place = (at[:, None] + parts * SIDE)[:, :, None] + tl.arange(0, SIDE)[None, None, :]
     place = tl.reshape(place, [R, P * SIDE])
     place = tl.max_contiguous(tl.multiple_of(place, [1, SIDE]), [1, SIDE])
-    own = tl.reshape(tl.load(numbers + place), [R // 16, 16, P * SIDE // 16, 16])
-    own = tl.reshape(tl.permute(own, (2, 0, 1, 3)), [P * SIDE // 16 * (R // 16), 16, 16])
-    tile = tl.dot(own, repeated(hot, P * SIDE // 16))
-    tile = tl.reshape(tile, [P * SIDE // 16, R // 16, 16, 256 // SIDE])
-    return tl.reshape(tl.permute(tile, (1, 2, 0, 3)), [R, C])
+    own = batched(tl.load(numbers + place), R, TIMES, 16)
+    tile = batched(tile, R, TIMES, 256 // SIDE)
+    return joined(tl.dot(own, repeated(hot, TIMES), tile), R, TIMES, 256 // SIDE)
 
 
 @triton.jit
@@ -85,11 +104,10 @@ def strip_scatter(
     """``sums[at[r] + part * SIDE + selected] += tile[r, c]``; sums are float32, of a program."""
     R: tl.constexpr = parts.shape[0]
     P: tl.constexpr = parts.shape[1]
-    own = tl.reshape(tile.to(hot.dtype), [R // 16, 16, P * SIDE // 16, 256 // SIDE])
-    own = tl.reshape(tl.permute(own, (2, 0, 1, 3)), [P * SIDE // 16 * (R // 16), 16, 256 // SIDE])
-    found = tl.dot(own, tl.permute(repeated(hot, P * SIDE // 16), (0, 2, 1)))
-    found = tl.reshape(found, [P * SIDE // 16, R // 16, 16, 16])
-    found = tl.reshape(tl.permute(found, (1, 2, 0, 3)), [R, P, SIDE])
+    TIMES: tl.constexpr = P * SIDE // 16
+    own = batched(tile.to(hot.dtype), R, TIMES, 256 // SIDE)
+    found = tl.dot(own, tl.permute(repeated(hot, TIMES), (0, 2, 1)))
+    found = tl.reshape(joined(found, R, TIMES, 16), [R, P, SIDE])
     number = tl.arange(0, SIDE)
     if DETERMINISTIC:
         # One address per token and step, of one thread: one order of additions.

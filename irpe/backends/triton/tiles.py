@@ -115,13 +115,13 @@ def own_row(i, length):
 
 @triton.jit
 def query_strips(
-    units, units_so, o, part, BM: tl.constexpr, BN: tl.constexpr, SIDE: tl.constexpr,
+    units, units_so, o_first, part, BM: tl.constexpr, BN: tl.constexpr, SIDE: tl.constexpr,
     COLUMNS: tl.constexpr, like,
 ):  # fmt: skip
-    """Return what queries o and a part of the keys share: one-hot matrices and column parts."""
+    """Return what the queries from a slot on and a part of the keys share: one-hot matrices and column parts."""
     hot, across = 0, 0
     if SIDE > 0:
-        unit = tl.min(o) // 16
+        unit = o_first // 16
         hot = unit_onehot(units, unit, BM // 16, part, units_so, SIDE, like)
         if COLUMNS > 0:
             across = column_parts(units, unit, part, BN, BM // 16, units_so)
@@ -130,14 +130,15 @@ def query_strips(
 
 @triton.jit
 def key_strips(
-    runs, runs_so, o, start, BN: tl.constexpr, SIDE: tl.constexpr, COLUMNS: tl.constexpr, like
+    runs, runs_so, o_first, start, BM: tl.constexpr, BN: tl.constexpr, SIDE: tl.constexpr,
+    COLUMNS: tl.constexpr, like,
 ):  # fmt: skip
-    """Return what queries o and the keys from a slot on share: row parts, one-hot matrices."""
+    """Return what queries and keys from a slot on share: row parts, one-hot matrices."""
     down, hot = 0, 0
     if SIDE > 0:
-        down = row_parts(runs, o, start, BN // 16, runs_so)
+        down = row_parts(runs, o_first, start, BM, BN // 16, runs_so)
         if COLUMNS > 0:
-            hot = run_onehot(runs, tl.min(o), start, BN // 16, runs_so, SIDE, like)
+            hot = run_onehot(runs, o_first, start, BN // 16, runs_so, SIDE, like)
     return down, hot
 
 
@@ -148,15 +149,14 @@ def map_ids(ids, m, i, j, ids_sm, ids_so):
 
 
 @triton.jit
-def gather(
-    numbers, at, USED: tl.constexpr, ids, i, j, ids_sm, ids_so, down, hot,
+def add_rows(
+    tile, numbers, at, USED: tl.constexpr, ids, i, j, ids_sm, ids_so, down, hot,
     MAPS: tl.constexpr, N: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
-    """Return ``numbers[at[i] + bucket]`` of each pair, summed over maps, from rows of queries."""
+    """Return tile plus ``numbers[at[i] + bucket]``, summed over maps, from rows of queries."""
     if SIDE > 0:
-        tile = strip_gather(numbers, at, down, hot, j.shape[0], SIDE)
+        tile = strip_gather(tile, numbers, at, down, hot, SIDE)
     else:
-        tile = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
         for m in tl.static_range(MAPS):
             if (USED >> m) & 1:
                 index = map_ids(ids, m, i, j, ids_sm, ids_so)
@@ -165,15 +165,14 @@ def gather(
 
 
 @triton.jit
-def gather_columns(
-    numbers, at, USED: tl.constexpr, ids, i, j, ids_sm, ids_so, across, run_hot,
+def add_columns(
+    tile, numbers, at, USED: tl.constexpr, ids, i, j, ids_sm, ids_so, across, run_hot,
     MAPS: tl.constexpr, N: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
-    """``gather`` from rows of keys, ``numbers[at[j] + bucket]``."""
+    """``add_rows`` from rows of keys, ``numbers[at[j] + bucket]``."""
     if SIDE > 0:
-        tile = tl.trans(strip_gather(numbers, at, across, run_hot, i.shape[0], SIDE))
+        tile = tl.trans(strip_gather(tl.trans(tile), numbers, at, across, run_hot, SIDE))
     else:
-        tile = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
         for m in tl.static_range(MAPS):
             if (USED >> m) & 1:
                 index = map_ids(ids, m, i, j, ids_sm, ids_so)
@@ -222,11 +221,14 @@ def pair_logits(
     All kernels add in one order: a large logit rounds to the number that made the sums.
     """
     start = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
+    if COLUMNS > 0:  # first, since strips turn the tile
+        start = add_columns(
+            start, columns, columns_at, COLUMNS, ids, i, j, ids_sm, ids_so, across, run_hot,
+            MAPS, N, SIDE,
+        )  # fmt: skip
     if ROWS > 0:
-        start = gather(rows, rows_at, ROWS, ids, i, j, ids_sm, ids_so, down, hot, MAPS, N, SIDE)
-    if COLUMNS > 0:
-        start += gather_columns(
-            columns, columns_at, COLUMNS, ids, i, j, ids_sm, ids_so, across, run_hot, MAPS, N, SIDE
+        start = add_rows(
+            start, rows, rows_at, ROWS, ids, i, j, ids_sm, ids_so, down, hot, MAPS, N, SIDE
         )
     logits = tl.dot(queries, tl.trans(keys), start, input_precision="ieee")
     seen = j[None, :] < S
