@@ -34,7 +34,8 @@ def forward(
         starts.launch(launches.step("project", {"k": k}, shared), {**shared, "k": k, "q": q})
     strided = {"q": q, "k": k, "v": v, "out": found[0]}
     step = launches.step("forward", strided, [*shared, "scratch"])
-    shared["scratch"] = _scratch(q, step.numbers * plan.maps * plan.width, plan.mass_use > 0)
+    numbers = step.numbers * plan.maps * plan.width * (plan.mass_use > 0)
+    shared["scratch"] = q.new_empty(numbers, dtype=torch.float32)
     starts.launch(step, {**shared, **strided})
     return found
 
@@ -49,38 +50,40 @@ def backward(
     plan, want = plan_of(tuple(code), q.device), any(wanted)
     launches, lists = launcher((q, k, v, grad), given, plan, tables, floats, want)
     shared = _shared(plan, saved, given, launches)
-    shared["out"] = saved[0]
-    wide, own, H = plan.maps * plan.width, launches.options, q.shape[1]
-    shape = (H, q.shape[0], q.shape[2], wide)
-    shared["grad_mass"] = q.new_empty(shape) if plan.mass_use else None
-    shared["delta"] = q.new_empty(saved[1].shape[1:], dtype=torch.float32)
+    (B, H, L, _), G, wide = q.shape, k.shape[1], plan.maps * plan.width
+    shared["grad_mass"] = q.new_empty((H, B, L, wide)) if plan.mass_use else None
+    shared["delta"] = q.new_empty((H, B, L), dtype=torch.float32)
 
     read = {"q": q, "k": k, "v": v, "grad": grad}
     queries = read | {"out": saved[0], "grad_q": grads[0]}
     keys = read | {"grad_k": grads[1], "grad_v": grads[2]}
-    names = ("scratch", "scratch_mass", "shares", "bias_shares")
-    rows = launches.step("row_pass", queries, [*shared, *names])
-    columns = launches.step("column_pass", keys, [*shared, *names])
-    # Sums by bucket of the programs of a pass; the other pass has the same memory.
-    numbers, second = rows.numbers * wide, bool(plan.mass_use) and want
-    summed = plan.row_use > 0 and (want or not own["SHARED"])
-    most = max(numbers * (summed + second), columns.numbers * wide * (plan.column_use > 0))
-    memory = _scratch(q, most, True)
-    shared["scratch"] = memory
-    shared["scratch_mass"] = memory[numbers * summed :] if memory is not None else None
-    share = wide * own["STEP"]
-    of_rows = rows.programs * share * (second + (not own["SHARED"]))
-    row_shares = shared["shares"] = _scratch(q, of_rows, want)
-    shared["bias_shares"] = _scratch(q, rows.programs * wide, want and own["BIAS"])
+    others = [*shared, "scratch", "scratch_mass", "shares", "bias_shares"]
+    rows = launches.step("row_pass", queries, others)
+    columns = launches.step("column_pass", keys, others)
+    # Sums by bucket of all programs: both passes have the same memory.
+    own, biased = "query" in plan.kinds, "bias" in plan.kinds
+    of_rows = rows.numbers * wide * (own or (biased and want))
+    of_mass = rows.numbers * wide * (plan.mass_use > 0 and want)
+    of_columns = columns.numbers * wide * (plan.column_use > 0)
+    memory = q.new_empty(max(of_rows + of_mass, of_columns), dtype=torch.float32)
+    share = wide * launches.options["STEP"] * want
+    numbers = (
+        rows.programs * share * (own + (plan.mass_use > 0)),
+        columns.programs // G * H * share * (plan.column_use > 0),
+        rows.programs * wide * (biased and want),
+    )
+    row_shares, column_shares, bias_shares = (q.new_empty(n, dtype=torch.float32) for n in numbers)
+    shared |= {
+        "scratch": memory[:of_rows], "scratch_mass": memory[of_rows : of_rows + of_mass],
+        "shares": row_shares, "bias_shares": bias_shares,
+    }  # fmt: skip
     starts.launch(rows, {**shared, **queries})
-    of_columns = columns.programs // k.shape[1] * H * share
-    shared["shares"] = _scratch(q, of_columns, want and plan.column_use > 0)
+    shared |= {"scratch": memory[:of_columns], "shares": column_shares}
     starts.launch(columns, {**shared, **keys})
     if want and lists is not None:
         last: Shared = {
-            "row_shares": row_shares, "column_shares": shared["shares"],
-            "bias_shares": shared["bias_shares"], "flat": grads[3], "targets": lists.targets,
-            "members": lists.members, "q": q,
+            "row_shares": row_shares, "column_shares": column_shares, "bias_shares": bias_shares,
+            "flat": grads[3], "targets": lists.targets, "members": lists.members, "q": q,
         }  # fmt: skip
         starts.launch(launches.table_step("reduce", last), last)
     return grads
@@ -103,10 +106,6 @@ def _shared(
     if plan.ids is None:
         shared["ids"] = given[2]
     return shared
-
-
-def _scratch(q: Tensor, numbers: int, needed: bool) -> Tensor | None:
-    return q.new_empty(numbers, dtype=torch.float32) if needed and numbers else None
 
 
 def _flat(tables: Sequence[Tensor]) -> Tensor:

@@ -69,11 +69,15 @@ def reduce(
             share = ((one // heads * H + head + one % heads).to(tl.int64) * W + w)[:, None]
             some = (one < programs * heads)[:, None] & inside
             if where == 2:
-                found = tl.load(column_shares + share * STEP + d, mask=some, other=0.0).to(tl.float32)
+                found = tl.load(column_shares + share * STEP + d, mask=some, other=0.0).to(
+                    tl.float32
+                )
             elif where == 3:
                 found = tl.load(bias_shares + share + d, mask=some, other=0.0).to(tl.float32)
             else:
-                found = tl.load(row_shares + second + share * STEP + d, mask=some, other=0.0).to(tl.float32)
+                found = tl.load(row_shares + second + share * STEP + d, mask=some, other=0.0).to(
+                    tl.float32
+                )
             total += tl.sum(found, 0)
     own = flat + at + tl.arange(0, STEP) * step
     tl.store(own, total.to(flat.dtype.element_ty), mask=tl.arange(0, STEP) < wide)
