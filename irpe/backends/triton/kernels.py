@@ -382,7 +382,8 @@ def column_pass(
             if CAUSAL:
                 first = tl.maximum(tl.min(j) - (S - L), 0) // BM * BM
             # Hoisted, the loads of strips take more registers than there are.
-            for o_first in tl.range(first, owned, BM, disable_licm=COLUMNS > 0):
+            plain: tl.constexpr = COLUMNS == 0 or BM * BN < 4096
+            for o_first in tl.range(first, owned, BM, disable_licm=not plain):
                 o = o_first + tl.arange(0, BM)
                 i = token(o, order, SIDE)
                 at = tl.minimum(i, L - 1) * W

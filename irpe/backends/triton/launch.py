@@ -125,7 +125,7 @@ class Launcher:
         }  # fmt: skip
         self.of_tables = {} if tables is None else {
             "prepare": tables.sources.shape[2], "reduce": tables.targets.shape[1],
-            "plain": tables.plain, "SOURCES": tables.sources.shape[0], "BR": 16, "BP": 32,
+            "plain": tables.plain, "SOURCES": tables.sources.shape[0], "BR": 64, "BB": 4, "BP": 32,
         }  # fmt: skip
         # What kernels read besides; ids that were given are others in every call.
         self.held = {
@@ -162,7 +162,7 @@ class Launcher:
         kernel, count = getattr(table_kernels, name), self.of_tables[name]
         names = {*kernel.arg_names, "num_warps", "num_stages"}
         given = {key: x for key, x in given.items() if key in names}
-        programs = -(-count // self.of_tables["BR"]) if name == "prepare" else count
+        programs = -(-count // self.of_tables["BR" if name == "prepare" else "BB"])
         found = self.steps[name] = Step(name, kernel, programs, given, list(tensors))
         return found
 

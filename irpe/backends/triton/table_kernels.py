@@ -41,7 +41,7 @@ def prepare(
 def reduce(
     row_shares, column_shares, bias_shares, flat, targets, members, count,
     row_programs, column_programs, H,
-    W: tl.constexpr, STEP: tl.constexpr, BP: tl.constexpr,
+    W: tl.constexpr, STEP: tl.constexpr, BB: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of tables: sums over programs, places in a row and heads.
 
@@ -52,32 +52,32 @@ def reduce(
             number of heads, and its places.
         members: int32 ``[places, count]``: its places in a row of W.
     """
-    r = tl.program_id(0)
-    at, step = tl.load(targets + r), tl.load(targets + count + r)
-    wide, where = tl.load(targets + 2 * count + r), tl.load(targets + 3 * count + r)
-    head, heads = tl.load(targets + 4 * count + r), tl.load(targets + 5 * count + r)
-    places = tl.load(targets + 6 * count + r)
-    programs = tl.where(where == 2, column_programs, row_programs)
-    second = (where == 1).to(tl.int64) * row_programs * H * W * STEP
-    d = tl.arange(0, STEP)[None, :]
-    inside = d < wide
-    total = tl.zeros([STEP], tl.float32)
-    for m in range(places):
-        w = tl.load(members + m * count + r)
-        for first in range(0, programs * heads, BP):
-            one = first + tl.arange(0, BP)
-            share = ((one // heads * H + head + one % heads).to(tl.int64) * W + w)[:, None]
-            some = (one < programs * heads)[:, None] & inside
-            if where == 2:
-                found = tl.load(column_shares + share * STEP + d, mask=some, other=0.0).to(
-                    tl.float32
-                )
-            elif where == 3:
-                found = tl.load(bias_shares + share + d, mask=some, other=0.0).to(tl.float32)
-            else:
-                found = tl.load(row_shares + second + share * STEP + d, mask=some, other=0.0).to(
-                    tl.float32
-                )
-            total += tl.sum(found, 0)
-    own = flat + at + tl.arange(0, STEP) * step
-    tl.store(own, total.to(flat.dtype.element_ty), mask=tl.arange(0, STEP) < wide)
+    r = tl.program_id(0) * BB + tl.arange(0, BB)
+    target, known = targets + r, r < count
+    at = tl.load(target, mask=known, other=0)
+    step = tl.load(target + count, mask=known, other=0)
+    wide = tl.load(target + 2 * count, mask=known, other=0)
+    where = tl.load(target + 3 * count, mask=known, other=0)[:, None]
+    head = tl.load(target + 4 * count, mask=known, other=0)[:, None]
+    heads = tl.load(target + 5 * count, mask=known, other=1)[:, None]
+    places = tl.load(target + 6 * count, mask=known, other=0)[:, None]
+    own = heads * tl.where(where == 2, column_programs, row_programs)
+    second = (where == 1).to(tl.int64) * row_programs * H * W
+    d = tl.arange(0, STEP)
+    total = tl.zeros([BB, STEP], tl.float32)
+    for first in range(0, tl.max(places * own), BP):
+        x = first + tl.arange(0, BP)[None, :]
+        some = x < places * own
+        w = tl.load(members + x // tl.maximum(own, 1) * count + r[:, None], mask=some, other=0)
+        one = x % tl.maximum(own, 1)
+        share = (one // heads * H + head + one % heads).to(tl.int64) * W + w
+        inside = (some & (where < 3))[:, :, None] & (d[None, :] < wide[:, None])[:, None, :]
+        apart = (where == 2)[:, :, None]
+        place = ((second + share) * STEP)[:, :, None] + d[None, None, :]
+        found = tl.load(row_shares + place, mask=inside & (apart == 0), other=0.0).to(tl.float32)
+        found += tl.load(column_shares + place, mask=inside & apart, other=0.0).to(tl.float32)
+        total += tl.sum(found, 1)
+        biases = tl.load(bias_shares + share, mask=some & (where == 3), other=0.0).to(tl.float32)
+        total += tl.where(d[None, :] == 0, tl.sum(biases, 1)[:, None], 0.0)
+    place = flat + at[:, None] + d[None, :] * step[:, None]
+    tl.store(place, total.to(flat.dtype.element_ty), mask=d[None, :] < wide[:, None])
