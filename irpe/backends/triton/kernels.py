@@ -12,7 +12,8 @@ grad_mass ``[H, B, L, W]``, stats ``[2, H, B, L]``, delta ``[H, B, L]``; tables
 ``[kinds, H, W, STEP]`` of query, key and value terms; ids ``[MAPS, B | 1, L', S']``; scratch
 ``[programs, BM | BN, W]``, shares ``[kinds, programs, W, STEP]``.
 
-``tl.debug_barrier`` orders accesses to memory that only one program touches.
+``tl.debug_barrier`` orders accesses to memory that only one program touches. Without HOIST nothing
+is computed before a loop over pairs that could be, which takes fewer registers.
 """
 
 import triton
@@ -77,7 +78,8 @@ def forward(
     ROWS: tl.constexpr, SHARED: tl.constexpr, BIAS: tl.constexpr, COLUMNS: tl.constexpr,
     MASS: tl.constexpr, VALUE: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr, DETERMINISTIC: tl.constexpr, PRECISE: tl.constexpr,
-    SIDE: tl.constexpr, PIECE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SIDE: tl.constexpr, PIECE: tl.constexpr, HOIST: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Write out, rows, and of each row the largest logit and the logarithm of its sum to base 2."""
     h = (tl.program_id(0) % H).to(tl.int64)
@@ -117,7 +119,7 @@ def forward(
                 units, units_so, o_first, part, BM, BN, SIDE, COLUMNS, queries
             )
             first, end = span(part, parts, last_key(i, L, S, CAUSAL), part_slots, slots, SIDE)
-            for start in range(first, end, BN):
+            for start in tl.range(first, end, BN, disable_licm=not HOIST):
                 j = token(start + tl.arange(0, BN), others, SIDE)
                 down, run_hot = key_strips(
                     runs, runs_so, o_first, start, BM, BN, SIDE, COLUMNS, queries
@@ -205,7 +207,7 @@ def row_pass(
     ROWS: tl.constexpr, SHARED: tl.constexpr, BIAS: tl.constexpr, COLUMNS: tl.constexpr,
     MASS: tl.constexpr, VALUE: tl.constexpr, WANTED: tl.constexpr, MASK: tl.constexpr,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, DETERMINISTIC: tl.constexpr,
-    PRECISE: tl.constexpr, SIDE: tl.constexpr, PIECE: tl.constexpr,
+    PRECISE: tl.constexpr, SIDE: tl.constexpr, PIECE: tl.constexpr, HOIST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Write grad_q, delta = sum_j p dp, grad_mass, and shares of query, value and bias tables."""
@@ -257,7 +259,7 @@ def row_pass(
                 units, units_so, o_first, part, BM, BN, SIDE, COLUMNS, queries
             )
             first, end = span(part, parts, last_key(i, L, S, CAUSAL), part_slots, slots, SIDE)
-            for start in range(first, end, BN):
+            for start in tl.range(first, end, BN, disable_licm=not HOIST):
                 j = token(start + tl.arange(0, BN), others, SIDE)
                 down, run_hot = key_strips(
                     runs, runs_so, o_first, start, BM, BN, SIDE, COLUMNS, queries
@@ -347,7 +349,8 @@ def column_pass(
     ROWS: tl.constexpr, SHARED: tl.constexpr, COLUMNS: tl.constexpr, KEY: tl.constexpr,
     MASS: tl.constexpr, WANTED: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr, DETERMINISTIC: tl.constexpr, PRECISE: tl.constexpr,
-    SIDE: tl.constexpr, PIECE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SIDE: tl.constexpr, PIECE: tl.constexpr, HOIST: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Write grad_k, grad_v, and shares of key tables. A program has one head of k and v."""
     pid = tl.program_id(0).to(tl.int64)
@@ -381,9 +384,7 @@ def column_pass(
             first = 0
             if CAUSAL:
                 first = tl.maximum(tl.min(j) - (S - L), 0) // BM * BM
-            # Hoisted, the loads of strips take more registers than there are.
-            plain: tl.constexpr = COLUMNS == 0 or BM * BN < 4096
-            for o_first in tl.range(first, owned, BM, disable_licm=not plain):
+            for o_first in tl.range(first, owned, BM, disable_licm=not HOIST):
                 o = o_first + tl.arange(0, BM)
                 i = token(o, order, SIDE)
                 at = tl.minimum(i, L - 1) * W

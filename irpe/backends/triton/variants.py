@@ -11,7 +11,7 @@ import torch
 class Variant(NamedTuple):
     """BM queries and BN keys in a tile; warps of a program; stages of its pipeline of loads.
 
-    PIECE: numbers of a row in one product with a table.
+    PIECE: numbers of a row in one product with a table. HOIST: see kernels.py.
     """
 
     BM: int
@@ -19,6 +19,7 @@ class Variant(NamedTuple):
     num_warps: int = 4
     num_stages: int = 2
     PIECE: int = 32
+    HOIST: bool = True
 
 
 def variant(
