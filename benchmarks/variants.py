@@ -49,7 +49,9 @@ MODES = {
     "k": "rpe-1.9-product-ctx-1-k",
     "qk": "rpe-1.9-product-ctx-1-qk",
     "qkv": "rpe-1.9-product-ctx-1-qkv",
-    "k wide": "rpe-2.0-product-ctx-1-k",  # nine column buckets
+    # Nine column buckets.
+    "k wide": "rpe-2.0-product-ctx-1-k",
+    "qkv wide": "rpe-2.0-product-ctx-1-qkv",
     # Tokens that fill no grid: their buckets come from maps.
     "bias map": "rpe-1.9-product-bias-0-k",
     "k map": "rpe-1.9-product-ctx-1-k",
@@ -180,13 +182,13 @@ def _tool(name: str, *arguments: str) -> str:
 def cases(sample: bool) -> Iterator[tuple[str, torch.dtype, int]]:
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     if sample:
-        yield "k", bf16, 64
+        yield "qk", bf16, 64
         yield "qkv map", bf16, 64
         yield "lookup", bf16, 50
         return
     yield from itertools.product([m for m in MODES if m != "lookup"], (bf16,), (32, 64))
     yield from itertools.product(("k", "qkv", "cross qkv map"), (bf16,), (16, 96))
-    several = ("bias", "qkv", "k wide", "qkv map", "cross qkv map")
+    several = ("bias", "k", "qk", "qkv", "k wide", "qkv map", "cross qkv map")
     yield from itertools.product(several, (fp16,), (64, 128))
     yield from itertools.product(("k map", "cross qkv map"), (fp32,), (32, 64, 128))
     yield from itertools.product(("lookup",), (bf16, fp16, fp32), (15, 30, 50, 130))

@@ -261,4 +261,4 @@ def test_small_gpus_get_small_tiles():
     for kernel in ("forward", "row_pass", "column_pass"):
         assert of(kernel, 80) == of(kernel, 86) == of(kernel, 120) == of(kernel, 121)
         assert of(kernel, 90) == of(kernel, 100)
-    assert of("forward", 80) != of("forward", 90)
+    assert of("row_pass", 80) != of("row_pass", 90)

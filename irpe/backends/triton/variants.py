@@ -1,6 +1,7 @@
 """Blocks, warps and stages of each kernel: the ones that compile without spilling registers.
 
 ``python benchmarks/variants.py`` compiles them all and prints registers, spills and instructions.
+The tables below are predictions from these numbers: no time was measured.
 """
 
 from typing import Any, NamedTuple
@@ -22,6 +23,39 @@ class Variant(NamedTuple):
     HOIST: bool = True
 
 
+LARGE = Variant(64, 64, 4, 2, 64)
+LONG = Variant(64, 64, 4, 1, 64)  # without a pipeline
+BARE = Variant(64, 64, 4, 1, 64, HOIST=False)
+PIPED = Variant(64, 32)
+HALF = Variant(64, 32, 4, 1)
+TALL = Variant(32, 64, 4, 1)
+SMALL = Variant(32, 32, 4, 1, 16)
+SPREAD = Variant(32, 32, 8, 1, 16)
+
+# By kernel, for what it reads: rows of queries; rows of keys too; value terms; several maps.
+Tiles = dict[str, tuple[Variant, Variant, Variant, Variant]]
+HOPPER: Tiles = {  # sm_90, sm_100
+    "forward": (LARGE, LARGE, LARGE, LARGE),
+    "row_pass": (PIPED, PIPED, HALF, HALF),
+    "column_pass": (LONG, BARE, HALF, HALF),
+}
+HOPPER_WIDE: Tiles = {  # head dims above 64
+    "forward": (LARGE, LARGE, LARGE, PIPED),
+    "row_pass": (PIPED, PIPED, SPREAD, SPREAD),
+    "column_pass": (TALL, SPREAD, SPREAD, SPREAD),
+}
+AMPERE: Tiles = {  # sm_80, sm_86, sm_120
+    "forward": (LARGE, LARGE, PIPED, PIPED),
+    "row_pass": (PIPED, HALF, SMALL, SMALL),
+    "column_pass": (BARE, HALF, HALF, HALF),
+}
+AMPERE_WIDE: Tiles = {
+    "forward": (LARGE, PIPED, PIPED, PIPED),
+    "row_pass": (SMALL, SPREAD, SPREAD, SPREAD),
+    "column_pass": (TALL, SPREAD, SPREAD, SPREAD),
+}
+
+
 def variant(
     kernel: str, dtype: torch.dtype, widest: int, options: dict[str, Any], capability: int
 ) -> Variant:
@@ -35,9 +69,13 @@ def variant(
         capability: 10 * major + minor of the GPU.
     """
     if dtype == torch.float32:
-        return Variant(16, 32, num_stages=1, PIECE=16)
-    if kernel == "column_pass":
-        return Variant(64, 64, num_stages=1)
-    if kernel == "row_pass":
-        return Variant(64, 32, num_stages=1)
-    return Variant(64, 64, PIECE=64)
+        return Variant(16, 32, 4, 1, 16)
+    if kernel == "project":
+        return LARGE
+    # sm_120 multiplies matrices as sm_80 does, from as little shared memory as sm_86 has.
+    if 90 <= capability < 120:
+        tiles = HOPPER_WIDE if widest > 64 else HOPPER
+    else:
+        tiles = AMPERE_WIDE if widest > 64 else AMPERE
+    load = 3 if options["MAPS"] > 1 else 2 if options["MASS"] else int(options["COLUMNS"] > 0)
+    return tiles[kernel][load]
