@@ -148,7 +148,9 @@ def measure(kernel: Any, given: dict[str, Any], arch: int) -> dict[str, Any]:
     registers, stack, _, local = (int(n) for n in found.groups())
     loop = innermost_loop(code, "" if kernel.fn.__name__.startswith("lookup") else "MUFU.EX2")
     tile = {name: given.get(name, 0) for name in ("BM", "BN")}
-    scores = tile["BM"] * tile["BN"] or 1  # kernels of tables have no pairs
+    scores = tile["BM"] * tile["BN"]
+    if not scores:  # kernels of tables have no pairs
+        loop, scores = [], 1
     lanes = 32 * given["num_warps"]
     return {
         **tile, **options, "registers": registers,

@@ -111,7 +111,7 @@ class Launcher:
             "slots": 0 if plan.others is None else plan.others.shape[0],
         }  # fmt: skip
         wide = plan.maps * plan.width
-        self.options = {
+        self.options: dict[str, Any] = {
             "D": D, "D_BLOCK": padded(D), "E": E, "E_BLOCK": padded(E),
             "STEP": max(padded(D), padded(E)), "W": wide,
             "MAPS": plan.maps, "N": plan.width, "SIDE": plan.side,

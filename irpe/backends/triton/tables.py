@@ -58,13 +58,12 @@ def _lists(plan: Plan, shapes: Sequence[Sequence[int]], H: int, device: torch.de
         # Places of each bucket: those of equal ids are neighbours once they are sorted.
         counts = torch.bincount(place[place >= 0], minlength=size)
         sorted_places = place.argsort(stable=True)[int((place < 0).sum()) :]
-        most = torch.arange(int(counts.max()))
-        index = (counts.cumsum(0) - counts) + most.unsqueeze(1)
-        members.append(sorted_places[index.clamp(max=wide - 1 - int((place < 0).sum()))])
+        index = counts.cumsum(0) - counts + torch.arange(int(counts.max())).unsqueeze(1)
+        index = index.clamp(max=len(sorted_places) - 1)
+        members.append(sorted_places[index].repeat(1, heads))
         head = torch.arange(heads).unsqueeze(1)
         rows = (at, step, channels, shares[kind], head, H // heads, counts)
         targets.append(torch.stack([torch.as_tensor(x).expand(heads, size) for x in rows]))
-        members[-1] = members[-1].repeat(1, heads)
         first += heads * channels * size
     most = max(len(m) for m in members)
     padded = [torch.nn.functional.pad(m, (0, 0, 0, most - len(m))) for m in members]

@@ -118,7 +118,7 @@ def query_strips(
     units, units_so, o_first, part, BM: tl.constexpr, BN: tl.constexpr, SIDE: tl.constexpr,
     COLUMNS: tl.constexpr, like,
 ):  # fmt: skip
-    """Return what the queries from a slot on and a part of the keys share: one-hot matrices and column parts."""
+    """Return one-hot matrices and column parts of queries and a part of the keys."""
     hot, across = 0, 0
     if SIDE > 0:
         unit = o_first // 16
@@ -133,7 +133,7 @@ def key_strips(
     runs, runs_so, o_first, start, BM: tl.constexpr, BN: tl.constexpr, SIDE: tl.constexpr,
     COLUMNS: tl.constexpr, like,
 ):  # fmt: skip
-    """Return what queries and keys from a slot on share: row parts, one-hot matrices."""
+    """Return row parts and one-hot matrices of queries and of keys from a slot on."""
     down, hot = 0, 0
     if SIDE > 0:
         down = row_parts(runs, o_first, start, BM, BN // 16, runs_so)
