@@ -125,7 +125,7 @@ class Launcher:
         }  # fmt: skip
         self.of_tables = {} if tables is None else {
             "prepare": tables.sources.shape[2], "reduce": tables.targets.shape[1],
-            "plain": tables.plain, "SOURCES": tables.sources.shape[0], "BR": 64, "BB": 4, "BP": 32,
+            "plain": tables.plain, "SOURCES": tables.sources.shape[0], "BR": 64, "BB": 4, "BP": 2048 // self.options["STEP"],
         }  # fmt: skip
         # What kernels read besides; ids that were given are others in every call.
         self.held = {
@@ -177,7 +177,9 @@ class Launcher:
         if name in ("row_pass", "column_pass") or (name == "forward" and options["MASS"]):
             # Scratch and shares of programs that loop over tiles stay in a cache.
             room = SHARES // (wide * options["STEP"] * 4 * heads)
-            programs = min(programs, max(1, self.most // heads), max(1, room))
+            most = max(1, min(self.most // heads, room))
+            rounds = max(1, -(-programs // most))
+            programs = -(-programs // rounds)  # no more than take as many rounds
         strides = {
             f"{n}_s{a}": x.stride(i) for n, x in strided.items() for i, a in enumerate("bhl")
         }

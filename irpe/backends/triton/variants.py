@@ -27,7 +27,9 @@ LARGE = Variant(64, 64, 4, 2, 64)
 LONG = Variant(64, 64, 4, 1, 64)  # without a pipeline
 BARE = Variant(64, 64, 4, 1, 64, HOIST=False)
 PIPED = Variant(64, 32)
+LOOSE = Variant(64, 32, HOIST=False)
 HALF = Variant(64, 32, 4, 1)
+SLOW = Variant(64, 32, 4, 1, HOIST=False)
 TALL = Variant(32, 64, 4, 1)
 SMALL = Variant(32, 32, 4, 1, 16)
 SPREAD = Variant(32, 32, 8, 1, 16)
@@ -40,7 +42,7 @@ HOPPER: Tiles = {  # sm_90, sm_100
     "column_pass": (LONG, BARE, HALF, HALF),
 }
 HOPPER_WIDE: Tiles = {  # head dims above 64
-    "forward": (LARGE, LARGE, LARGE, PIPED),
+    "forward": (LARGE, LARGE, LARGE, LOOSE),
     "row_pass": (PIPED, PIPED, SPREAD, SPREAD),
     "column_pass": (TALL, SPREAD, SPREAD, SPREAD),
 }
@@ -50,8 +52,8 @@ AMPERE: Tiles = {  # sm_80, sm_86, sm_120
     "column_pass": (BARE, HALF, HALF, HALF),
 }
 AMPERE_WIDE: Tiles = {
-    "forward": (LARGE, PIPED, PIPED, PIPED),
-    "row_pass": (SMALL, SPREAD, SPREAD, SPREAD),
+    "forward": (LARGE, PIPED, LOOSE, LOOSE),
+    "row_pass": (SLOW, SPREAD, SPREAD, SPREAD),
     "column_pass": (TALL, SPREAD, SPREAD, SPREAD),
 }
 
