@@ -29,12 +29,13 @@ BARE = Variant(64, 64, 4, 1, 64, HOIST=False)
 PIPED = Variant(64, 32)
 LOOSE = Variant(64, 32, HOIST=False)
 HALF = Variant(64, 32, 4, 1)
-SLOW = Variant(64, 32, 4, 1, HOIST=False)
 TALL = Variant(32, 64, 4, 1)
 SMALL = Variant(32, 32, 4, 1, 16)
+NARROW = Variant(16, 32, 4, 1, 16)
 SPREAD = Variant(32, 32, 8, 1, 16)
 
-# By kernel, for what it reads: rows of queries; rows of keys too; value terms; several maps.
+# By kernel, for what it reads: rows of queries; rows of keys too, or biases on sm_80; value terms;
+# several maps, or value terms with 16 numbers a run.
 Tiles = dict[str, tuple[Variant, Variant, Variant, Variant]]
 HOPPER: Tiles = {  # sm_90, sm_100
     "forward": (LARGE, LARGE, LARGE, LARGE),
@@ -47,13 +48,18 @@ HOPPER_WIDE: Tiles = {  # head dims above 64
     "column_pass": (TALL, SPREAD, SPREAD, SPREAD),
 }
 AMPERE: Tiles = {  # sm_80, sm_86, sm_120
-    "forward": (LARGE, LARGE, PIPED, PIPED),
-    "row_pass": (PIPED, HALF, SMALL, SMALL),
-    "column_pass": (BARE, HALF, HALF, HALF),
+    "forward": (LARGE, LARGE, PIPED, HALF),
+    "row_pass": (PIPED, HALF, SMALL, NARROW),
+    "column_pass": (BARE, HALF, HALF, SMALL),
+}
+AMPERE_THIN: Tiles = {  # head dims up to 32
+    "forward": (LARGE, LARGE, LARGE, HALF),
+    "row_pass": (PIPED, HALF, HALF, SMALL),
+    "column_pass": (LONG, HALF, HALF, SMALL),
 }
 AMPERE_WIDE: Tiles = {
     "forward": (LARGE, PIPED, LOOSE, LOOSE),
-    "row_pass": (SLOW, SPREAD, SPREAD, SPREAD),
+    "row_pass": (SMALL, SPREAD, SPREAD, SPREAD),
     "column_pass": (TALL, SPREAD, SPREAD, SPREAD),
 }
 
@@ -71,13 +77,16 @@ def variant(
         capability: 10 * major + minor of the GPU.
     """
     if dtype == torch.float32:
-        return Variant(16, 32, 4, 1, 16)
+        return NARROW
     if kernel == "project":
         return LARGE
+    load = 2 if options["MASS"] else int(options["COLUMNS"] > 0)
+    if options["MAPS"] > 1 or (load == 2 and options["SIDE"] == 16):
+        load = 3
     # sm_120 multiplies matrices as sm_80 does, from as little shared memory as sm_86 has.
     if 90 <= capability < 120:
-        tiles = HOPPER_WIDE if widest > 64 else HOPPER
-    else:
-        tiles = AMPERE_WIDE if widest > 64 else AMPERE
-    load = 3 if options["MAPS"] > 1 else 2 if options["MASS"] else int(options["COLUMNS"] > 0)
+        return (HOPPER_WIDE if widest > 64 else HOPPER)[kernel][load]
+    if options["SHARED"] and options["ROWS"]:
+        load = max(load, 1)
+    tiles = AMPERE_WIDE if widest > 64 else AMPERE if widest > 32 else AMPERE_THIN
     return tiles[kernel][load]
