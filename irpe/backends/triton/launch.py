@@ -125,7 +125,8 @@ class Launcher:
         }  # fmt: skip
         self.of_tables = {} if tables is None else {
             "prepare": tables.sources.shape[2], "reduce": tables.targets.shape[1],
-            "plain": tables.plain, "SOURCES": tables.sources.shape[0], "BR": 64, "BB": 4, "BP": 2048 // self.options["STEP"],
+            "plain": tables.plain, "SOURCES": tables.sources.shape[0],
+            "BR": 64, "BB": 4, "BP": 2048 // self.options["STEP"],
         }  # fmt: skip
         # What kernels read besides; ids that were given are others in every call.
         self.held = {
