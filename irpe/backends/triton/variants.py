@@ -32,6 +32,7 @@ HALF = Variant(64, 32, 4, 1)
 TALL = Variant(32, 64, 4, 1)
 SMALL = Variant(32, 32, 4, 1, 16)
 NARROW = Variant(16, 32, 4, 1, 16)
+MEDIUM = Variant(32, 32, 4, 1)
 SPREAD = Variant(32, 32, 8, 1, 16)
 
 # By kernel, for what it reads: rows of queries; rows of keys too, or biases on sm_80; value terms;
@@ -47,7 +48,7 @@ HOPPER_WIDE: Tiles = {  # head dims above 64
     "row_pass": (PIPED, PIPED, SPREAD, SPREAD),
     "column_pass": (TALL, SPREAD, SPREAD, SPREAD),
 }
-AMPERE: Tiles = {  # sm_80, sm_86, sm_120
+AMPERE: Tiles = {  # sm_80, sm_86
     "forward": (LARGE, LARGE, PIPED, HALF),
     "row_pass": (PIPED, HALF, SMALL, NARROW),
     "column_pass": (BARE, HALF, HALF, SMALL),
@@ -61,6 +62,16 @@ AMPERE_WIDE: Tiles = {
     "forward": (LARGE, PIPED, LOOSE, LOOSE),
     "row_pass": (SMALL, SPREAD, SPREAD, SPREAD),
     "column_pass": (TALL, SPREAD, SPREAD, SPREAD),
+}
+CONSUMER: Tiles = {  # sm_120
+    "forward": (PIPED, PIPED, PIPED, HALF),
+    "row_pass": (HALF, HALF, MEDIUM, NARROW),
+    "column_pass": (PIPED, HALF, HALF, SMALL),
+}
+CONSUMER_WIDE: Tiles = {
+    "forward": (PIPED, LOOSE, LOOSE, LOOSE),
+    "row_pass": (MEDIUM, SPREAD, SPREAD, SPREAD),
+    "column_pass": (HALF, SPREAD, SPREAD, SPREAD),
 }
 
 
@@ -83,10 +94,12 @@ def variant(
     load = 2 if options["MASS"] else int(options["COLUMNS"] > 0)
     if options["MAPS"] > 1 or (load == 2 and options["SIDE"] == 16):
         load = 3
-    # sm_120 multiplies matrices as sm_80 does, from as little shared memory as sm_86 has.
-    if 90 <= capability < 120:
-        return (HOPPER_WIDE if widest > 64 else HOPPER)[kernel][load]
+    wide = widest > 64
+    if capability >= 120:  # it multiplies as sm_80 does, from as little shared memory as sm_86 has
+        return (CONSUMER_WIDE if wide else CONSUMER)[kernel][load]
+    if capability >= 90:
+        return (HOPPER_WIDE if wide else HOPPER)[kernel][load]
     if options["SHARED"] and options["ROWS"]:
         load = max(load, 1)
-    tiles = AMPERE_WIDE if widest > 64 else AMPERE if widest > 32 else AMPERE_THIN
+    tiles = AMPERE_WIDE if wide else AMPERE if widest > 32 else AMPERE_THIN
     return tiles[kernel][load]
