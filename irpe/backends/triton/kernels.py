@@ -96,15 +96,15 @@ def forward(
         own_ids = ids + b * ids_sb
         own_mask = mask + b * mask_sb + h * mask_sh
         own_columns = columns + (h * B + b) * S * W
-        queries = load_rows(q + b * q_sb + h * q_sh, i, q_sl, L, D, D_BLOCK)
-        queries = (queries * scale).to(queries.dtype)
+        exact = load_rows(q + b * q_sb + h * q_sh, i, q_sl, L, D, D_BLOCK)
+        queries = (exact * scale).to(exact.dtype)
         if SHARED:
             own_rows, at = rows + h * W, i * 0
         else:
             own_rows, at = rows + own * W, own_row(i, L) * W
             if ROWS > 0:
                 fill_rows(
-                    own_rows, queries, i, L, tables + h * W * STEP, bias + h * W, floor, 1.0,
+                    own_rows, exact, i, L, tables + h * W * STEP, bias + h * W, floor, scale,
                     BIAS, W, PIECE, STEP, D_BLOCK,
                 )  # fmt: skip
         if MASS > 0:
@@ -187,10 +187,10 @@ def add_share(
     """Add ``sums^T [W, R] @ x [R, BLOCK]`` to a program's share of a table's gradient."""
     for first in range(0, W, PIECE):
         held = tl.load(block(sums, tl.arange(0, R), first, W, PIECE), cache_modifier=".cg")
-        held = (held * factor).to(x.dtype)
         place = block(share, first + tl.arange(0, PIECE), 0, STEP, BLOCK)
         before = tl.load(place, mask=fresh == 0, other=0.0)
-        tl.store(place, tl.dot(tl.trans(held), x, before, input_precision="ieee"))
+        made = tl.dot(tl.trans(held.to(x.dtype)), x, input_precision="ieee")
+        tl.store(place, before + made * factor)
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -312,9 +312,8 @@ def row_pass(
             fresh = (t == begin).to(tl.int32)
             if ROWS > 0 and not SHARED:
                 again = load_rows(q + b * q_sb + h * q_sh, i, q_sl, L, D, D_BLOCK)
-                again = (again * scale).to(again.dtype)
                 add_share(
-                    shares + pid * W * STEP, scratch, again, fresh, 1.0,
+                    shares + pid * W * STEP, scratch, again, fresh, scale,
                     BM, W, PIECE, STEP, D_BLOCK,
                 )  # fmt: skip
             if MASS > 0:

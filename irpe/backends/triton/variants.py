@@ -70,7 +70,7 @@ CONSUMER: Tiles = {  # sm_120
 }
 CONSUMER_WIDE: Tiles = {
     "forward": (PIPED, LOOSE, LOOSE, LOOSE),
-    "row_pass": (MEDIUM, SPREAD, SPREAD, SPREAD),
+    "row_pass": (SPREAD, SPREAD, SPREAD, SPREAD),
     "column_pass": (HALF, SPREAD, SPREAD, SPREAD),
 }
 
