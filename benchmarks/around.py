@@ -11,8 +11,8 @@ missed.
 - launches: kernels of Triton, and operators of torch that start one.
 - traffic: bytes that kernels and operators read and write, counted from the shapes of their
   tensors without reuse in a cache, less those of plain attention in the same two passes; in units
-  of one ``[B, H, L, D]`` tensor of bfloat16. Persistent programs reuse scratch: where all of it is
-  below 16 MB it counts zero.
+  of one ``[B, H, L, D]`` tensor of bfloat16. Programs reuse their scratch and add to their shares
+  of the gradients of tables: where the memory of all of them is below 16 MB it counts zero.
 - host: time over a dispatch of torch's ``scaled_dot_product_attention`` in the same run, with a
   launcher that returns at once (stub.py).
 - spills: bytes, of the kernels that are launched.
@@ -102,6 +102,9 @@ def nbytes(x: torch.Tensor) -> int:
 def count(mode: str, grid: tuple[int, int, int], heads: int, dim: int, batch: int) -> Counted:
     """Counts of one layer: launches that would be started and what they read and write."""
 
+    # Bytes by address, of the backward pass and of the forward pass, whose memory is free by then.
+    scratch: tuple[dict[int, int], dict[int, int]] = ({}, {})
+
     def note(step: launch.Step, tensors: dict[str, torch.Tensor | None]) -> None:
         counted.launches.append(step.name)
         counted.kernels += 1
@@ -109,13 +112,13 @@ def count(mode: str, grid: tuple[int, int, int], heads: int, dim: int, batch: in
             x = tensors[name]
             if x is None:
                 continue
-            size = nbytes(x)
-            if name.startswith("scratch"):
-                counted.scratch += 2 * size
-                continue
-            # Sums by bucket are added to, which reads and writes them.
-            both = name in ("sums", "grad_rows", "grad_columns")
-            counted.bytes += 2 * size if both else size
+            if name.startswith("scratch") or "shares" in name:
+                held = scratch[step.name in ("forward", "project")]
+                held[_at(x)] = x.untyped_storage().nbytes()
+                # Shares are written by one kernel and read by another.
+                counted.scratch += nbytes(x) * (2 if name.startswith("scratch") else 1)
+            else:
+                counted.bytes += nbytes(x)
 
     q, k, v, terms = inputs(mode, grid, heads, dim, batch)
     grad = torch.zeros(batch, q.shape[2], heads, dim, dtype=q.dtype).transpose(1, 2)
@@ -133,11 +136,13 @@ def count(mode: str, grid: tuple[int, int, int], heads: int, dim: int, batch: in
         both()  # plans
         both()
         counted = Counted()
+        for held in scratch:
+            held.clear()
         with Operators(counted):
             both()
     finally:
         launch.launch, backend.absent, backend.INTERPRETED = real
-    if counted.scratch >= SCRATCH:
+    if max(sum(held.values()) for held in scratch) >= SCRATCH:
         counted.bytes += counted.scratch
     return counted
 

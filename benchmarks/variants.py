@@ -49,7 +49,9 @@ MODES = {
     "k": "rpe-1.9-product-ctx-1-k",
     "qk": "rpe-1.9-product-ctx-1-qk",
     "qkv": "rpe-1.9-product-ctx-1-qkv",
-    "k wide": "rpe-2.0-product-ctx-1-k",  # nine column buckets
+    # Nine column buckets.
+    "k wide": "rpe-2.0-product-ctx-1-k",
+    "qkv wide": "rpe-2.0-product-ctx-1-qkv",
     # Tokens that fill no grid: their buckets come from maps.
     "bias map": "rpe-1.9-product-bias-0-k",
     "k map": "rpe-1.9-product-ctx-1-k",
@@ -145,10 +147,13 @@ def measure(kernel: Any, given: dict[str, Any], arch: int) -> dict[str, Any]:
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     registers, stack, _, local = (int(n) for n in found.groups())
     loop = innermost_loop(code, "" if kernel.fn.__name__.startswith("lookup") else "MUFU.EX2")
-    scores = given["BM"] * given["BN"]
+    tile = {name: given.get(name, 0) for name in ("BM", "BN")}
+    scores = tile["BM"] * tile["BN"]
+    if not scores:  # kernels of tables have no pairs
+        loop, scores = [], 1
     lanes = 32 * given["num_warps"]
     return {
-        "BM": given["BM"], "BN": given["BN"], **options, "registers": registers,
+        **tile, **options, "registers": registers,
         "spills": max(stack, local), "shared_kib": round(compiled.metadata.shared / 1024),
         "instructions": round(len(loop) * lanes / scores, 1),
         "local_in_loop": sum("LDL" in line or "STL" in line for line in loop),
@@ -179,15 +184,16 @@ def _tool(name: str, *arguments: str) -> str:
 def cases(sample: bool) -> Iterator[tuple[str, torch.dtype, int]]:
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     if sample:
-        yield "k", bf16, 64
+        yield "qk", bf16, 64
         yield "qkv map", bf16, 64
         yield "lookup", bf16, 50
         return
-    yield from itertools.product([m for m in MODES if m != "lookup"], (bf16,), (32, 64))
-    yield from itertools.product(("k", "qkv", "cross qkv map"), (bf16,), (16, 96))
-    several = ("bias", "qkv", "k wide", "qkv map", "cross qkv map")
-    yield from itertools.product(several, (fp16,), (64, 128))
-    yield from itertools.product(("k map", "cross qkv map"), (fp32,), (32, 64, 128))
+    yield from itertools.product([m for m in MODES if m != "lookup"], (bf16,), (64,))
+    yield from itertools.product(("k", "qk", "qkv", "qkv map"), (bf16,), (32,))
+    yield from itertools.product(("k", "qkv"), (bf16,), (16, 96))
+    yield from itertools.product(("bias", "qkv"), (fp16,), (64,))
+    yield from itertools.product(("k", "qk", "qkv", "k map", "cross qkv map"), (fp16,), (128,))
+    yield from itertools.product(("k map", "cross qkv map"), (fp32,), (64,))
     yield from itertools.product(("lookup",), (bf16, fp16, fp32), (15, 30, 50, 130))
 
 

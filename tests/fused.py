@@ -11,8 +11,11 @@ DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" 
 
 
 def expected(terms):
-    masses = ["mass"] if any(t.kind == "value" for t in terms) else []
-    return ["forward", *masses, "row_pass", "column_pass"]
+    """The kernels that a forward and a backward pass launch."""
+    before = ["prepare"] if terms else []
+    if any(t.kind == "key" for t in terms):
+        before.append("project")
+    return [*before, "forward", "row_pass", "column_pass", *(["reduce"] if terms else [])]
 
 
 def leaf(x, dtype=None):

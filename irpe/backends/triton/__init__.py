@@ -1,8 +1,9 @@
 """Fused attention with terms on a GPU: forward and backward without a ``[B, H, L, S]`` tensor.
 
 plan.py describes a call by integers and computes once what depends on shapes alone, ops.py
-registers the operators with torch, passes.py is what they do, launch.py starts the kernels of
-kernels.py, which are built from tiles.py. Where tokens fill a grid strips.py orders them so that
+registers the operators with torch, passes.py is what they do, launch.py starts the kernels:
+kernels.py computes attention, from tiles.py; table_kernels.py reads the tables and sums their
+gradients, by the lists of tables.py. Where tokens fill a grid strips.py orders them so that
 strip_tiles.py gathers and scatters by matrix products.
 """
 
@@ -103,7 +104,7 @@ def _too_large(call: Call, length: int, keys: int) -> str | None:
 def attention(call: Call) -> Tensor:
     """Return ``[B, H, L, E]``."""
     q, mask, seed = call.q, call.mask, None
-    code, ids, turned = _encoded(call)
+    code, ids = _encoded(call)
     if mask is not None:
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
         if mask.dim() > 1 and span(mask) >= OFFSETS:
@@ -113,25 +114,25 @@ def attention(call: Call) -> Tensor:
         seed = torch.randint(2**62, (1,), device=q.device)
     floats = [float(call.dropout_p), float(call.scale)]
     tables = [term.table for term in call.terms]
-    tensors = (mask, seed, ids, turned, q, call.k, call.v, *tables)
+    tensors = (mask, seed, ids, q, call.k, call.v, *tables)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         out: Tensor = ops.FusedAttention.apply(code, floats, *tensors)
         return out
-    given = [mask, seed, ids, turned]
+    given = [mask, seed, ids]
     return ops.fused_attention(q, call.k, call.v, tables, given, code, floats)[0]
 
 
 _CODES: dict[Hashable, list[int]] = {}
 
 
-def _encoded(call: Call) -> tuple[list[int], Tensor | None, Tensor | None]:
+def _encoded(call: Call) -> tuple[list[int], Tensor | None]:
     """``encode``, computed once for calls of equal shapes."""
     found = None if call.key is None else _CODES.get(call.key)
     if found is not None:
-        return found, None, None
-    code, ids, turned = encode(call)
+        return found, None
+    code, ids = encode(call)
     if call.key is not None and ids is None:
         if len(_CODES) >= MOST:
             _CODES.clear()
         code = _CODES[call.key] = short(code)
-    return code, ids, turned
+    return code, ids

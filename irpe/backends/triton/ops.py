@@ -6,7 +6,7 @@ own, and ``FusedAttention`` gives them a gradient. Triton itself is imported by 
 
     tables: of the terms, as they are kept: of any floating-point dtype
     given: the mask ``[B, H, L, S]`` (uint8, not 0: visible; or added to the logits), the seed of
-        the dropout (int64 ``[1]``), maps of ids and their transpose where the code has none
+        the dropout (int64 ``[1]``), maps of ids where the code has none
     code: ``Code.pack``
     floats: dropout_p and scale
 """
@@ -72,46 +72,50 @@ def outputs(
     q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], given: Sequence[Tensor | None],
     code: Sequence[int], floats: Sequence[float],
 ) -> list[Tensor]:  # fmt: skip
-    """Return empty outputs: out and stats; of rows, columns and mass, those that exist; and tables.
+    """Return empty outputs: out and stats, and those that exist of the others.
 
     Returns:
         out ``[B, H, L, E]``; stats ``[2, H, B, L]``, the largest logit and the logarithm of the sum
-        to base 2; numbers added to the logits, of queries ``[H, B, L, W]`` (``[H | 1, W]`` for all
-        queries) and of keys ``[H, B, S, W]``; the probability in each bucket after the dropout
-        ``[H, B, L, W]``; and what ``Plan.combine`` returns for query, key and value tables, with
-        H | 1 heads.
+        to base 2; sums of the tables of query, key and value terms in the order of W,
+        ``[kinds, H, W, STEP]``, and of the biases, ``[H, W]``; numbers added to the logits, of
+        queries ``[H, B, L, W]`` (without query terms these are the biases) and of keys
+        ``[H, B, S, W]``.
     """
     found = Code.unpack(code)
     kinds = [KINDS[term.kind] for term in found.terms]
-    wide = found.maps * found.width
-    made = empty_outputs(q, k, v, tables, kinds, wide, bool(found.on_grid))
-    for kind in sorted({*kinds} - {"bias"}, key=KINDS.index):
-        own = [table for table, of in zip(tables, kinds, strict=True) if of == kind]
-        shape = [max(table.shape[0] for table in own), *own[0].shape[1:]]
-        shape[1 if kind == "value" else 2] = wide
-        made.append(q.new_empty(shape))
-    return made
+    return empty_outputs(q, k, v, kinds, found.maps * found.width, bool(found.on_grid))
 
 
 def empty_outputs(
-    q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], kinds: Sequence[str], wide: int,
-    on_grid: bool,
-) -> list[Tensor]:  # fmt: skip
-    """Return the outputs but for the tables, for W numbers in a row."""
-    B, H, L, _ = q.shape
-    made = [empty_like((B, H, L, v.shape[-1]), q), q.new_empty((2, H, B, L), dtype=torch.float32)]
+    q: Tensor, k: Tensor, v: Tensor, kinds: Sequence[str], wide: int, on_grid: bool
+) -> list[Tensor]:
+    """Return the outputs for W numbers in a row."""
+    (B, H, L, D), (S, E) = q.shape, v.shape[2:]
+    made = [empty_like((B, H, L, E), q), q.new_empty((2, H, B, L), dtype=torch.float32)]
     # On strips they enter a product, whose other side has this dtype.
     kind = torch.float32 if "bias" in kinds and not on_grid else q.dtype
+    vectors = {*kinds} - {"bias"}
+    if vectors:
+        made.append(q.new_empty((len(vectors), H, wide, max(padded(D), padded(E)))))
+    if "bias" in kinds:
+        made.append(q.new_empty((H, wide), dtype=kind))
     if "query" in kinds:
         made.append(q.new_empty((H, B, L, wide), dtype=kind))
-    elif "bias" in kinds:
-        heads = max(t.shape[0] for t in tables)
-        made.append(q.new_empty((heads, wide), dtype=kind))
     if "key" in kinds:
-        made.append(q.new_empty((H, B, k.shape[2], wide)))
-    if "value" in kinds:
-        made.append(q.new_empty((H, B, L, wide)))
+        made.append(q.new_empty((H, B, S, wide)))
     return made
+
+
+def padded(width: int) -> int:
+    """Return the channels of a head in a tile."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def empty_flat(tables: Sequence[Tensor], wanted: Sequence[bool], q: Tensor) -> Tensor:
+    """Return an empty tensor for the gradients of all tables, one after another."""
+    dtypes = {t.dtype for t in tables}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    return q.new_empty(sum(t.numel() for t in tables) if any(wanted) else 0, dtype=dtype)
 
 
 @torch.library.register_fake("irpe::fused_attention_backward", lib=LIBRARY)
@@ -119,8 +123,7 @@ def _(
     grad: Tensor, qkv: Sequence[Tensor], tables: Sequence[Tensor], given: Any, saved: Any,
     code: Any, floats: Any, wanted: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
-    grads = [empty_like(x.shape, x) for x in qkv]
-    return grads + [x.new_empty(x.shape) for x, want in zip(tables, wanted, strict=True) if want]
+    return [*(empty_like(x.shape, x) for x in qkv), empty_flat(tables, wanted, grad)]
 
 
 def empty_like(shape: Sequence[int], x: Tensor) -> Tensor:
@@ -134,7 +137,7 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, code: list[int], floats: list[float], *tensors: Tensor | None) -> Tensor:
-        given, (q, k, v), tables = tensors[:4], tensors[4:7], tensors[7:]
+        given, (q, k, v), tables = tensors[:3], tensors[3:6], tensors[6:]
         saved = fused_attention(q, k, v, list(tables), list(given), code, floats)
         ctx.code, ctx.floats = code, floats
         ctx.save_for_backward(*tensors, *saved)
@@ -142,20 +145,21 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, wanted = ctx.saved_tensors, list(ctx.needs_input_grad[9:])
-        last = 7 + len(wanted)
-        given, qkv, tables = tensors[:4], tensors[4:7], tensors[7:last]
+        tensors, wanted = ctx.saved_tensors, list(ctx.needs_input_grad[8:])
+        last = 6 + len(wanted)
+        given, qkv, tables = tensors[:3], tensors[3:6], tensors[6:last]
         grads = fused_attention_backward(
             grad, list(qkv), list(tables), list(given), list(tensors[last:]),
             ctx.code, ctx.floats, wanted,
         )  # fmt: skip
         if torch.is_grad_enabled():
             grads = NoSecond.apply(grad, *grads)
-        left = iter(grads[3:])
-        return (
-            None, None, None, None, None, None,
-            *grads[:3], *(next(left) if want else None for want in wanted),
-        )  # fmt: skip
+        flat, of_tables, at = grads[3], [], 0
+        for table, want in zip(tables, wanted, strict=True):
+            own = flat.narrow(0, at, table.numel()).view(table.shape) if want else None
+            of_tables.append(None if own is None else own.to(table.dtype))
+            at += table.numel()
+        return (None, None, None, None, None, *grads[:3], *of_tables)
 
 
 class NoSecond(torch.autograd.Function):

@@ -1,152 +1,118 @@
-"""Forward and backward of a call: products with the tables around the launches of the kernels.
-
-A product before the kernel, ``q @ table``, gives each query (and key) a row of W numbers to be
-gathered; a product after it, ``mass @ table``, gives the value term.
-"""
+"""Forward and backward of a call: the launches of the kernels, and the tensors they share."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ...terms import Kind
-from .launch import launcher
-from .ops import empty_like, empty_outputs
+from . import launch as starts
+from .launch import Launcher, launcher
+from .ops import empty_flat, empty_like, empty_outputs
 from .plan import Plan, plan_of, span
 
 OFFSETS = 2**31  # of int32
+Shared = dict[str, Tensor | None]
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], given: Sequence[Tensor | None],
     code: Sequence[int], floats: Sequence[float],
 ) -> list[Tensor]:  # fmt: skip
-    """Return out, stats, and those that exist of rows, columns and mass; see ``ops.outputs``."""
-    plan, scale, H = plan_of(tuple(code), q.device), floats[1], q.shape[1]
-    wide, on_grid = plan.maps * plan.width, plan.side > 0
-    found = empty_outputs(q, k, v, tables, plan.kinds, wide, on_grid)
-    combined = {kind: plan.combine(tables, kind, q.dtype) for kind in plan.combined}
+    """Return out, stats, and those that exist of the others; see ``ops.outputs``."""
+    plan = plan_of(tuple(code), q.device)
+    found = empty_outputs(q, k, v, plan.kinds, plan.maps * plan.width, plan.side > 0)
     q, k, v = _unit(q), _unit(k), _unit(v)
-    out, stats = found[:2]
-    rows, columns, mass = _named(plan, found[2:])
-    if rows is not None:
-        _fill_rows(rows, q, plan, tables, combined, scale)
-    if columns is not None:
-        table = _expanded(combined["key"], H)
-        columns.flatten(1, 2).baddbmm_(_flat(_repeated(k, H)), table, beta=0, alpha=scale)
-    launches = launcher((q, k, v), rows, given, plan, floats)
-    shared = {"stats": stats, "rows": rows, "columns": columns}
-    launches.start(plan, given, "forward", {"q": q, "k": k, "v": v, "out": out}, shared)
-    if mass is not None:
-        shared["sums"] = sums = torch.zeros(mass.shape, dtype=torch.float32, device=q.device)
-        launches.start(plan, given, "mass", {"q": q, "k": k}, shared, MASS=plan.mass_use)
-        mass.copy_(sums)
-        _flat(out).baddbmm_(mass.flatten(1, 2), _expanded(combined["value"], H))
-    return [*found, *combined.values()]
+    launches, lists = launcher((q, k, v), given, plan, tables, floats)
+    shared = _shared(plan, found, given, launches)
+    if lists is not None:
+        own: Shared = {
+            "flat": _flat(tables), "sources": lists.sources, "tables": shared["tables"],
+            "bias": shared["bias"], "q": q,
+        }  # fmt: skip
+        starts.launch(launches.table_step("prepare", own), own)
+    if shared["columns"] is not None:
+        starts.launch(launches.step("project", {"k": k}, shared), {**shared, "k": k, "q": q})
+    strided = {"q": q, "k": k, "v": v, "out": found[0]}
+    step = launches.step("forward", strided, [*shared, "scratch"])
+    numbers = step.numbers * plan.maps * plan.width * (plan.mass_use > 0)
+    shared["scratch"] = q.new_empty(numbers, dtype=torch.float32)
+    starts.launch(step, {**shared, **strided})
+    return found
 
 
 def backward(
     grad: Tensor, qkv: Sequence[Tensor], tables: Sequence[Tensor], given: Sequence[Tensor | None],
     saved: Sequence[Tensor], code: Sequence[int], floats: Sequence[float], wanted: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """Return the gradients of q, k, v, and of the tables that want one."""
-    grads = [empty_like(x.shape, x) for x in qkv]
+    """Return the gradients of q, k, v, and of the tables, one after another; none if not wanted."""
+    grads = [*(empty_like(x.shape, x) for x in qkv), empty_flat(tables, wanted, qkv[0])]
     q, k, v, grad = (_unit(x) for x in (*qkv, grad))
-    plan, scale, H, dtype = plan_of(tuple(code), q.device), floats[1], q.shape[1], q.dtype
-    asked = {kind for kind, want in zip(plan.kinds, wanted, strict=True) if want}
-    out, stats = saved[:2]
-    rows, columns, mass = _named(plan, saved[2:])
-    combined = dict(zip(plan.combined, saved[len(saved) - len(plan.combined) :], strict=True))
-    flow_rows = flow_columns = flow_mass = None
-    if rows is not None and ("query" in plan.kinds or "bias" in asked):
-        shape = (H, q.shape[0], q.shape[2], rows.shape[-1])
-        flow_rows = torch.zeros(shape, dtype=torch.float32, device=q.device)
-    if columns is not None:
-        flow_columns = torch.zeros(columns.shape, dtype=torch.float32, device=q.device)
-    if mass is not None:
-        flow_mass = torch.bmm(_flat(grad), _expanded(combined["value"], H).mT)
+    plan, want = plan_of(tuple(code), q.device), any(wanted)
+    launches, lists = launcher((q, k, v, grad), given, plan, tables, floats, want)
+    shared = _shared(plan, saved, given, launches)
+    (B, H, L, _), G, wide = q.shape, k.shape[1], plan.maps * plan.width
+    shared["grad_mass"] = q.new_empty((H, B, L, wide)) if plan.mass_use else None
+    shared["delta"] = q.new_empty((H, B, L), dtype=torch.float32)
 
-    launches = launcher((q, k, v, grad), rows, given, plan, floats, wanted)
-    shared = {
-        "stats": stats, "rows": rows, "columns": columns, "grad_mass": flow_mass,
-        "delta": torch.empty(stats.shape[1:], dtype=torch.float32, device=q.device),
-        "grad_rows": flow_rows, "grad_columns": flow_columns,
-    }  # fmt: skip
     read = {"q": q, "k": k, "v": v, "grad": grad}
-    launches.start(
-        plan, given, "row_pass", read | {"out": out, "grad_q": grads[0]}, shared,
-        MASS=plan.mass_use, GRAD_ROWS=0 if flow_rows is None else plan.row_use,
-    )  # fmt: skip
-    launches.start(
-        plan, given, "column_pass", read | {"grad_k": grads[1], "grad_v": grads[2]}, shared,
-        MASS=plan.mass_use, GRAD_COLUMNS=plan.column_use,
-    )  # fmt: skip
-
-    found: dict[Kind, Tensor] = {}
-    if flow_rows is not None and "bias" in asked:
-        found["bias"] = flow_rows.sum((1, 2))
-    if flow_rows is not None and "query" in plan.kinds:
-        flow = flow_rows.to(dtype).flatten(1, 2)
-        table = _expanded(combined["query"], H)
-        _flat(grads[0]).baddbmm_(flow, table.mT, alpha=scale)
-        if "query" in asked:
-            found["query"] = torch.bmm(_flat(q).mT, flow)
-    if flow_columns is not None:
-        flow = flow_columns.to(dtype).flatten(1, 2)
-        table = _expanded(combined["key"], H)
-        if "key" in asked:
-            found["key"] = torch.bmm(_flat(_repeated(k, H)).mT, flow)
-        if k.shape[1] == H:
-            _flat(grads[1]).baddbmm_(flow, table.mT, alpha=scale)
-        else:
-            more = torch.bmm(flow, table.mT).mul_(scale).unflatten(1, (k.shape[0], -1))
-            grads[1] += more.transpose(0, 1).unflatten(1, (k.shape[1], -1)).sum(2)
-    if mass is not None and "value" in asked:
-        found["value"] = torch.bmm(mass.flatten(1, 2).mT, _flat(grad))
-    for at, (kind, want) in enumerate(zip(plan.kinds, wanted, strict=True)):
-        if want:
-            factor = scale if kind in ("query", "key") else 1.0
-            grads.append(plan.reduce(found[kind], tables[at], at, factor))
+    queries = read | {"out": saved[0], "grad_q": grads[0]}
+    keys = read | {"grad_k": grads[1], "grad_v": grads[2]}
+    others = [*shared, "scratch", "scratch_mass", "shares", "bias_shares"]
+    rows = launches.step("row_pass", queries, others)
+    columns = launches.step("column_pass", keys, others)
+    # Sums by bucket of all programs: both passes have the same memory.
+    own, biased = "query" in plan.kinds, "bias" in plan.kinds
+    of_rows = rows.numbers * wide * (own or (biased and want))
+    of_mass = rows.numbers * wide * (plan.mass_use > 0 and want)
+    of_columns = columns.numbers * wide * (plan.column_use > 0)
+    memory = q.new_empty(max(of_rows + of_mass, of_columns), dtype=torch.float32)
+    share = wide * launches.options["STEP"] * want
+    numbers = (
+        rows.programs * share * (own + (plan.mass_use > 0)),
+        columns.programs // G * H * share * (plan.column_use > 0),
+        rows.programs * wide * (biased and want),
+    )
+    row_shares, column_shares, bias_shares = (q.new_empty(n, dtype=torch.float32) for n in numbers)
+    shared |= {
+        "scratch": memory[:of_rows], "scratch_mass": memory[of_rows : of_rows + of_mass],
+        "shares": row_shares, "bias_shares": bias_shares,
+    }  # fmt: skip
+    starts.launch(rows, {**shared, **queries})
+    shared |= {"scratch": memory[:of_columns], "shares": column_shares}
+    starts.launch(columns, {**shared, **keys})
+    if want and lists is not None:
+        last: Shared = {
+            "row_shares": row_shares, "column_shares": column_shares, "bias_shares": bias_shares,
+            "flat": grads[3], "targets": lists.targets, "members": lists.members, "q": q,
+        }  # fmt: skip
+        starts.launch(launches.table_step("reduce", last), last)
     return grads
 
 
-def _fill_rows(
-    rows: Tensor, q: Tensor, plan: Plan, tables: Sequence[Tensor], combined: dict[Kind, Tensor],
-    scale: float,
-) -> None:  # fmt: skip
-    """Fill the rows of queries, ``[H, B, L, W]`` or, of a bias alone, ``[H | 1, W]``."""
-    if "query" not in plan.kinds:
-        rows.copy_(plan.combine(tables, "bias", rows.dtype))
-        return
-    flat, table = _flat(q), _expanded(combined["query"], q.shape[1])
-    if "bias" not in plan.kinds:
-        rows.flatten(1, 2).baddbmm_(flat, table, beta=0, alpha=scale)
-        return
-    torch.mul(torch.bmm(flat, table).view(rows.shape), scale, out=rows)
-    rows += plan.combine(tables, "bias", rows.dtype)[:, None, None]
+def _shared(
+    plan: Plan, found: Sequence[Tensor], given: Sequence[Tensor | None], launches: Launcher
+) -> Shared:
+    """Return tensors by the names that kernels have for them, None: missing."""
+    left, kinds = iter(found[1:]), {*plan.kinds}
+    stats = next(left)
+    tables = next(left) if kinds - {"bias"} else None
+    bias = next(left) if "bias" in kinds else None
+    rows = next(left) if "query" in kinds else bias
+    columns = next(left) if "key" in kinds else None
+    shared = {
+        "stats": stats, "tables": tables, "bias": bias, "rows": rows, "columns": columns,
+        "mask": given[0], "seed": given[1], **launches.held,
+    }  # fmt: skip
+    if plan.ids is None:
+        shared["ids"] = given[2]
+    return shared
 
 
-def _expanded(table: Tensor, heads: int) -> Tensor:
-    """Return ``[H | 1, ...]`` for all heads."""
-    return table if table.shape[0] == heads else table.expand(heads, -1, -1)
-
-
-def _flat(x: Tensor) -> Tensor:
-    """Return ``[B, H, R, D]`` as ``[H, B * R, D]``: a view, where ``empty_like`` made it."""
-    return x.transpose(0, 1).flatten(1, 2)
-
-
-def _repeated(k: Tensor, heads: int) -> Tensor:
-    """Return k with as many heads as q."""
-    groups = heads // k.shape[1]
-    return k if groups == 1 else k.repeat_interleave(groups, 1)
-
-
-def _named(plan: Plan, found: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """Return rows, columns and mass from those that exist, None for the others."""
-    left = iter(found)
-    uses = (plan.row_use, plan.column_use, plan.mass_use)
-    return tuple(next(left) if use else None for use in uses)
+def _flat(tables: Sequence[Tensor]) -> Tensor:
+    """Return the numbers of all tables, one after another."""
+    if len(tables) == 1:
+        return tables[0].contiguous()
+    return torch.cat([t.reshape(-1) for t in tables])
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from ..call import Call
 from . import strips
 
 TILE = 128  # the largest block of queries or keys of a kernel: maps are padded to whole blocks
+CPU = torch.device("cpu")
 KINDS: tuple[Kind, ...] = ("bias", "query", "key", "value")
 GEOMETRIES: tuple[type[Geometry], ...] = (Sequence, Grid)  # whole ones are described by their sizes
 
@@ -36,24 +37,22 @@ class Plan:
 
     Args:
         kinds: of the tables.
-        places: for each table the place in it of each of the W numbers, int64 ``[W]``; one past
-            its buckets where a number is 0.
+        places: for each table the place in it of each of the W numbers, int64 ``[W]`` on a CPU; -1
+            where a number is 0.
         is_causal: query i sees the keys j <= i + S - L.
         width: N.
         maps: number of maps, at least 1.
-        ids: bucket ids ``[maps, 1 | B, slots, streamed slots]`` where queries own the slots.
-        ids_turned: the same where keys own them.
-        order: token of each owned slot, int32 ``[slots]``; L in empty ones.
-        others: token of each streamed slot, likewise.
-        runs: row part of the bucket of an owned slot and a run, uint8 ``[slots, runs]``, where
-            queries own the slots and where keys do.
-        units: column part of the bucket of a unit and a column, uint8 ``[slots / 16, columns]``,
-            likewise.
+        ids: bucket ids ``[maps, 1 | B, L', S']``.
+        order: token of each query slot, int32; L in empty ones.
+        others: token of each key slot, likewise.
+        slots: query slots without those that fill the last tile.
+        runs: row part of the bucket of a query slot and a run, uint8 ``[slots, runs]``.
+        units: column part of the bucket of a unit and a column, uint8 ``[units, columns]``.
         row_use: bit mask of the maps that rows of queries use.
         column_use: bit mask of the maps that rows of keys use.
         mass_use: bit mask of the maps that value terms use.
         side: numbers of a run; 0 without strips.
-        parts: of the streamed slots, 16 columns each.
+        parts: of the key slots, 16 columns each.
         part_slots: slots of a part. The last one holds the prefix tokens besides.
         launchers: by shapes and strides, see launch.py.
     """
@@ -64,67 +63,18 @@ class Plan:
     width: int
     maps: int
     ids: Tensor | None
-    ids_turned: Tensor | None
     order: Tensor | None = None
     others: Tensor | None = None
-    runs: tuple[Tensor, Tensor] | None = None
-    units: tuple[Tensor, Tensor] | None = None
+    slots: int = 0
+    runs: Tensor | None = None
+    units: Tensor | None = None
     row_use: int = 0
     column_use: int = 0
     mass_use: int = 0
     side: int = 0
-    parts: int = 0
+    parts: int = 1
     part_slots: int = 0
     launchers: dict[tuple, Any] = field(default_factory=dict)
-
-    @property
-    def combined(self) -> list[Kind]:
-        """The kinds that have a product with a table, in the order of ``KINDS``."""
-        uses = (None, self.row_use if "query" in self.kinds else 0, self.column_use, self.mass_use)
-        return [kind for kind, use in zip(KINDS, uses, strict=True) if use]
-
-    def combine(self, tables: Seq[Tensor], kind: Kind, dtype: torch.dtype) -> Tensor:
-        """Return the sum of the tables of a kind in the order of W.
-
-        Args:
-            tables: all tables of the call, of any floating-point dtype.
-            kind: one that a table has.
-            dtype: of the result.
-
-        Returns:
-            ``[H | 1, W]`` for bias, ``[H | 1, D, W]`` for query and key, ``[H | 1, W, E]``.
-        """
-        axis, total = 1 if kind == "value" else -1, None
-        for own, table, places in zip(self.kinds, tables, self.places, strict=True):
-            if own != kind:
-                continue
-            if not self.side:  # some numbers are 0
-                table = F.pad(table, (0, 0, 0, 1) if axis == 1 else (0, 1))
-            table = table.index_select(axis, places)
-            total = table if total is None else total.float() + table
-        assert total is not None
-        return total.to(dtype)
-
-    def reduce(self, grad: Tensor, table: Tensor, at: int, factor: float) -> Tensor:
-        """Return the gradient of one table.
-
-        Args:
-            grad: of what ``combine`` returns for its kind, with all heads.
-            table: its values are not read.
-            at: its index.
-            factor: of the result.
-        """
-        axis, spare = 1 if self.kinds[at] == "value" else table.dim() - 1, int(not self.side)
-        if table.shape[0] == 1:
-            grad = grad.sum(0, keepdim=True, dtype=torch.float32)
-        shape = list(table.shape)
-        shape[axis] += spare
-        total = torch.zeros(shape, dtype=torch.float32, device=grad.device)
-        # Some numbers are in several places.
-        total.index_add_(axis, self.places[at], grad.float(), alpha=factor)
-        if spare:
-            total = total.narrow(axis, 0, table.shape[axis]).contiguous()
-        return total.to(table.dtype)
 
 
 class Placed(NamedTuple):
@@ -177,7 +127,7 @@ def short(packed: Seq[int]) -> list[int]:
     return [_PLACES[code]]
 
 
-def encode(call: Call) -> tuple[list[int], Tensor | None, Tensor | None]:
+def encode(call: Call) -> tuple[list[int], Tensor | None]:
     """Return a call's code, and its maps of ids where sizes do not describe its positions."""
     terms = call.terms
     numbers = [_number(term.buckets) for term in terms]
@@ -202,18 +152,18 @@ def encode(call: Call) -> tuple[list[int], Tensor | None, Tensor | None]:
     width = max([16, *(-(-m.size // 16) * 16 for m in maps)])
     if on_grid:
         width = strips.width(terms[0].buckets)
-    whole, sizes3, ids, turned_ids = -1, (0, 0, 0), None, None
+    whole, sizes3, ids = -1, (0, 0, 0), None
     if described:
         geometry = terms[0].buckets.geometry
         whole = 1 if isinstance(geometry, Grid) else 0
         rows, columns = (*geometry._sizes(), 0)[:2]
         sizes3 = (rows, columns, geometry.prefix)
     elif maps:
-        ids, turned_ids = padded_ids(maps, call.q.device)
+        ids = padded_ids(maps, call.q.device)
     code = Code(
         width, max(len(maps), 1), int(on_grid), int(call.is_causal), whole, sizes3, tuple(placed)
     )
-    return code.pack(), ids, turned_ids
+    return code.pack(), ids
 
 
 def _described(terms: Seq[Term]) -> bool:
@@ -238,7 +188,7 @@ def plan_of(code: tuple[int, ...], device: torch.device) -> Plan:
 
 def _plan(code: Code, device: torch.device) -> Plan:
     kinds = tuple(KINDS[term.kind] for term in code.terms)
-    fields: dict[str, Any] = {"ids": None, "ids_turned": None, "maps": code.maps}
+    fields: dict[str, Any] = {"ids": None, "maps": code.maps}
     owners: dict[int, BucketIds] = {}
     if code.geometry >= 0:
         rows, columns, prefix = code.sizes
@@ -251,18 +201,20 @@ def _plan(code: Code, device: torch.device) -> Plan:
         fields |= strips.strips(owners[0], device)
     elif owners:
         maps = [owners[n] for n in range(code.maps)]
-        fields["ids"], fields["ids_turned"] = _padded_ids(maps, device)
+        fields["ids"] = _padded_ids(maps, device)
     places = []
     for term in code.terms:
         if code.on_grid:
             function = FUNCTIONS[term.number]
-            own = strips.places(BucketIds(function, owners[0].geometry), device)
+            by_column = KINDS[term.kind] == "key"
+            own = strips.places(BucketIds(function, owners[0].geometry), by_column, CPU)
         else:
-            own = torch.full((code.maps, code.width), term.size, device=device)
-            own[term.slot, : term.size] = torch.arange(term.size, device=device)
+            own = torch.full((code.maps, code.width), -1)
+            own[term.slot, : term.size] = torch.arange(term.size)
             own = own.flatten()
         if term.turned:  # for opposite offsets; the bucket of prefix tokens stays the last
-            own = torch.where(own < term.inner, term.inner - 1 - own, own)
+            inside = (own >= 0) & (own < term.inner)
+            own = torch.where(inside, term.inner - 1 - own, own)
         places.append(own)
     uses = dict.fromkeys(KINDS, 0)
     for kind, term in zip(kinds, code.terms, strict=True):
@@ -274,25 +226,21 @@ def _plan(code: Code, device: torch.device) -> Plan:
     )  # fmt: skip
 
 
-def padded_ids(maps: Seq[BucketIds], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return compact ids ``[maps, 1 | B, L', S']`` and their transpose, padded to whole tiles."""
+def padded_ids(maps: Seq[BucketIds], device: torch.device) -> Tensor:
+    """Return compact ids ``[maps, 1 | B, L', S']``, padded to whole tiles."""
     geometry = maps[0].geometry
     if any(m.geometry != geometry for m in maps):
         return _padded_ids(maps, device)
     key = ("maps", tuple((m.function, m.by_key) for m in maps), device)
-    made: tuple[Tensor, Tensor] = geometry.remember(key, lambda: _padded_ids(maps, device))
+    made: Tensor = geometry.remember(key, lambda: _padded_ids(maps, device))
     return made
 
 
-def _padded_ids(maps: Seq[BucketIds], device: torch.device) -> tuple[Tensor, Tensor]:
+def _padded_ids(maps: Seq[BucketIds], device: torch.device) -> Tensor:
     parts = [m.compact(device) for m in maps]
     batch = max(p.shape[0] for p in parts)
     ids = torch.stack([p.expand(batch, -1, -1) for p in parts])
-
-    def padded(ids: Tensor) -> Tensor:
-        return F.pad(ids, (0, -ids.shape[-1] % TILE, 0, -ids.shape[-2] % TILE))
-
-    return padded(ids), padded(ids.transpose(-2, -1))
+    return F.pad(ids, (0, -ids.shape[-1] % TILE, 0, -ids.shape[-2] % TILE))
 
 
 def _same(a: BucketIds, b: BucketIds) -> bool:

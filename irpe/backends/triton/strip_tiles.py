@@ -1,108 +1,122 @@
 """Gather and scatter on whole grids, by products with one-hot matrices instead of addresses.
 
-Owned tokens come in units of 16 patches of one grid column, streamed ones in runs of 16 patches of
-one grid row, see strips.py. The bucket of a pair is ``a * SIDE + c``: its row part a is the same
-for a token and a run, its column part c for a unit and a token. So a token and a run
-read SIDE neighbouring numbers, and a one-hot matrix, the same for all runs of the same columns,
-selects among them.
+Queries come in units of 16 patches of one grid column, keys in runs of 16 patches of one grid row,
+see strips.py. The bucket of a pair has a row part a, the same for a query and a run, and a column
+part c, the same for a key and a unit. In a row of numbers of a query the number of a pair is at
+``a * SIDE + c``: the query and a run read SIDE neighbours, and a one-hot matrix selects among them
+by c. In a row of a key it is at ``c * SIDE + a``: the key and a unit read SIDE neighbours, and the
+matrix selects by a. A product has 16 numbers: of two runs or units where SIDE is 8.
 
-Shapes: R owned and C streamed tokens of a tile, U = R / 16 units, K = C / 16 * SIDE.
+Shapes: R tokens and C tokens of the other side in a tile, G = R / 16 groups, P = C / 16 parts.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from ..call import mask_floor
 
-FLOOR_16 = tl.constexpr(mask_floor(torch.float16))
-FLOOR_B16 = tl.constexpr(mask_floor(torch.bfloat16))
+@triton.jit
+def onehot(part, SIDE: tl.constexpr, like):
+    """Return one-hot matrices ``[G, 16, 256 / SIDE]`` from parts ``[G, 256 / SIDE]`` of lanes."""
+    lane = tl.arange(0, 256 // SIDE)
+    wanted = (lane // 16 * SIDE)[None, :] + part
+    return (tl.arange(0, 16)[None, :, None] == wanted[:, None, :]).to(like.dtype)
 
 
 @triton.jit
-def span(part, parts, end, part_slots, slots, SIDE: tl.constexpr):
-    """Return the first slot of a part of the streamed tokens, and one past its last."""
-    first = 0
-    if SIDE > 0:
-        first = part * part_slots
-        end = tl.where(part == parts - 1, slots, first + part_slots)
-    return first, end
+def unit_onehot(units, unit, G: tl.constexpr, part, step, SIDE: tl.constexpr, like):
+    """Return the matrices that select by column part, of G units and the columns of a part."""
+    lane = part * 16 + tl.arange(0, 256 // SIDE) % 16
+    own = unit + tl.arange(0, G)
+    return onehot(tl.load(units + own[:, None] * step + lane[None, :]).to(tl.int32), SIDE, like)
 
 
 @triton.jit
-def token(slot, order, SIDE: tl.constexpr):
-    """Return tokens of slots; with strips, past the end where a slot is empty."""
-    if SIDE > 0:
-        slot = tl.load(order + slot)
-    return slot
+def run_onehot(runs, first, start, G: tl.constexpr, step, SIDE: tl.constexpr, like):
+    """Return the matrices that select by row part, of G runs and the unit at slot first."""
+    lane = first + tl.arange(0, 256 // SIDE) % 16
+    run = start // 16 + tl.arange(0, G)
+    return onehot(tl.load(runs + lane[None, :] * step + run[:, None]).to(tl.int32), SIDE, like)
 
 
 @triton.jit
-def strip_onehot(units, own, part, step, C: tl.constexpr, SIDE: tl.constexpr, like):
-    """Return the one-hot matrices ``[U, K, C]``, of the type of like: numbers of runs to tokens."""
-    onehot = 0
-    if SIDE > 0:
-        count: tl.constexpr = own.shape[0] // 16
-        lane = tl.arange(0, C)
-        unit = tl.min(own) // 16 + tl.arange(0, count)
-        c = tl.load(units + unit[:, None] * step + (part * 16 + lane % 16)[None, :]).to(tl.int32)
-        wanted = (lane // 16 * SIDE)[None, :] + c
-        row = tl.arange(0, C // 16 * SIDE)
-        onehot = (row[None, :, None] == wanted[:, None, :]).to(like.dtype)
-    return onehot
+def row_parts(runs, first, start, R: tl.constexpr, P: tl.constexpr, step):
+    """Return the row parts ``[R, P]`` of queries and runs from a slot on."""
+    run = start // 16 + tl.arange(0, P)
+    own = first + tl.arange(0, R)
+    return tl.load(runs + own[:, None] * step + run[None, :]).to(tl.int32)
 
 
 @triton.jit
-def strip_runs(runs, own, start, step, C: tl.constexpr, SIDE: tl.constexpr):
-    """Return the row parts a ``[R, C / 16]`` of owned slots and the runs from a slot on."""
-    a = 0
-    if SIDE > 0:
-        run = start // 16 + tl.arange(0, C // 16)
-        a = tl.load(runs + own[:, None] * step + run[None, :]).to(tl.int32)
-    return a
+def column_parts(units, unit, part, R: tl.constexpr, P: tl.constexpr, step):
+    """Return the column parts ``[R, P]`` of keys and the units from a unit on."""
+    lane = part * 16 + tl.arange(0, R) % 16
+    own = unit + tl.arange(0, P)
+    return tl.load(units + own[None, :] * step + lane[:, None]).to(tl.int32)
 
 
 @triton.jit
-def strip_gather(tile, rows, at, onehot, runs, SIDE: tl.constexpr):
-    """Return ``tile[r, c] + rows[at[r] + a * SIDE + c]``."""
-    R: tl.constexpr = tile.shape[0]
-    C: tl.constexpr = tile.shape[1]
-    units: tl.constexpr = R // 16
-    K: tl.constexpr = C // 16 * SIDE
-    place = (at[:, None] + runs * SIDE)[:, :, None] + tl.arange(0, SIDE)[None, None, :]
-    place = tl.reshape(place, [R, K])
+def batched(tile, R: tl.constexpr, TIMES: tl.constexpr, WIDE: tl.constexpr):
+    """Return a tile ``[R, TIMES * WIDE]`` as ``[TIMES * R / 16, 16, WIDE]``.
+
+    A warp has a group of 16 tokens here as in the products of the whole tile, so that numbers stay
+    in its registers.
+    """
+    tile = tl.permute(tl.reshape(tile, [R // 16, 16, TIMES, WIDE]), (2, 0, 1, 3))
+    return tl.reshape(tile, [TIMES * (R // 16), 16, WIDE])
+
+
+@triton.jit
+def joined(tile, R: tl.constexpr, TIMES: tl.constexpr, WIDE: tl.constexpr):
+    """Return ``[R, TIMES * WIDE]``: the reverse of ``batched``."""
+    tile = tl.permute(tl.reshape(tile, [TIMES, R // 16, 16, WIDE]), (1, 2, 0, 3))
+    return tl.reshape(tile, [R, TIMES * WIDE])
+
+
+@triton.jit
+def repeated(hot, TIMES: tl.constexpr):
+    """Return one-hot matrices ``[TIMES * G, 16, 256 / SIDE]``, all of them TIMES times."""
+    if TIMES > 1:
+        G: tl.constexpr = hot.shape[0]
+        WIDE: tl.constexpr = hot.shape[2]
+        hot = tl.broadcast_to(hot[None, :, :, :], [TIMES, G, 16, WIDE])
+        hot = tl.reshape(hot, [TIMES * G, 16, WIDE])
+    return hot
+
+
+@triton.jit
+def strip_gather(tile, numbers, at, parts, hot, SIDE: tl.constexpr):
+    """Return tile ``[R, C]`` plus the number of each pair, from rows that start at ``at [R]``."""
+    R: tl.constexpr = parts.shape[0]
+    P: tl.constexpr = parts.shape[1]
+    TIMES: tl.constexpr = P * SIDE // 16
+    place = (at[:, None] + parts * SIDE)[:, :, None] + tl.arange(0, SIDE)[None, None, :]
+    place = tl.reshape(place, [R, P * SIDE])
     place = tl.max_contiguous(tl.multiple_of(place, [1, SIDE]), [1, SIDE])
-    # -inf times zero is NaN; the floor of masks hides a pair as well.
-    lowest: tl.constexpr = FLOOR_16 if onehot.dtype == tl.float16 else FLOOR_B16
-    numbers = tl.load(rows + place).to(tl.float32)
-    numbers = tl.maximum(numbers, lowest, propagate_nan=tl.PropagateNan.ALL).to(onehot.dtype)
-    numbers = tl.reshape(numbers, [units, 16, K])
-    tile = tl.reshape(tile, [units, 16, C])
-    return tl.reshape(tl.dot(numbers, onehot, tile), [R, C])
+    own = batched(tl.load(numbers + place), R, TIMES, 16)
+    tile = batched(tile, R, TIMES, 256 // SIDE)
+    return joined(tl.dot(own, repeated(hot, TIMES), tile), R, TIMES, 256 // SIDE)
 
 
 @triton.jit
 def strip_scatter(
-    rows, tile, token, length, onehot, runs, W: tl.constexpr, SIDE: tl.constexpr,
-    DETERMINISTIC: tl.constexpr,
+    sums, tile, at, parts, hot, SIDE: tl.constexpr, DETERMINISTIC: tl.constexpr
 ):  # fmt: skip
-    """``rows[token[r], a * SIDE + c] += tile[r, c]``; rows ``[R, W]`` are float32, of a program."""
-    R: tl.constexpr = tile.shape[0]
-    C: tl.constexpr = tile.shape[1]
-    units: tl.constexpr = R // 16
-    parts = tl.reshape(tile.to(onehot.dtype), [units, 16, C])
-    sums = tl.dot(parts, tl.permute(onehot, (0, 2, 1)))
-    sums = tl.reshape(sums, [R, C // 16, SIDE])
-    inside = (token < length)[:, None]
-    side = tl.arange(0, SIDE)
+    """``sums[at[r] + part * SIDE + selected] += tile[r, c]``; sums are float32, of a program."""
+    R: tl.constexpr = parts.shape[0]
+    P: tl.constexpr = parts.shape[1]
+    TIMES: tl.constexpr = P * SIDE // 16
+    own = batched(tile.to(hot.dtype), R, TIMES, 256 // SIDE)
+    found = tl.dot(own, tl.permute(repeated(hot, TIMES), (0, 2, 1)))
+    found = tl.reshape(joined(found, R, TIMES, 16), [R, P, SIDE])
+    number = tl.arange(0, SIDE)
     if DETERMINISTIC:
-        # One address per token and step, hence one order of additions.
-        run = tl.arange(0, C // 16)
-        for n in range(C // 16):
-            one = tl.sum(tl.where((run == n)[None, :, None], sums, 0.0), 1)
-            a = tl.sum(tl.where((run == n)[None, :], runs, 0), 1)
-            place = (token * W + a * SIDE)[:, None] + side[None, :]
-            tl.atomic_add(rows + place, one, mask=inside, sem="relaxed")
+        # One address per token and step, of one thread: one order of additions.
+        step = tl.arange(0, P)
+        for n in range(P):
+            one = tl.sum(tl.where((step == n)[None, :, None], found, 0.0), 1)
+            part = tl.sum(tl.where((step == n)[None, :], parts, 0), 1)
+            place = sums + ((at + part * SIDE)[:, None] + number[None, :])
+            tl.store(place, tl.load(place) + one)
     else:
-        place = (token[:, None] * W + runs * SIDE)[:, :, None] + side[None, None, :]
-        tl.atomic_add(rows + place, sums, mask=inside[:, :, None], sem="relaxed")
+        place = (at[:, None] + parts * SIDE)[:, :, None] + number[None, None, :]
+        tl.atomic_add(sums + place, found, sem="relaxed")

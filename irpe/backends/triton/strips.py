@@ -3,8 +3,9 @@
 strip_tiles.py reads this order.
 
 A unit is 16 patches of one grid column, a run 16 patches of one grid row; prefix tokens make units
-and runs of their own. Owned tokens are ordered by units and streamed ones by runs, with empty slots
-where a grid's sides are no multiples of 16.
+and runs of their own. Queries are ordered by units and keys by runs, with empty slots where a
+grid's sides are no multiples of 16. In a grid of more than 16 rows the units of rows 0 to 15 come
+first, then those of rows 16 to 31: all units of a tile have the same rows.
 """
 
 from collections.abc import Sequence
@@ -18,10 +19,11 @@ from ...geometry import Grid
 from ...terms import Term
 
 UNIT = 16  # a side of the smallest matrix product of a tensor core
-TILE = 64  # the largest block of owned or streamed slots of a kernel
+TILE = 64  # the largest block of slots of a kernel
 METHODS = ("product", "rows", "columns")  # their buckets have a row part and a column part
-# Factor of work through empty slots up to which strips are predicted (not measured) to be faster.
-WASTE = 1.75
+# Factor of work through empty slots up to which strips are predicted (not measured) to be faster
+# than maps of ids, whose row pass has one atomic addition per pair.
+WASTE = 2.5
 
 
 def applicable(terms: Sequence[Term], dtype: torch.dtype, is_causal: bool) -> bool:
@@ -40,13 +42,11 @@ def applicable(terms: Sequence[Term], dtype: torch.dtype, is_causal: bool) -> bo
             return False
         if function.method not in METHODS:
             return False
-    narrow, kinds = side(terms[0].buckets) == 8, {term.kind for term in terms}
-    if 2 * index.bound + 1 > 16 or not (narrow or kinds <= {"bias", "query"}):
-        return False  # wide runs leave no registers for other kinds
-    owned = _up(grid.width * _units(grid.height) + _units(grid.prefix), TILE // UNIT) * UNIT
-    streamed = sum(_part_runs(grid)) * UNIT
+    if 2 * index.bound + 1 > UNIT:
+        return False
+    owned = UNIT * (_owned_units(grid) + _units(grid.prefix))
     tokens = _up(grid.query_length, TILE)
-    return owned * streamed <= WASTE * tokens * tokens
+    return _up(owned, TILE) * sum(_part_runs(grid)) * UNIT <= WASTE * tokens * tokens
 
 
 def side(buckets: BucketIds) -> int:
@@ -65,17 +65,26 @@ def width(buckets: BucketIds) -> int:
     return rows * side(buckets)
 
 
-def places(buckets: BucketIds, device: torch.device) -> Tensor:
-    """Return the id in a table of each number of a row, int64 ``[W]``."""
+def places(buckets: BucketIds, by_column: bool, device: torch.device) -> Tensor:
+    """Return the id in a table of each number of a row, int64 ``[W]``; -1: never read.
+
+    Args:
+        buckets: of a term.
+        by_column: the order of a key's row, whose runs are row parts: column part * side + row
+            part. Rows of queries have row part * side + column part.
+        device: of the result.
+    """
     sides = 2 * _function(buckets).index.bound + 1
     at = torch.arange(width(buckets), device=device)
-    row, column = at // side(buckets), (at % side(buckets)).clamp(max=sides - 1)
-    inner = row.clamp(max=sides - 1)
+    row, column = at // side(buckets), at % side(buckets)
+    if by_column:
+        row, column = column, row
+    inner, across = row.clamp(max=sides - 1), column.clamp(max=sides - 1)
     method = _function(buckets).method
-    ids = inner * sides + column if method == "product" else inner if method == "rows" else column
-    if buckets.size == buckets.function.size:
-        return ids
-    return torch.where(row < sides, ids, buckets.size - 1)
+    ids = inner * sides + across if method == "product" else inner if method == "rows" else across
+    if buckets.size != buckets.function.size:
+        ids = torch.where((row < sides) & (column < sides), ids, buckets.size - 1)
+    return torch.where((row > sides) | (column > sides), -1, ids)
 
 
 def strips(buckets: BucketIds, device: torch.device) -> dict[str, Any]:
@@ -83,36 +92,34 @@ def strips(buckets: BucketIds, device: torch.device) -> dict[str, Any]:
     grid, index = buckets.geometry, _function(buckets).index
     assert isinstance(grid, Grid)
     height, columns, prefix, length = grid.height, grid.width, grid.prefix, grid.query_length
+    outside = 2 * index.bound + 1  # row or column part of pairs with a prefix token
 
     def arange(n: int) -> Tensor:
         return torch.arange(n, device=device)
 
-    # Owned: unit after unit down the columns. A row of -1 stands for prefix tokens.
-    unit, lane = arange(columns * _units(height)).unsqueeze(1), arange(UNIT)
-    own_column = (unit // _units(height)).expand(-1, UNIT)
-    own_row = unit % _units(height) * UNIT + lane
-    own = torch.where(own_row < height, prefix + own_row * columns + own_column, length)
+    # Queries: unit after unit down the columns, block after block of 16 rows.
+    lane, wide = arange(UNIT), _owned_units(grid) // _units(height)
+    unit = arange(wide * _units(height)).unsqueeze(1)
+    column, row = unit % wide, unit // wide * UNIT + lane
+    inside = (row < height) & (column < columns)
+    own = torch.where(inside, prefix + row * columns + column, length)
     first = arange(_units(prefix) * UNIT)
     before = torch.where(first < prefix, first, length)
-    order = _padded(torch.cat((own.flatten(), before)), TILE, length)
-    row_of_slot = torch.where(order < prefix, -1, (order - prefix) // columns)
-    row_of_slot = torch.where(order < length, row_of_slot, 0)
-    column_of_unit = _padded(torch.cat((own_column[:, 0], before[::UNIT] * 0)), TILE // UNIT, 0)
+    order = torch.cat((own.flatten(), before))
+    # An empty slot has the row part of its lane, as the other units of its tile do.
+    row_of_slot = torch.cat((row.expand(-1, UNIT).flatten(), before * 0 - 1))
+    column_of_unit = torch.cat((column.flatten(), before[::UNIT] * 0 - 1))
 
-    # Streamed: part after part of 16 columns, run after run down the rows.
+    # Keys: part after part of 16 columns, run after run down the rows.
     parts = [arange(n) for n in _part_runs(grid)]
     row_of_run = torch.cat([torch.where(p < height, p, -1) for p in parts])
 
-    def part_of(offset: Tensor) -> Tensor:
-        return index(offset) + index.bound
+    def part_of(own: Tensor, other: Tensor) -> Tensor:
+        """Return the row or column part, ``[own, other]``; -1: prefix tokens."""
+        own = own.unsqueeze(1)
+        found = index(own - other) + index.bound
+        return torch.where((own < 0) | (other < 0), outside, found).to(torch.uint8)
 
-    outside = (row_of_slot.unsqueeze(1) < 0) | (row_of_run < 0)
-    down = row_of_slot.unsqueeze(1) - row_of_run
-    across = column_of_unit.unsqueeze(1) - arange(_units(columns) * UNIT)
-    runs = torch.stack(
-        [torch.where(outside, 2 * index.bound + 1, part_of(o)) for o in (down, -down)]
-    )
-    units = torch.stack([part_of(o) for o in (across, -across)])
     column_of_run = torch.cat([p * 0 + n * UNIT for n, p in enumerate(parts)])
     place = column_of_run.unsqueeze(1) + lane
     patch = prefix + row_of_run.unsqueeze(1) * columns + place
@@ -122,22 +129,26 @@ def strips(buckets: BucketIds, device: torch.device) -> dict[str, Any]:
     others = torch.where(
         row_of_run.unsqueeze(1) >= 0, others, torch.where(before < prefix, before, length)
     )
-    # The whole id, for reading the rows of streamed tokens.
-    wide = runs.repeat_interleave(UNIT, 2) * side(buckets)
-    ids = wide + units.index_select(2, place.flatten()).repeat_interleave(UNIT, 1)
-    ids = ids.to(torch.uint8).unsqueeze(1)
+    slots = order.shape[0]
+    row_of_slot = _padded(row_of_slot, TILE, 0)
+    column_of_unit = _padded(column_of_unit, TILE // UNIT, 0)
     return {
-        "order": order.to(torch.int32),
+        "order": _padded(order, TILE, length).to(torch.int32),
         "others": others.flatten().to(torch.int32),
-        "runs": tuple(runs.to(torch.uint8)),
-        "units": tuple(units.to(torch.uint8)),
-        "ids": ids[:1],
-        "ids_turned": ids[1:],
+        "runs": part_of(row_of_slot, row_of_run),
+        "units": part_of(column_of_unit, arange(_units(columns) * UNIT)),
+        "slots": slots,
         "width": width(buckets),
         "side": side(buckets),
         "parts": len(parts),
         "part_slots": _up(height, TILE // UNIT) * UNIT,
     }
+
+
+def _owned_units(grid: Grid) -> int:
+    """Return the units of patches; those of a block of rows fill whole tiles."""
+    blocks = _units(grid.height)
+    return grid.width if blocks == 1 else blocks * _up(grid.width, TILE // UNIT)
 
 
 def _units(n: int) -> int:

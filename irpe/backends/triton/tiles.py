@@ -1,11 +1,11 @@
-"""Parts of kernels that compute on a tile of pairs, in either orientation.
+"""Parts of kernels that compute on a tile of pairs, [queries, keys] in every kernel.
 
-A tile holds the pairs of the tokens *owned* by a program (its rows) and of *streamed* tokens
-(its columns). Forward and row pass own queries; the column pass owns keys. Tables come as rows
-of numbers, one number per bucket: the rows of an owned token are private to its program.
+Tables come as rows of numbers, one number per bucket: rows of queries hold ``q @ table`` and
+biases, rows of keys ``k @ table``. On whole grids strip_tiles.py gathers and scatters; elsewhere
+every pair has its address, from maps of bucket ids.
 
-Shapes: R owned and C streamed tokens, MAPS maps of bucket ids, N padded buckets of one map,
-W = MAPS * N numbers in a row. Sets of maps (OWN, STREAM, USED) are bit masks.
+Shapes: BM queries and BN keys, MAPS maps of bucket ids, N padded buckets of one map, W = MAPS * N
+numbers in a row. Sets of maps (USED) are bit masks.
 """
 
 import torch
@@ -13,7 +13,14 @@ import triton
 import triton.language as tl
 
 from ..call import mask_floor
-from .strip_tiles import strip_gather, strip_scatter
+from .strip_tiles import (
+    column_parts,
+    row_parts,
+    run_onehot,
+    strip_gather,
+    strip_scatter,
+    unit_onehot,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)  # GPUs compute powers of 2
 MASK_FLOOR = tl.constexpr(mask_floor(torch.float32))  # logits are float32
@@ -41,122 +48,202 @@ def store_rows(base, values, index, step, length, WIDTH: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
-def load_ids(ids, m, own, stream, ids_sm, ids_so):
-    """Return bucket ids ``[R, C]`` of map m; maps are padded to whole tiles."""
-    return tl.load(ids + m * ids_sm + own[:, None] * ids_so + stream[None, :]).to(tl.int32)
+def block(base, row, first, STEP: tl.constexpr, WIDTH: tl.constexpr):
+    """Return addresses of rows, and WIDTH numbers of each from the first on."""
+    return base + row[:, None] * STEP + (first + tl.arange(0, WIDTH))[None, :]
 
 
 @triton.jit
-def add_gathered(
-    tile, rows, at, USED: tl.constexpr, ids, own, stream, ids_sm, ids_so,
-    MAPS: tl.constexpr, N: tl.constexpr,
+def fill_rows(
+    rows, x, i, length, table, bias, floor, factor, BIAS: tl.constexpr,
+    W: tl.constexpr, PIECE: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Return ``tile[r, c]`` + the sum over maps m of ``rows[at + m * N + id[r, c]]``, float32."""
-    for m in tl.static_range(MAPS):
-        if (USED >> m) & 1:
-            index = load_ids(ids, m, own, stream, ids_sm, ids_so)
-            tile += tl.load(rows + (at + (m * N) + index)).to(tl.float32)
+    """Write rows i of numbers: x ``[R, BLOCK]`` @ table ``[W, STEP]`` transposed, plus biases."""
+    for first in range(0, W, PIECE):
+        w = first + tl.arange(0, PIECE)
+        own = tl.load(block(table, w, 0, STEP, BLOCK))
+        made = tl.dot(x, tl.trans(own), input_precision="ieee") * factor
+        if BIAS:
+            made += tl.load(bias + w).to(tl.float32)[None, :]
+        # In a product with a one-hot matrix -inf times zero is NaN; the floor of masks hides a
+        # pair as well.
+        made = tl.maximum(made, floor, propagate_nan=tl.PropagateNan.ALL)
+        made = made.to(rows.dtype.element_ty)
+        tl.store(block(rows, i, first, W, PIECE), made, mask=(i < length)[:, None])
+
+
+@triton.jit
+def clear(sums, R: tl.constexpr, W: tl.constexpr, PIECE: tl.constexpr):
+    """Set a program's sums ``[R, W]`` to zero."""
+    for first in range(0, W, PIECE):
+        at = block(sums, tl.arange(0, R), first, W, PIECE)
+        tl.store(at, tl.zeros([R, PIECE], tl.float32))
+
+
+@triton.jit
+def token(slot, order, SIDE: tl.constexpr):
+    """Return tokens of slots; with strips, past the end where a slot is empty."""
+    if SIDE > 0:
+        slot = tl.load(order + slot)
+    return slot
+
+
+@triton.jit
+def span(part, parts, end, part_slots, slots, SIDE: tl.constexpr):
+    """Return the first slot of a part of the keys, and one past its last."""
+    first = 0
+    if SIDE > 0:
+        first = part * part_slots
+        end = tl.where(part == parts - 1, slots, first + part_slots)
+    return first, end
+
+
+@triton.jit
+def last_key(i, L, S, CAUSAL: tl.constexpr):
+    """Return one past the last key that queries i see."""
+    end = S
+    if CAUSAL:
+        end = tl.minimum(S, tl.maximum(tl.max(i) + 1 + S - L, 0))
+    return end
+
+
+@triton.jit
+def own_row(i, length):
+    """Return the rows of tokens i; those of empty slots are a row of this tile, which exists."""
+    return tl.where(i < length, i, tl.min(i))
+
+
+@triton.jit
+def query_strips(
+    units, units_so, o_first, part, BM: tl.constexpr, BN: tl.constexpr, SIDE: tl.constexpr,
+    COLUMNS: tl.constexpr, like,
+):  # fmt: skip
+    """Return one-hot matrices and column parts of queries and a part of the keys."""
+    hot, across = 0, 0
+    if SIDE > 0:
+        unit = o_first // 16
+        hot = unit_onehot(units, unit, BM // 16, part, units_so, SIDE, like)
+        if COLUMNS > 0:
+            across = column_parts(units, unit, part, BN, BM // 16, units_so)
+    return hot, across
+
+
+@triton.jit
+def key_strips(
+    runs, runs_so, o_first, start, BM: tl.constexpr, BN: tl.constexpr, SIDE: tl.constexpr,
+    COLUMNS: tl.constexpr, like,
+):  # fmt: skip
+    """Return row parts and one-hot matrices of queries and of keys from a slot on."""
+    down, hot = 0, 0
+    if SIDE > 0:
+        down = row_parts(runs, o_first, start, BM, BN // 16, runs_so)
+        if COLUMNS > 0:
+            hot = run_onehot(runs, o_first, start, BN // 16, runs_so, SIDE, like)
+    return down, hot
+
+
+@triton.jit
+def map_ids(ids, m, i, j, ids_sm, ids_so):
+    """Return bucket ids ``[BM, BN]`` of map m; maps are padded to whole tiles."""
+    return tl.load(ids + m * ids_sm + i[:, None] * ids_so + j[None, :]).to(tl.int32)
+
+
+@triton.jit
+def add_rows(
+    tile, numbers, at, USED: tl.constexpr, ids, i, j, ids_sm, ids_so, down, hot,
+    MAPS: tl.constexpr, N: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
+    """Return tile plus ``numbers[at[i] + bucket]``, summed over maps, from rows of queries."""
+    if SIDE > 0:
+        tile = strip_gather(tile, numbers, at, down, hot, SIDE)
+    else:
+        for m in tl.static_range(MAPS):
+            if (USED >> m) & 1:
+                index = map_ids(ids, m, i, j, ids_sm, ids_so)
+                tile += tl.load(numbers + (at[:, None] + (m * N) + index)).to(tl.float32)
+    return tile
+
+
+@triton.jit
+def add_columns(
+    tile, numbers, at, USED: tl.constexpr, ids, i, j, ids_sm, ids_so, across, run_hot,
+    MAPS: tl.constexpr, N: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
+    """``add_rows`` from rows of keys, ``numbers[at[j] + bucket]``."""
+    if SIDE > 0:
+        tile = tl.trans(strip_gather(tl.trans(tile), numbers, at, across, run_hot, SIDE))
+    else:
+        for m in tl.static_range(MAPS):
+            if (USED >> m) & 1:
+                index = map_ids(ids, m, i, j, ids_sm, ids_so)
+                tile += tl.load(numbers + (at[None, :] + (m * N) + index)).to(tl.float32)
     return tile
 
 
 @triton.jit
 def scatter(
-    rows, tile, USED: tl.constexpr, ids, own, length, stream, ids_sm, ids_so,
-    MAPS: tl.constexpr, N: tl.constexpr, DETERMINISTIC: tl.constexpr,
+    sums, tile, AXIS: tl.constexpr, USED: tl.constexpr, ids, i, j, ids_sm, ids_so, parts, hot,
+    MAPS: tl.constexpr, N: tl.constexpr, SIDE: tl.constexpr, DETERMINISTIC: tl.constexpr,
 ):  # fmt: skip
-    """``rows[r, m * N + id[r, c]] += tile[r, c]``; rows are float32 and private to the program.
+    """Add a tile to a program's sums ``[BM, W]`` of queries (AXIS 0) or ``[BN, W]`` of keys (1).
 
-    The tile is zero for streamed tokens past the end; owned ones past it (length) are skipped.
+    With strips the tile is ``[BN, BM]`` for sums of keys.
     """
-    inside = own < length
-    for m in tl.static_range(MAPS):
-        if (USED >> m) & 1:
-            target = own * (MAPS * N) + m * N
-            index = load_ids(ids, m, own, stream, ids_sm, ids_so)
-            if DETERMINISTIC:
-                # One address per token and step, hence one order of additions.
-                for n in range(N):
-                    part = tl.sum(tl.where(index == n, tile, 0.0), 1)
-                    tl.atomic_add(rows + (target + n), part, mask=inside, sem="relaxed")
-            else:
-                target = target[:, None] + index
-                tl.atomic_add(rows + target, tile, mask=inside[:, None], sem="relaxed")
-
-
-@triton.jit
-def add_own(
-    tile, rows, at, USED: tl.constexpr, ids, own, stream, ids_sm, ids_so,
-    MAPS: tl.constexpr, N: tl.constexpr, onehot, runs, SIDE: tl.constexpr,
-):  # fmt: skip
-    """``add_gathered`` from rows of the owned tokens, ``at [R]``; with strips by a product."""
-    if SIDE == 0:
-        tile = add_gathered(
-            tile, rows, at[:, None], USED, ids, own, stream, ids_sm, ids_so, MAPS, N
-        )
-    elif USED > 0:
-        tile = strip_gather(tile, rows, at, onehot, runs, SIDE)
-    return tile
-
-
-@triton.jit
-def scatter_own(
-    rows, tile, USED: tl.constexpr, ids, own, token, length, stream, ids_sm, ids_so,
-    MAPS: tl.constexpr, N: tl.constexpr, DETERMINISTIC: tl.constexpr,
-    onehot, runs, SIDE: tl.constexpr,
-):  # fmt: skip
-    """``scatter`` into rows of the owned tokens; with strips by a product."""
-    if SIDE == 0:
-        scatter(rows, tile, USED, ids, own, length, stream, ids_sm, ids_so, MAPS, N, DETERMINISTIC)
-    elif USED > 0:
-        strip_scatter(rows, tile, token, length, onehot, runs, N, SIDE, DETERMINISTIC)
+    own = tl.arange(0, tile.shape[0] if SIDE > 0 else tile.shape[AXIS]) * (MAPS * N)
+    if SIDE > 0:
+        strip_scatter(sums, tile, own, parts, hot, SIDE, DETERMINISTIC)
+    else:
+        for m in tl.static_range(MAPS):
+            if (USED >> m) & 1:
+                index = map_ids(ids, m, i, j, ids_sm, ids_so)
+                if DETERMINISTIC:
+                    # One address per token and step, of one thread: one order of additions.
+                    for n in range(N):
+                        place = sums + (own + (m * N + n))
+                        part = tl.sum(tl.where(index == n, tile, 0.0), 1 - AXIS)
+                        tl.store(place, tl.load(place) + part)
+                else:
+                    target = tl.expand_dims(own, 1 - AXIS) + (m * N) + index
+                    tl.atomic_add(sums + target, tile, sem="relaxed")
 
 
 @triton.jit
 def pair_logits(
-    owned, streamed, own_rows, own_at, OWN: tl.constexpr,
-    stream_rows, stream_at, STREAM: tl.constexpr,
-    ids, own, stream, ids_sm, ids_so,
-    MAPS: tl.constexpr, N: tl.constexpr, onehot, runs,
-    SIDE: tl.constexpr, TURNED: tl.constexpr,
+    queries, keys, i, j, rows, rows_at, ROWS: tl.constexpr, columns, columns_at,
+    COLUMNS: tl.constexpr, ids, ids_sm, ids_so, down, hot, across, run_hot,
+    mask, mask_sl, mask_ss, L, S, MAPS: tl.constexpr, N: tl.constexpr, SIDE: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Return logits ``[R, C]`` without masks.
+    """Return logits ``[BM, BN]``, -inf where a pair is hidden.
 
     The gathered numbers enter the product as its accumulator: that keeps them in the layout of
     the matrix unit, where an addition afterwards would make the compiler compute the softmax twice.
-    Those of queries come first, whether owned or streamed (TURNED): with another order of
-    additions a large logit would round to another number than the one that made the sums.
+    All kernels add in one order: a large logit rounds to the number that made the sums.
     """
-    start = tl.zeros([owned.shape[0], streamed.shape[0]], tl.float32)
-    if not TURNED:
-        start = add_own(
-            start, own_rows, own_at, OWN, ids, own, stream, ids_sm, ids_so, MAPS, N,
-            onehot, runs, SIDE,
+    start = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
+    if COLUMNS > 0:  # first, since strips turn the tile
+        start = add_columns(
+            start, columns, columns_at, COLUMNS, ids, i, j, ids_sm, ids_so, across, run_hot,
+            MAPS, N, SIDE,
         )  # fmt: skip
-    start = add_gathered(
-        start, stream_rows, stream_at[None, :], STREAM, ids, own, stream, ids_sm, ids_so, MAPS, N
-    )
-    if TURNED:
-        start = add_own(
-            start, own_rows, own_at, OWN, ids, own, stream, ids_sm, ids_so, MAPS, N,
-            onehot, runs, SIDE,
-        )  # fmt: skip
-    return tl.dot(owned, tl.trans(streamed), start, input_precision="ieee")
-
-
-@triton.jit
-def masked(logits, i, j, mask, mask_sl, mask_ss, L, S, MASK: tl.constexpr, CAUSAL: tl.constexpr):
-    """Return logits, -inf where a pair is hidden; queries i and keys j broadcast to the tile."""
-    seen = j < S
+    if ROWS > 0:
+        start = add_rows(
+            start, rows, rows_at, ROWS, ids, i, j, ids_sm, ids_so, down, hot, MAPS, N, SIDE
+        )
+    logits = tl.dot(queries, tl.trans(keys), start, input_precision="ieee")
+    seen = j[None, :] < S
     if CAUSAL:
-        seen = seen & (j <= i + (S - L))
+        seen = seen & (j[None, :] <= i[:, None] + (S - L))
     logits = tl.where(seen, logits, float("-inf"))
-    inside = (i < L) & (j < S)
-    if MASK == "bool":
-        open = tl.load(mask + i * mask_sl + j * mask_ss, mask=inside, other=0)
-        logits = tl.where(open != 0, logits, float("-inf"))
-    if MASK == "float":
-        added = tl.load(mask + i * mask_sl + j * mask_ss, mask=inside, other=0.0).to(tl.float32)
-        logits += tl.where(added == float("-inf"), added, tl.maximum(added, MASK_FLOOR))
+    if MASK != "none":
+        place = mask + i[:, None] * mask_sl + j[None, :] * mask_ss
+        inside = (i < L)[:, None] & (j < S)[None, :]
+        if MASK == "bool":
+            open = tl.load(place, mask=inside, other=0)
+            logits = tl.where(open != 0, logits, float("-inf"))
+        else:
+            added = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+            logits += tl.where(added == float("-inf"), added, tl.maximum(added, MASK_FLOOR))
     return logits
 
 
@@ -174,6 +261,14 @@ def exponential(logits, shift, log_total, PRECISE: tl.constexpr):
 
 
 @triton.jit
+def load_stats(stats, i, B, H, L):
+    """Return the largest logits of queries i, and logarithms of their sums (inf past the end)."""
+    shift = tl.load(stats + i, mask=i < L, other=0.0)
+    return shift, tl.load(stats + H.to(tl.int64) * B * L + i, mask=i < L, other=float("inf"))
+
+
+@triton.jit
 def drop(tile, seed, bh, i, j, S, p, factor):
     """Drop pairs, with the same random number for a pair in every pass; factor is 1 / (1 - p)."""
-    return tl.where(tl.rand(tl.load(seed) + bh, i * S + j) >= p, tile * factor, 0.0)
+    keep = tl.rand(tl.load(seed) + bh, i[:, None] * S + j[None, :]) >= p
+    return tl.where(keep, tile * factor, 0.0)

@@ -1,6 +1,7 @@
 """Blocks, warps and stages of each kernel: the ones that compile without spilling registers.
 
 ``python benchmarks/variants.py`` compiles them all and prints registers, spills and instructions.
+The tables below are predictions from these numbers: no time was measured.
 """
 
 from typing import Any, NamedTuple
@@ -9,12 +10,69 @@ import torch
 
 
 class Variant(NamedTuple):
-    """BM queries and BN keys in a tile; warps of a program; stages of its pipeline of loads."""
+    """BM queries and BN keys in a tile; warps of a program; stages of its pipeline of loads.
+
+    PIECE: numbers of a row in one product with a table. HOIST: see kernels.py.
+    """
 
     BM: int
     BN: int
     num_warps: int = 4
     num_stages: int = 2
+    PIECE: int = 32
+    HOIST: bool = True
+
+
+LARGE = Variant(64, 64, 4, 2, 64)
+LONG = Variant(64, 64, 4, 1, 64)  # without a pipeline
+BARE = Variant(64, 64, 4, 1, 64, HOIST=False)
+PIPED = Variant(64, 32)
+LOOSE = Variant(64, 32, HOIST=False)
+HALF = Variant(64, 32, 4, 1)
+TALL = Variant(32, 64, 4, 1)
+SMALL = Variant(32, 32, 4, 1, 16)
+NARROW = Variant(16, 32, 4, 1, 16)
+MEDIUM = Variant(32, 32, 4, 1)
+SPREAD = Variant(32, 32, 8, 1, 16)
+
+# By kernel, for what it reads: rows of queries; rows of keys too, or biases on sm_80; value terms;
+# several maps, or value terms with 16 numbers a run.
+Tiles = dict[str, tuple[Variant, Variant, Variant, Variant]]
+HOPPER: Tiles = {  # sm_90, sm_100
+    "forward": (LARGE, LARGE, LARGE, LARGE),
+    "row_pass": (PIPED, PIPED, HALF, HALF),
+    "column_pass": (LONG, BARE, HALF, HALF),
+}
+HOPPER_WIDE: Tiles = {  # head dims above 64
+    "forward": (LARGE, LARGE, LARGE, LOOSE),
+    "row_pass": (PIPED, PIPED, SPREAD, SPREAD),
+    "column_pass": (TALL, SPREAD, SPREAD, SPREAD),
+}
+AMPERE: Tiles = {  # sm_80, sm_86
+    "forward": (LARGE, LARGE, PIPED, HALF),
+    "row_pass": (PIPED, HALF, SMALL, NARROW),
+    "column_pass": (BARE, HALF, HALF, SMALL),
+}
+AMPERE_THIN: Tiles = {  # head dims up to 32
+    "forward": (LARGE, LARGE, LARGE, HALF),
+    "row_pass": (PIPED, HALF, HALF, SMALL),
+    "column_pass": (LONG, HALF, HALF, SMALL),
+}
+AMPERE_WIDE: Tiles = {
+    "forward": (LARGE, PIPED, LOOSE, LOOSE),
+    "row_pass": (SMALL, SPREAD, SPREAD, SPREAD),
+    "column_pass": (TALL, SPREAD, SPREAD, SPREAD),
+}
+CONSUMER: Tiles = {  # sm_120
+    "forward": (PIPED, PIPED, PIPED, HALF),
+    "row_pass": (HALF, HALF, MEDIUM, NARROW),
+    "column_pass": (PIPED, HALF, HALF, SMALL),
+}
+CONSUMER_WIDE: Tiles = {
+    "forward": (PIPED, LOOSE, LOOSE, LOOSE),
+    "row_pass": (SPREAD, SPREAD, SPREAD, SPREAD),
+    "column_pass": (HALF, SPREAD, SPREAD, SPREAD),
+}
 
 
 def variant(
@@ -29,58 +87,19 @@ def variant(
         options: the kernel's constants.
         capability: 10 * major + minor of the GPU.
     """
-    # sm_120 multiplies matrices as sm_80 does, from as little shared memory as sm_86 has.
-    ampere, wide = not 90 <= capability < 120, widest > 64
-    several = options["MAPS"] > 1
     if dtype == torch.float32:
-        return Variant(16, 32, num_stages=1)
-    if options["SIDE"]:
-        found = _on_strips(kernel, widest, options, ampere)
-        if found is not None:
-            return found
-    if kernel == "forward":
-        return Variant(64, 32) if wide or (ampere and widest <= 32) else Variant(64, 64)
-    if kernel == "mass":
-        return Variant(64, 32 if several or wide else 64)
-    if wide and ampere and several:
-        return Variant(16, 32, num_stages=1) if kernel == "row_pass" else Variant(32, 16)
-    if kernel == "row_pass":
-        if wide or (ampere and several):
-            return Variant(32, 32, num_stages=2 if options["MASS"] and not several else 1)
-        return Variant(64, 32, num_stages=1 if several and widest == 64 else 2)
-    heavy = options["MASS"] or (widest > 32 and (options["ROWS"] or options["COLUMNS"]))
-    if ampere and options["MASS"] and widest <= 32:
-        return Variant(32, 16) if several else Variant(32, 32, num_warps=8, num_stages=1)
-    if wide or (ampere and heavy):
-        return Variant(32, 32, num_stages=1)
-    return Variant(32, 64, num_stages=2 if ampere and widest <= 32 else 1)
-
-
-def _on_strips(kernel: str, widest: int, options: dict[str, Any], ampere: bool) -> Variant | None:
-    """Return a variant for strips, whose products need more registers; None: as without strips."""
-    both = options["COLUMNS"]
-    if widest > 64:
-        if kernel == "row_pass":
-            return Variant(32, 32, num_warps=8, num_stages=1)
-        if kernel == "forward" and both:
-            return Variant(64, 32, num_warps=8)
-    elif widest > 32:
-        if not ampere:
-            heavy = kernel == "column_pass" and both and options["MASS"]
-            return Variant(32, 32, num_stages=1) if heavy else None
-        if kernel == "forward" and both:
-            return Variant(64, 32)
-        if kernel == "column_pass" or (kernel == "row_pass" and both):
-            return Variant(32, 32, num_stages=1)
-    elif kernel == "forward" and both:
-        return Variant(64, 32, num_stages=1 if ampere and widest == 32 else 2)
-    elif ampere:
-        if kernel == "mass":
-            return Variant(64, 32)
-        if kernel == "row_pass" and options["SIDE"] > 8:
-            return Variant(64, 32, num_stages=1)
-        if kernel == "column_pass":
-            if widest == 32:
-                return Variant(32, 32, num_stages=1)
-            return Variant(32, 32) if options["MASS"] else Variant(32, 64, num_stages=1)
-    return None
+        return NARROW
+    if kernel == "project":
+        return LARGE
+    load = 2 if options["MASS"] else int(options["COLUMNS"] > 0)
+    if options["MAPS"] > 1 or (load == 2 and options["SIDE"] == 16):
+        load = 3
+    wide = widest > 64
+    if capability >= 120:  # it multiplies as sm_80 does, from as little shared memory as sm_86 has
+        return (CONSUMER_WIDE if wide else CONSUMER)[kernel][load]
+    if capability >= 90:
+        return (HOPPER_WIDE if wide else HOPPER)[kernel][load]
+    if options["SHARED"] and options["ROWS"]:
+        load = max(load, 1)
+    tiles = AMPERE_WIDE if wide else AMPERE if widest > 32 else AMPERE_THIN
+    return tiles[kernel][load]
