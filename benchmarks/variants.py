@@ -203,12 +203,12 @@ def main() -> None:
         "--arch", type=int, nargs="*", default=[80, 90, 120], help="80 86 90 100 120"
     )
     parser.add_argument("--sample", action="store_true", help="each kernel once or twice")
-    parser.add_argument("--mode", choices=MODES, help="only this mode")
+    parser.add_argument("--mode", choices=MODES, nargs="*", help="only these modes")
     parser.add_argument("--name", help="of a file in results/, to store the results in")
     arguments = parser.parse_args()
     work = []
     for mode, dtype, dim in cases(arguments.sample):
-        if arguments.mode not in (None, mode):
+        if arguments.mode and mode not in arguments.mode:
             continue
         for arch in arguments.arch:
             found = launches(mode, dtype, dim, arch)

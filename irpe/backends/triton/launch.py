@@ -126,7 +126,7 @@ class Launcher:
         self.of_tables = {} if tables is None else {
             "prepare": tables.sources.shape[2], "reduce": tables.targets.shape[1],
             "plain": tables.plain, "SOURCES": tables.sources.shape[0],
-            "BR": 4096 // self.options["STEP"], "BB": 4, "BP": 2048 // self.options["STEP"],
+            "BR": 2048 // self.options["STEP"], "BB": 4, "BP": 2048 // self.options["STEP"],
         }  # fmt: skip
         # What kernels read besides; ids that were given are others in every call.
         self.held = {

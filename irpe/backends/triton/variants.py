@@ -24,27 +24,28 @@ class Variant(NamedTuple):
 
 
 LARGE = Variant(64, 64, 4, 2, 64)
+BROAD = Variant(64, 64)
 LONG = Variant(64, 64, 4, 1, 64)  # without a pipeline
 BARE = Variant(64, 64, 4, 1, 64, HOIST=False)
 PIPED = Variant(64, 32)
 LOOSE = Variant(64, 32, HOIST=False)
 HALF = Variant(64, 32, 4, 1)
+OPEN = Variant(64, 32, 4, 1, HOIST=False)
 TALL = Variant(32, 64, 4, 1)
 SMALL = Variant(32, 32, 4, 1, 16)
 NARROW = Variant(16, 32, 4, 1, 16)
-MEDIUM = Variant(32, 32, 4, 1)
 SPREAD = Variant(32, 32, 8, 1, 16)
 
 # By kernel, for what it reads: rows of queries; rows of keys too, or biases on sm_80; value terms;
-# several maps, or value terms with 16 numbers a run.
+# several maps, or value terms from maps or with 16 numbers a run.
 Tiles = dict[str, tuple[Variant, Variant, Variant, Variant]]
 HOPPER: Tiles = {  # sm_90, sm_100
     "forward": (LARGE, LARGE, LARGE, LARGE),
     "row_pass": (PIPED, PIPED, HALF, HALF),
-    "column_pass": (LONG, BARE, HALF, HALF),
+    "column_pass": (LONG, HALF, HALF, HALF),
 }
 HOPPER_WIDE: Tiles = {  # head dims above 64
-    "forward": (LARGE, LARGE, LARGE, LOOSE),
+    "forward": (BROAD, BROAD, BROAD, LOOSE),
     "row_pass": (PIPED, PIPED, SPREAD, SPREAD),
     "column_pass": (TALL, SPREAD, SPREAD, SPREAD),
 }
@@ -64,9 +65,9 @@ AMPERE_WIDE: Tiles = {
     "column_pass": (TALL, SPREAD, SPREAD, SPREAD),
 }
 CONSUMER: Tiles = {  # sm_120
-    "forward": (PIPED, PIPED, PIPED, HALF),
-    "row_pass": (HALF, HALF, MEDIUM, NARROW),
-    "column_pass": (PIPED, HALF, HALF, SMALL),
+    "forward": (PIPED, PIPED, HALF, HALF),
+    "row_pass": (HALF, HALF, SMALL, NARROW),
+    "column_pass": (PIPED, HALF, OPEN, SMALL),
 }
 CONSUMER_WIDE: Tiles = {
     "forward": (PIPED, LOOSE, LOOSE, LOOSE),
@@ -92,9 +93,11 @@ def variant(
     if kernel == "project":
         return LARGE
     load = 2 if options["MASS"] else int(options["COLUMNS"] > 0)
-    if options["MAPS"] > 1 or (load == 2 and options["SIDE"] == 16):
+    if options["MAPS"] > 1 or (load == 2 and options["SIDE"] != 8):
         load = 3
     wide = widest > 64
+    if capability >= 120 and options["SIDE"] == 16:
+        load = max(load, 2)
     if capability >= 120:  # it multiplies as sm_80 does, from as little shared memory as sm_86 has
         return (CONSUMER_WIDE if wide else CONSUMER)[kernel][load]
     if capability >= 90:
