@@ -7,8 +7,8 @@ def assert_as_good(found, plain, truth, what="", size=0.0):
     """``found`` is at most twice as far from ``truth`` (float64) as ``plain`` is.
 
     That is of the root of the mean square; of the largest error, which one number decides, at most
-    three times. A band of one rounding of the largest true value, or of a float32 number of the ``size`` of
-    what was subtracted on the way, is allowed for, where ``plain`` is lucky.
+    three times. A band of one rounding of the largest true value, or of a float32 number of the
+    ``size`` of what was subtracted on the way, is allowed for, where ``plain`` is lucky.
     """
     assert torch.isfinite(found).all(), what
     band = torch.finfo(found.dtype).eps * truth.abs().max()
