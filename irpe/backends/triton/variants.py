@@ -96,7 +96,7 @@ def variant(
     if options["MAPS"] > 1 or (load == 2 and options["SIDE"] != 8):
         load = 3
     wide = widest > 64
-    if capability >= 120 and options["SIDE"] == 16:
+    if capability >= 120 and options["SIDE"] == 16 and kernel == "row_pass":
         load = max(load, 2)
     if capability >= 120:  # it multiplies as sm_80 does, from as little shared memory as sm_86 has
         return (CONSUMER_WIDE if wide else CONSUMER)[kernel][load]
