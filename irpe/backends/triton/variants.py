@@ -24,55 +24,56 @@ class Variant(NamedTuple):
 
 
 LARGE = Variant(64, 64, 4, 2, 64)
-BROAD = Variant(64, 64)
+STILL = Variant(64, 64, 4, 1)
 LONG = Variant(64, 64, 4, 1, 64)  # without a pipeline
-BARE = Variant(64, 64, 4, 1, 64, HOIST=False)
 PIPED = Variant(64, 32)
 LOOSE = Variant(64, 32, HOIST=False)
 HALF = Variant(64, 32, 4, 1)
 OPEN = Variant(64, 32, 4, 1, HOIST=False)
+FINE = Variant(64, 32, 4, 1, 16)
 TALL = Variant(32, 64, 4, 1)
 SMALL = Variant(32, 32, 4, 1, 16)
 NARROW = Variant(16, 32, 4, 1, 16)
 SPREAD = Variant(32, 32, 8, 1, 16)
 
 # By kernel, for what it reads: rows of queries; rows of keys too, or biases on sm_80; value terms;
-# several maps, or value terms from maps or with 16 numbers a run.
-Tiles = dict[str, tuple[Variant, Variant, Variant, Variant]]
+# value terms with 16 numbers a run; several maps, or value terms from maps.
+Tiles = dict[str, tuple[Variant, Variant, Variant, Variant, Variant]]
 HOPPER: Tiles = {  # sm_90, sm_100
-    "forward": (LARGE, LARGE, LARGE, LARGE),
-    "row_pass": (PIPED, PIPED, HALF, HALF),
-    "column_pass": (LONG, HALF, HALF, HALF),
+    "forward": (LARGE, LARGE, LARGE, LARGE, LARGE),
+    "row_pass": (HALF, HALF, HALF, SMALL, SMALL),
+    "column_pass": (LONG, HALF, HALF, FINE, OPEN),
 }
 HOPPER_WIDE: Tiles = {  # head dims above 64
-    "forward": (BROAD, BROAD, BROAD, LOOSE),
-    "row_pass": (PIPED, PIPED, SPREAD, SPREAD),
-    "column_pass": (TALL, SPREAD, SPREAD, SPREAD),
+    "forward": (STILL, STILL, SMALL, SMALL, SMALL),
+    "row_pass": (SPREAD, SPREAD, SPREAD, SPREAD, SPREAD),
+    "column_pass": (TALL, SPREAD, SPREAD, SPREAD, SPREAD),
 }
 AMPERE: Tiles = {  # sm_80, sm_86
-    "forward": (LARGE, LARGE, PIPED, HALF),
-    "row_pass": (PIPED, HALF, SMALL, NARROW),
-    "column_pass": (BARE, HALF, HALF, SMALL),
+    "forward": (LARGE, PIPED, PIPED, FINE, FINE),
+    "row_pass": (HALF, HALF, SMALL, NARROW, NARROW),
+    "column_pass": (HALF, HALF, HALF, SMALL, SMALL),
 }
 AMPERE_THIN: Tiles = {  # head dims up to 32
-    "forward": (LARGE, LARGE, LARGE, HALF),
-    "row_pass": (PIPED, HALF, HALF, SMALL),
-    "column_pass": (LONG, HALF, HALF, SMALL),
+    "forward": (LARGE, LARGE, LARGE, HALF, HALF),
+    "row_pass": (PIPED, HALF, HALF, SMALL, SMALL),
+    "column_pass": (LONG, HALF, HALF, SMALL, SMALL),
 }
 AMPERE_WIDE: Tiles = {
-    "forward": (LARGE, PIPED, LOOSE, LOOSE),
-    "row_pass": (SMALL, SPREAD, SPREAD, SPREAD),
-    "column_pass": (TALL, SPREAD, SPREAD, SPREAD),
+    "forward": (STILL, PIPED, OPEN, OPEN, SMALL),
+    "row_pass": (SMALL, SPREAD, SPREAD, SPREAD, SPREAD),
+    "column_pass": (TALL, SPREAD, SPREAD, SPREAD, SPREAD),
 }
 CONSUMER: Tiles = {  # sm_120
-    "forward": (PIPED, PIPED, HALF, HALF),
-    "row_pass": (HALF, HALF, SMALL, NARROW),
-    "column_pass": (PIPED, HALF, OPEN, SMALL),
+    "forward": (PIPED, PIPED, FINE, FINE, HALF),
+    "row_pass": (HALF, HALF, SMALL, NARROW, NARROW),
+    "column_pass": (PIPED, FINE, OPEN, SMALL, SMALL),
 }
+CONSUMER_THIN: Tiles = CONSUMER | {"column_pass": (HALF, *CONSUMER["column_pass"][1:])}
 CONSUMER_WIDE: Tiles = {
-    "forward": (PIPED, LOOSE, LOOSE, LOOSE),
-    "row_pass": (SPREAD, SPREAD, SPREAD, SPREAD),
-    "column_pass": (HALF, SPREAD, SPREAD, SPREAD),
+    "forward": (PIPED, LOOSE, LOOSE, LOOSE, LOOSE),
+    "row_pass": (SPREAD, SPREAD, SPREAD, SPREAD, SPREAD),
+    "column_pass": (OPEN, SPREAD, SPREAD, SPREAD, SPREAD),
 }
 
 
@@ -93,16 +94,21 @@ def variant(
     if kernel == "project":
         return LARGE
     load = 2 if options["MASS"] else int(options["COLUMNS"] > 0)
-    if options["MAPS"] > 1 or (load == 2 and options["SIDE"] != 8):
+    if load == 2 and options["SIDE"] == 16:
         load = 3
+    if options["MAPS"] > 1 or (load == 2 and options["SIDE"] == 0):
+        load = 4
     wide = widest > 64
     if capability >= 120 and options["SIDE"] == 16 and kernel == "row_pass":
-        load = max(load, 2)
+        load = max(load, 3)
     if capability >= 120:  # it multiplies as sm_80 does, from as little shared memory as sm_86 has
-        return (CONSUMER_WIDE if wide else CONSUMER)[kernel][load]
+        tiles = CONSUMER_WIDE if wide else CONSUMER if widest > 32 else CONSUMER_THIN
+        return tiles[kernel][load]
     if capability >= 90:
         return (HOPPER_WIDE if wide else HOPPER)[kernel][load]
     if options["SHARED"] and options["ROWS"]:
         load = max(load, 1)
+    if options["SIDE"] == 16 and kernel == "row_pass":
+        load = max(load, 2)
     tiles = AMPERE_WIDE if wide else AMPERE if widest > 32 else AMPERE_THIN
     return tiles[kernel][load]
