@@ -32,6 +32,7 @@ HALF = Variant(64, 32, 4, 1)
 OPEN = Variant(64, 32, 4, 1, HOIST=False)
 FINE = Variant(64, 32, 4, 1, 16)
 TALL = Variant(32, 64, 4, 1)
+EVEN = Variant(32, 32, 4, 1)
 SMALL = Variant(32, 32, 4, 1, 16)
 NARROW = Variant(16, 32, 4, 1, 16)
 SPREAD = Variant(32, 32, 8, 1, 16)
@@ -41,9 +42,10 @@ SPREAD = Variant(32, 32, 8, 1, 16)
 Tiles = dict[str, tuple[Variant, Variant, Variant, Variant, Variant]]
 HOPPER: Tiles = {  # sm_90, sm_100
     "forward": (LARGE, LARGE, LARGE, LARGE, LARGE),
-    "row_pass": (HALF, HALF, HALF, SMALL, SMALL),
-    "column_pass": (LONG, HALF, HALF, FINE, OPEN),
+    "row_pass": (HALF, HALF, HALF, HALF, EVEN),
+    "column_pass": (LONG, HALF, HALF, FINE, HALF),
 }
+HOPPER_THIN: Tiles = HOPPER | {"column_pass": (LONG, HALF, HALF, FINE, TALL)}  # up to 32
 HOPPER_WIDE: Tiles = {  # head dims above 64
     "forward": (STILL, STILL, SMALL, SMALL, SMALL),
     "row_pass": (SPREAD, SPREAD, SPREAD, SPREAD, SPREAD),
@@ -105,7 +107,8 @@ def variant(
         tiles = CONSUMER_WIDE if wide else CONSUMER if widest > 32 else CONSUMER_THIN
         return tiles[kernel][load]
     if capability >= 90:
-        return (HOPPER_WIDE if wide else HOPPER)[kernel][load]
+        tiles = HOPPER_WIDE if wide else HOPPER if widest > 32 else HOPPER_THIN
+        return tiles[kernel][load]
     if options["SHARED"] and options["ROWS"]:
         load = max(load, 1)
     if options["SIDE"] == 16 and kernel == "row_pass":
