@@ -6,15 +6,17 @@ held-out scenes test images. A scene depends only on (seed, split, number).
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import numpy as np
-from fashion import NAMES
 from PIL import Image
 
-from training.data.fashion import Fashion
-from training.data.painting import background
+from training.data.fashion import NAMES, Fashion
+from training.data.painting import background, overlap
 from training.seeding import derive
 
 SIZE = 64
@@ -60,19 +62,19 @@ def _write(folder: Path, source: Fashion, seed: int, count: int) -> dict[str, An
 
 def paint(
     source: Fashion, rng: np.random.Generator
-) -> tuple[Image.Image, list[tuple[int, list[int]]]]:
+) -> tuple[Image.Image, list[tuple[int, tuple[int, int, int, int]]]]:
     """Paint one scene; return it and its items: class and box (x, y, width, height)."""
     chosen = rng.integers(len(source), size=int(rng.integers(ITEMS[0], ITEMS[1] + 1)) + 2).tolist()
     drawn = [source.read(index) for index in chosen]
     canvas = background(rng, SIZE, CLUTTER, [image for image, _ in drawn[-2:]])
-    items: list[tuple[int, list[int]]] = []
+    items: list[tuple[int, tuple[int, int, int, int]]] = []
     for image, kind in drawn[:-2]:
         for _ in range(TRIES):
             grey, alpha = cut(image, int(rng.integers(SIDES[0], SIDES[1] + 1)))
             height, width = alpha.shape
             left, top = (int(rng.integers(SIZE - side + 1)) for side in (width, height))
-            box = [left, top, width, height]
-            if all(_shared(box, other) <= COVERED for _, other in items):
+            box = (left, top, width, height)
+            if all(overlap(box, other) <= COVERED for _, other in items):
                 tint = rng.uniform(0.7, 1.0, 3) * grey[..., None]
                 part = canvas[top : top + height, left : left + width]
                 part += alpha[..., None] * (tint - part)
@@ -98,11 +100,3 @@ def cut(image: Image.Image, side: int) -> tuple[np.ndarray, np.ndarray]:
         )
         for values in (grey, shown[part])
     )  # type: ignore[return-value]
-
-
-def _shared(box: list[int], other: list[int]) -> float:
-    """Return the overlap of two boxes over the area of the smaller one."""
-    ends = [
-        min(box[n] + box[n + 2], other[n] + other[n + 2]) - max(box[n], other[n]) for n in (0, 1)
-    ]
-    return max(0, ends[0]) * max(0, ends[1]) / min(box[2] * box[3], other[2] * other[3])

@@ -62,7 +62,7 @@ def place_digits(
                 continue
             left, top = int(rng.integers(columns + 1)), int(rng.integers(rows + 1))
             candidate = Placed(scan, digit, alpha, left, top)
-            if all(_overlap(candidate.box, other.box) <= _OVERLAP for other in placed):
+            if all(overlap(candidate.box, other.box) <= _OVERLAP for other in placed):
                 placed.append(candidate)
                 break
     return placed
@@ -149,7 +149,7 @@ def _over(
     return canvas
 
 
-def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> float:
+def overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> float:
     """Return the intersection of two boxes over the area of the smaller one."""
     width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
     height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
