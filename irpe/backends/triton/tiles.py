@@ -149,6 +149,19 @@ def map_ids(ids, m, i, j, ids_sm, ids_so):
 
 
 @triton.jit
+def map_gather(
+    tile, numbers, at, USED: tl.constexpr, ids, i, j, ids_sm, ids_so, MAPS: tl.constexpr,
+    N: tl.constexpr,
+):  # fmt: skip
+    """Return tile plus ``numbers[at + bucket]``, summed over maps; at broadcasts to the tile."""
+    for m in tl.static_range(MAPS):
+        if (USED >> m) & 1:
+            index = map_ids(ids, m, i, j, ids_sm, ids_so)
+            tile += tl.load(numbers + (at + (m * N) + index)).to(tl.float32)
+    return tile
+
+
+@triton.jit
 def add_rows(
     tile, numbers, at, USED: tl.constexpr, ids, i, j, ids_sm, ids_so, down, hot,
     MAPS: tl.constexpr, N: tl.constexpr, SIDE: tl.constexpr,
@@ -157,10 +170,7 @@ def add_rows(
     if SIDE > 0:
         tile = strip_gather(tile, numbers, at, down, hot, SIDE)
     else:
-        for m in tl.static_range(MAPS):
-            if (USED >> m) & 1:
-                index = map_ids(ids, m, i, j, ids_sm, ids_so)
-                tile += tl.load(numbers + (at[:, None] + (m * N) + index)).to(tl.float32)
+        tile = map_gather(tile, numbers, at[:, None], USED, ids, i, j, ids_sm, ids_so, MAPS, N)
     return tile
 
 
@@ -173,10 +183,7 @@ def add_columns(
     if SIDE > 0:
         tile = tl.trans(strip_gather(tl.trans(tile), numbers, at, across, run_hot, SIDE))
     else:
-        for m in tl.static_range(MAPS):
-            if (USED >> m) & 1:
-                index = map_ids(ids, m, i, j, ids_sm, ids_so)
-                tile += tl.load(numbers + (at[None, :] + (m * N) + index)).to(tl.float32)
+        tile = map_gather(tile, numbers, at[None, :], USED, ids, i, j, ids_sm, ids_so, MAPS, N)
     return tile
 
 
