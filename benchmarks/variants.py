@@ -60,12 +60,17 @@ MODES = {
     "cross qkv map": "rpe-1.9-cross-ctx-1-qkv",
     "lookup": None,
 }
+# Words after a mode.
+OPTIONS = ("causal", "padding", "mask", "bias-mask", "dropout", "deterministic")
 
 
 def launches(mode: str, dtype: torch.dtype, dim: int, arch: int) -> list[tuple]:
     """(name, kernel, arguments) of all launches of a forward and backward pass."""
     if mode == "lookup":
         return lookup_launches(dtype, dim)
+    words = mode.split()
+    options = [word for word in words if word in OPTIONS]
+    mode = " ".join(word for word in words if word not in OPTIONS)
     grid = irpe.Grid(16, 16, prefix=0)
     if mode.endswith("map"):
         grid = grid.select(torch.arange(256))
@@ -74,6 +79,13 @@ def launches(mode: str, dtype: torch.dtype, dim: int, arch: int) -> list[tuple]:
     if MODES[mode] is not None:
         modules = irpe.build_rpe(MODES[mode], head_dim=dim, num_heads=2, prefix=0, dtype=dtype)
         terms = sum((m.terms(grid) for m in modules if m is not None), ())
+    mask = None
+    if "padding" in options:
+        mask = torch.ones(2, 1, 1, 256, dtype=torch.uint8).expand(2, 2, 256, 256)
+    elif "mask" in options:
+        mask = torch.ones(2, 1, 256, 256, dtype=torch.uint8).expand(2, 2, 256, 256)
+    elif "bias-mask" in options:
+        mask = torch.zeros(2, 2, 256, 256, dtype=dtype)
     noted = []
 
     def note(step: launch.Step, tensors: dict[str, torch.Tensor | None]) -> None:
@@ -84,11 +96,14 @@ def launches(mode: str, dtype: torch.dtype, dim: int, arch: int) -> list[tuple]:
     real = launch.launch, launch._capability
     launch.launch, launch._capability = note, lambda device: arch
     irpe.clear_cache()
+    torch.use_deterministic_algorithms("deterministic" in options)
+    p = 0.1 * ("dropout" in options)
     try:
-        call = Call(q, k, v, terms, None, False, 0.0, dim**-0.5, q.device)
+        call = Call(q, k, v, terms, mask, "causal" in options, p, dim**-0.5, q.device)
         attention(call).sum().backward()
     finally:
         launch.launch, launch._capability = real
+        torch.use_deterministic_algorithms(False)
     return noted
 
 
@@ -195,6 +210,11 @@ def cases(sample: bool) -> Iterator[tuple[str, torch.dtype, int]]:
     yield from itertools.product(("k", "qk", "qkv", "k map", "cross qkv map"), (fp16,), (128,))
     yield from itertools.product(("k map", "cross qkv map"), (fp32,), (64,))
     yield from itertools.product(("lookup",), (bf16, fp16, fp32), (15, 30, 50, 130))
+    given = (*OPTIONS, "padding dropout", "bias-mask dropout deterministic")
+    for mode, options in itertools.product(("bias", "k", "qk", "qkv"), given):
+        yield f"{mode} {options}", bf16, 64
+    for mode in ("k", "qk", "qkv"):  # DETR
+        yield f"{mode} padding dropout", bf16, 32
 
 
 def main() -> None:
@@ -211,8 +231,10 @@ def main() -> None:
         if arguments.mode and mode not in arguments.mode:
             continue
         for arch in arguments.arch:
-            found = launches(mode, dtype, dim, arch)
-            work += [(mode, dtype, dim, name, kernel, given, arch) for name, kernel, given in found]
+            for name, kernel, given in launches(mode, dtype, dim, arch):
+                # Kernels that see no pairs know no options.
+                if "BN" in given or not set(mode.split()) & set(OPTIONS):
+                    work.append((mode, dtype, dim, name, kernel, given, arch))
     rows = []
     with ThreadPoolExecutor(2) as pool:
         for row in pool.map(lambda w: report(*w), work):

@@ -154,14 +154,14 @@ def make_mask(kind, B, H, L, S):
         return None
     if kind == "padding":
         mask = torch.ones(B, 1, 1, S, dtype=torch.bool)
-        mask[1, ..., S // 2 :] = False
+        mask[-1, ..., S // 2 :] = False
         return mask
     if kind == "dead sample":
         mask = torch.ones(B, 1, 1, S, dtype=torch.bool)
         mask[0] = False
         return mask
     mask = torch.rand(L, S) > 0.4 if kind == "bool" else torch.rand(B, H, L, S) > 0.4
-    mask[..., torch.arange(L), torch.arange(L)] = True
+    mask[..., range(min(L, S)), range(min(L, S))] = True
     if "dead" in kind:
         mask[..., 2, :] = False
     if "additive" in kind:

@@ -113,6 +113,20 @@ def test_grids_of_detection_take_strips(sides, spec):
     assert not strips.applicable(terms, torch.float32, False)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("sides", [(25, 34), (34, 25), (32, 42), (42, 42)])
+@pytest.mark.parametrize("on", ["bias-1-k", "ctx-1-k", "ctx-1-qk", "ctx-1-qkv"])
+def test_detection(sides, on, launches):
+    """DETR's encoder: a quarter of the keys are padding."""
+    grid = irpe.Grid(*sides)
+    seen = torch.ones(sides, dtype=torch.bool)
+    seen[:, 3 * sides[1] // 4 :] = False
+    terms = made(f"rpe-2.0-product-{on}", D=32, H=1, prefix=0)(grid)
+    qkv = tensors(1, 1, grid.query_length, grid.query_length, 32)
+    compare(qkv, terms, torch.float16, mask=seen.view(1, 1, 1, -1))
+    assert launches == expected(terms)
+
+
 @pytest.mark.parametrize("number", [float("-inf"), float("nan")])
 def test_numbers_on_strips_that_are_not_finite(number, on_strips):
     grid = irpe.Grid(4, 5)

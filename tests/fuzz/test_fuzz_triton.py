@@ -21,7 +21,8 @@ pytest.importorskip("triton")
 def geometries(draw, whole):
     """A grid; of other calls also a part of one, a sequence, or positions of each sample."""
     prefix = draw(st.sampled_from([0, 1, 5, 17]))
-    most = 180 if COUNT else 48  # the interpreter is slow
+    # The interpreter is slow.
+    most = draw(st.sampled_from([*[16, 30, 48] * 4, 96, 180, 561])) if COUNT else 48
     sides = draw(st.tuples(st.integers(1, 33), st.integers(1, 17)))
     if sides[0] * sides[1] > most:
         sides = sides[0], max(1, most // sides[0])
@@ -46,10 +47,12 @@ def calls(draw, whole):
     mode = draw(st.sampled_from(["ctx", "ctx", "bias"]))
     on = draw(st.sampled_from(["q", "k", "qk"] + (["v", "qkv", "kv"] if mode == "ctx" else [])))
     ratio = draw(st.sampled_from([1.0, 1.9, 2.0, 3.0]))
-    H, G = draw(st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1)]))
+    B = draw(st.sampled_from([1, 1, 2]))
+    H, G = draw(st.sampled_from([(1, 1), (1, 1), (2, 2), (2, 1), (3, 1), (4, 2)]))
     D = draw(st.one_of(st.integers(1, 40), st.sampled_from([1, 64, 96, 128] if COUNT else [1, 64])))
     geometry = draw(geometries(whole))
     L, S = geometry.query_length, geometry.key_length
+    B = geometry.batch or B
     torch.manual_seed(draw(st.integers(0, 10**6)))
     prefix = max(geometry.prefix, geometry.key_prefix)
     method, shared = draw(st.sampled_from(methods)), draw(st.integers(0, 1))
@@ -59,12 +62,12 @@ def calls(draw, whole):
     for parameter in (p for m in modules if m for p in m.parameters()):
         torch.nn.init.normal_(parameter, std=draw(st.sampled_from([0.0, 0.3, 1.0])))
     terms = sum((m.to(DEVICE).terms(geometry) for m in modules if m), ())
-    qkv = [torch.randn(2, h, n, D) for h, n in ((H, L), (G, S), (G, S))]
+    qkv = [torch.randn(B, h, n, D) for h, n in ((H, L), (G, S), (G, S))]
     if draw(st.booleans()):  # tokens first, as a projection has them
         qkv = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv]
     mask = draw(st.sampled_from([None, None, "bool", "additive", "padding"]))
     options = {
-        "mask": None if mask is None else cases.make_mask(mask, 2, H, L, S),
+        "mask": None if mask is None else cases.make_mask(mask, B, H, L, S),
         "is_causal": not whole and draw(st.booleans()),
         "scale": draw(st.sampled_from([None, 0.3])),
     }

@@ -28,6 +28,7 @@ from .tiles import (
     exponential,
     fill_rows,
     key_strips,
+    key_token,
     last_key,
     load_rows,
     load_stats,
@@ -120,7 +121,8 @@ def forward(
             )
             first, end = span(part, parts, last_key(i, L, S, CAUSAL), part_slots, slots, SIDE)
             for start in tl.range(first, end, BN, disable_licm=not HOIST):
-                j = token(start + tl.arange(0, BN), others, SIDE)
+                j = start + tl.arange(0, BN)
+                j = key_token(j, others, own_mask, mask_ss, S, SIDE, MASK)
                 down, run_hot = key_strips(
                     runs, runs_so, o_first, start, BM, BN, SIDE, COLUMNS, queries
                 )
@@ -260,7 +262,8 @@ def row_pass(
             )
             first, end = span(part, parts, last_key(i, L, S, CAUSAL), part_slots, slots, SIDE)
             for start in tl.range(first, end, BN, disable_licm=not HOIST):
-                j = token(start + tl.arange(0, BN), others, SIDE)
+                j = start + tl.arange(0, BN)
+                j = key_token(j, others, own_mask, mask_ss, S, SIDE, MASK)
                 down, run_hot = key_strips(
                     runs, runs_so, o_first, start, BM, BN, SIDE, COLUMNS, queries
                 )
@@ -360,7 +363,8 @@ def column_pass(
     for t in range(begin, B * tiles, tl.num_programs(0) // G):
         b = (t // tiles).to(tl.int64)
         start = t % tiles * BN
-        j = token(start + tl.arange(0, BN), others, SIDE)
+        j = start + tl.arange(0, BN)
+        j = key_token(j, others, mask + b * mask_sb, mask_ss, S, SIDE, MASK)
         own_ids = ids + b * ids_sb
         keys = load_rows(k + b * k_sb + kv * k_sh, j, k_sl, S, D, D_BLOCK)
         values = load_rows(v + b * v_sb + kv * v_sh, j, v_sl, S, E, E_BLOCK)

@@ -119,7 +119,7 @@ class Launcher:
             "COLUMNS": plan.column_use, "MASS": plan.mass_use, "WANTED": wanted,
             "KEY": kinds.index("key") if "key" in kinds else 0,
             "VALUE": kinds.index("value") if "value" in kinds else 0,
-            "MASK": "none" if mask is None else "bool" if mask.dtype == torch.uint8 else "float",
+            "MASK": _kind(mask),
             "CAUSAL": plan.is_causal, "DROPOUT": p > 0.0, "PRECISE": q.dtype == torch.float32,
             "DETERMINISTIC": torch.are_deterministic_algorithms_enabled(),
         }  # fmt: skip
@@ -191,6 +191,15 @@ class Launcher:
         given = {key: x for key, x in given.items() if key in names}
         tensors = [*strided, *others, "mask", "seed", *self.held]
         return Step(name, kernel, programs * heads, given, tensors)
+
+
+def _kind(mask: Tensor | None) -> str:
+    """Return what the kernels distinguish masks by; "keys": the same for all queries and heads."""
+    if mask is None:
+        return "none"
+    if mask.dtype != torch.uint8:
+        return "float"
+    return "keys" if mask.stride(1) == mask.stride(2) == 0 else "bool"
 
 
 def launcher(

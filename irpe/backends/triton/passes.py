@@ -60,19 +60,20 @@ def backward(
     others = [*shared, "scratch", "scratch_mass", "shares", "bias_shares"]
     rows = launches.step("row_pass", queries, others)
     columns = launches.step("column_pass", keys, others)
-    # Sums by bucket of all programs: both passes have the same memory.
+    # Sums by bucket and shares of all programs; the column pass takes the memory of the row pass,
+    # so that it all stays in a cache.
     own, biased = "query" in plan.kinds, "bias" in plan.kinds
     of_rows = rows.numbers * wide * (own or (biased and want))
     of_mass = rows.numbers * wide * (plan.mass_use > 0 and want)
     of_columns = columns.numbers * wide * (plan.column_use > 0)
-    memory = q.new_empty(max(of_rows + of_mass, of_columns), dtype=torch.float32)
     share = wide * launches.options["STEP"] * want
-    numbers = (
-        rows.programs * share * (own + (plan.mass_use > 0)),
-        columns.programs // G * H * share * (plan.column_use > 0),
-        rows.programs * wide * (biased and want),
+    of_shares = columns.programs // G * H * share * (plan.column_use > 0)
+    memory = q.new_empty(max(of_rows + of_mass, of_columns + of_shares), dtype=torch.float32)
+    row_shares, bias_shares = (
+        q.new_empty(rows.programs * n, dtype=torch.float32)
+        for n in (share * (own + (plan.mass_use > 0)), wide * (biased and want))
     )
-    row_shares, column_shares, bias_shares = (q.new_empty(n, dtype=torch.float32) for n in numbers)
+    column_shares = memory[of_columns : of_columns + of_shares]
     shared |= {
         "scratch": memory[:of_rows], "scratch_mass": memory[of_rows : of_rows + of_mass],
         "shares": row_shares, "bias_shares": bias_shares,

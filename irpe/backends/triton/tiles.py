@@ -89,6 +89,15 @@ def token(slot, order, SIDE: tl.constexpr):
 
 
 @triton.jit
+def key_token(slot, others, mask, mask_ss, S, SIDE: tl.constexpr, MASK: tl.constexpr):
+    """``token`` for keys; those that no query of the head sees are past the end."""
+    j = token(slot, others, SIDE)
+    if MASK == "keys":
+        j = tl.where(tl.load(mask + j * mask_ss, mask=j < S, other=0) != 0, j, S)
+    return j
+
+
+@triton.jit
 def span(part, parts, end, part_slots, slots, SIDE: tl.constexpr):
     """Return the first slot of a part of the keys, and one past its last."""
     first = 0
@@ -145,6 +154,7 @@ def key_strips(
 @triton.jit
 def map_ids(ids, m, i, j, ids_sm, ids_so):
     """Return bucket ids ``[BM, BN]`` of map m; maps are padded to whole tiles."""
+    j = tl.minimum(j, ids_so - 1)  # hidden keys are at S
     return tl.load(ids + m * ids_sm + i[:, None] * ids_so + j[None, :]).to(tl.int32)
 
 
@@ -223,11 +233,20 @@ def pair_logits(
 ):  # fmt: skip
     """Return logits ``[BM, BN]``, -inf where a pair is hidden.
 
-    The gathered numbers enter the product as its accumulator: that keeps them in the layout of
-    the matrix unit, where an addition afterwards would make the compiler compute the softmax twice.
-    All kernels add in one order: a large logit rounds to the number that made the sums.
+    The mask and the gathered numbers enter the product as its accumulator: that keeps them in the
+    layout of the matrix unit, where an addition afterwards would make the compiler compute the
+    softmax two or three times. All kernels add in one order: a large logit rounds to the number
+    that made the sums.
     """
     start = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
+    if MASK == "bool" or MASK == "float":
+        inside = (i < L)[:, None] & (j < S)[None, :]
+        given = tl.load(mask + i[:, None] * mask_sl + j[None, :] * mask_ss, mask=inside, other=0)
+        if MASK == "bool":
+            start = tl.where(given != 0, 0.0, float("-inf"))
+        else:
+            start = given.to(tl.float32)
+            start = tl.where(start == float("-inf"), start, tl.maximum(start, MASK_FLOOR))
     if COLUMNS > 0:  # first, since strips turn the tile
         start = add_columns(
             start, columns, columns_at, COLUMNS, ids, i, j, ids_sm, ids_so, across, run_hot,
@@ -241,17 +260,7 @@ def pair_logits(
     seen = j[None, :] < S
     if CAUSAL:
         seen = seen & (j[None, :] <= i[:, None] + (S - L))
-    logits = tl.where(seen, logits, float("-inf"))
-    if MASK != "none":
-        place = mask + i[:, None] * mask_sl + j[None, :] * mask_ss
-        inside = (i < L)[:, None] & (j < S)[None, :]
-        if MASK == "bool":
-            open = tl.load(place, mask=inside, other=0)
-            logits = tl.where(open != 0, logits, float("-inf"))
-        else:
-            added = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-            logits += tl.where(added == float("-inf"), added, tl.maximum(added, MASK_FLOOR))
-    return logits
+    return tl.where(seen, logits, float("-inf"))
 
 
 @triton.jit
