@@ -131,7 +131,7 @@ def forward(
                     queries, keys, i, j, own_rows, at, ROWS,
                     own_columns, tl.minimum(j, S - 1) * W, COLUMNS, own_ids, ids_sm, ids_so,
                     down, hot, across, run_hot, own_mask, mask_sl, mask_ss, L, S,
-                    MAPS, N, SIDE, MASK, CAUSAL,
+                    MAPS, N, SIDE, MASK, CAUSAL, True,
                 )  # fmt: skip
                 higher = tl.maximum(best, tl.max(logits, 1))
                 # A change of the shift scales what is in scratch: only changes that matter.
@@ -183,12 +183,15 @@ def forward(
 
 @triton.jit
 def add_share(
-    share, sums, x, fresh, factor, R: tl.constexpr, W: tl.constexpr, PIECE: tl.constexpr,
+    share, sums, x, known, fresh, factor, R: tl.constexpr, W: tl.constexpr, PIECE: tl.constexpr,
     STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add ``sums^T [W, R] @ x [R, BLOCK]`` to a program's share of a table's gradient."""
+    """Add ``sums^T [W, R] @ x [R, BLOCK]`` of known rows to a program's share of a gradient."""
     for first in range(0, W, PIECE):
-        held = tl.load(block(sums, tl.arange(0, R), first, W, PIECE), cache_modifier=".cg")
+        held = tl.load(
+            block(sums, tl.arange(0, R), first, W, PIECE),
+            mask=known[:, None], other=0.0, cache_modifier=".cg",
+        )  # fmt: skip
         place = block(share, first + tl.arange(0, PIECE), 0, STEP, BLOCK)
         before = tl.load(place, mask=fresh == 0, other=0.0)
         made = tl.dot(tl.trans(held.to(x.dtype)), x, input_precision="ieee")
@@ -272,7 +275,7 @@ def row_pass(
                     queries, keys, i, j, own_rows, rows_at, ROWS,
                     own_columns, tl.minimum(j, S - 1) * W, COLUMNS, own_ids, ids_sm, ids_so,
                     down, hot, across, run_hot, own_mask, mask_sl, mask_ss, L, S,
-                    MAPS, N, SIDE, MASK, CAUSAL,
+                    MAPS, N, SIDE, MASK, CAUSAL, True,
                 )  # fmt: skip
                 p = exponential(logits, shift[:, None], log_total[:, None], PRECISE)
                 values = load_rows(own_v, j, v_sl, S, E, E_BLOCK)
@@ -316,7 +319,7 @@ def row_pass(
             if ROWS > 0 and not SHARED:
                 again = load_rows(q + b * q_sb + h * q_sh, i, q_sl, L, D, D_BLOCK)
                 add_share(
-                    shares + pid * W * STEP, scratch, again, fresh, scale,
+                    shares + pid * W * STEP, scratch, again, i < L, fresh, scale,
                     BM, W, PIECE, STEP, D_BLOCK,
                 )  # fmt: skip
             if MASS > 0:
@@ -324,7 +327,7 @@ def row_pass(
                 at_value = 0 if SHARED or ROWS == 0 else 1
                 add_share(
                     shares + (at_value * tl.num_programs(0) + pid) * W * STEP, scratch_mass, again,
-                    fresh, 1.0, BM, W, PIECE, STEP, E_BLOCK,
+                    i < L, fresh, 1.0, BM, W, PIECE, STEP, E_BLOCK,
                 )  # fmt: skip
             if BIAS:
                 for first in range(0, W, PIECE):
@@ -354,7 +357,10 @@ def column_pass(
     SIDE: tl.constexpr, PIECE: tl.constexpr, HOIST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Write grad_k, grad_v, and shares of key tables. A program has one head of k and v."""
+    """Write grad_k, grad_v, and shares of key tables. A program has one head of k and v.
+
+    Sums of keys that are hidden or past the end mean nothing, and are dropped at the end.
+    """
     pid = tl.program_id(0).to(tl.int64)
     G = H // GROUP
     kv = pid % G
@@ -403,7 +409,7 @@ def column_pass(
                     queries, keys, i, j, own_rows, i * 0 if SHARED else at, ROWS,
                     own_columns, columns_at, COLUMNS, own_ids, ids_sm, ids_so,
                     down, hot, across, run_hot, own_mask, mask_sl, mask_ss, L, S,
-                    MAPS, N, SIDE, MASK, CAUSAL,
+                    MAPS, N, SIDE, MASK, CAUSAL, False,
                 )  # fmt: skip
                 shift, log_total = load_stats(stats + own, i, B, H, L)
                 p = exponential(logits, shift[:, None], log_total[:, None], PRECISE)
@@ -444,11 +450,14 @@ def column_pass(
                 if WANTED:
                     share = pid // G * H + h
                     add_share(
-                        shares + share * W * STEP, scratch, keys, (t == begin).to(tl.int32), scale,
-                        BN, W, PIECE, STEP, D_BLOCK,
+                        shares + share * W * STEP, scratch, keys, j < S, (t == begin).to(tl.int32),
+                        scale, BN, W, PIECE, STEP, D_BLOCK,
                     )  # fmt: skip
                 tl.debug_barrier()
         # Read again, so that addresses of the gradients take no registers in the loop.
         j = token(start + tl.arange(0, BN), others, SIDE)
+        if MASK == "keys":
+            open = tl.load(mask + b * mask_sb + j * mask_ss, mask=j < S, other=0) != 0
+            acc_k, acc_v = tl.where(open[:, None], acc_k, 0.0), tl.where(open[:, None], acc_v, 0.0)
         store_rows(grad_k + b * grad_k_sb + kv * grad_k_sh, acc_k, j, grad_k_sl, S, D, D_BLOCK)
         store_rows(grad_v + b * grad_v_sb + kv * grad_v_sh, acc_v, j, grad_v_sl, S, E, E_BLOCK)

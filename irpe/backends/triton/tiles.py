@@ -229,24 +229,28 @@ def pair_logits(
     queries, keys, i, j, rows, rows_at, ROWS: tl.constexpr, columns, columns_at,
     COLUMNS: tl.constexpr, ids, ids_sm, ids_so, down, hot, across, run_hot,
     mask, mask_sl, mask_ss, L, S, MAPS: tl.constexpr, N: tl.constexpr, SIDE: tl.constexpr,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Return logits ``[BM, BN]``, -inf where a pair is hidden.
+    """Return logits ``[BM, BN]``, -inf where a pair is hidden; with EDGE also past the last key.
 
     The mask and the gathered numbers enter the product as its accumulator: that keeps them in the
     layout of the matrix unit, where an addition afterwards would make the compiler compute the
-    softmax two or three times. All kernels add in one order: a large logit rounds to the number
+    softmax two or three times. In float32, where no matrix unit is used, a mask of numbers is added
+    afterwards: that rounds once. All kernels add in one order: a large logit rounds to the number
     that made the sums.
     """
+    LATE: tl.constexpr = MASK == "float" and queries.dtype == tl.float32
     start = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
     if MASK == "bool" or MASK == "float":
         inside = (i < L)[:, None] & (j < S)[None, :]
-        given = tl.load(mask + i[:, None] * mask_sl + j[None, :] * mask_ss, mask=inside, other=0)
+        added = tl.load(mask + i[:, None] * mask_sl + j[None, :] * mask_ss, mask=inside, other=0)
         if MASK == "bool":
-            start = tl.where(given != 0, 0.0, float("-inf"))
+            added = tl.where(added != 0, 0.0, float("-inf"))
         else:
-            start = given.to(tl.float32)
-            start = tl.where(start == float("-inf"), start, tl.maximum(start, MASK_FLOOR))
+            added = added.to(tl.float32)
+            added = tl.where(added == float("-inf"), added, tl.maximum(added, MASK_FLOOR))
+        if not LATE:
+            start = added
     if COLUMNS > 0:  # first, since strips turn the tile
         start = add_columns(
             start, columns, columns_at, COLUMNS, ids, i, j, ids_sm, ids_so, across, run_hot,
@@ -257,10 +261,13 @@ def pair_logits(
             start, rows, rows_at, ROWS, ids, i, j, ids_sm, ids_so, down, hot, MAPS, N, SIDE
         )
     logits = tl.dot(queries, tl.trans(keys), start, input_precision="ieee")
-    seen = j[None, :] < S
+    if LATE:
+        logits += added
+    if EDGE:
+        logits = tl.where(j[None, :] < S, logits, float("-inf"))
     if CAUSAL:
-        seen = seen & (j[None, :] <= i[:, None] + (S - L))
-    return tl.where(seen, logits, float("-inf"))
+        logits = tl.where(j[None, :] <= i[:, None] + (S - L), logits, float("-inf"))
+    return logits
 
 
 @triton.jit
@@ -286,5 +293,6 @@ def load_stats(stats, i, B, H, L):
 @triton.jit
 def drop(tile, seed, bh, i, j, S, p, factor):
     """Drop pairs, with the same random number for a pair in every pass; factor is 1 / (1 - p)."""
-    keep = tl.rand(tl.load(seed) + bh, i[:, None] * S + j[None, :]) >= p
+    # 7 rounds of Philox pass the tests of randomness (Salmon et al., 2011).
+    keep = tl.rand(tl.load(seed) + bh, i[:, None] * S + j[None, :], n_rounds=7) >= p
     return tl.where(keep, tile * factor, 0.0)
