@@ -129,7 +129,7 @@ def lookup_launches(dtype: torch.dtype, size: int) -> list[tuple]:
 def source(kernel: Any, given: dict[str, Any]) -> tuple[ASTSource, dict[str, int]]:
     """A kernel as a launch with such arguments would specialise it; and the launch's options."""
     signature, constants, attributes = {}, {}, {}
-    options = {name: given[name] for name in ("num_warps", "num_stages") if name in given}
+    options = {x: given[x] for x in ("num_warps", "num_stages", "maxnreg") if x in given}
     for at, parameter in enumerate(kernel.params):
         name, value = parameter.name, given[parameter.name]
         if parameter.is_constexpr:
@@ -168,7 +168,7 @@ def measure(kernel: Any, given: dict[str, Any], arch: int) -> dict[str, Any]:
         loop, scores = [], 1
     lanes = 32 * given["num_warps"]
     return {
-        **tile, **options, "registers": registers,
+        **tile, **{x: given[x] for x in ("num_warps", "num_stages")}, "registers": registers,
         "spills": max(stack, local), "shared_kib": round(compiled.metadata.shared / 1024),
         "instructions": round(len(loop) * lanes / scores, 1),
         "local_in_loop": sum("LDL" in line or "STL" in line for line in loop),
@@ -215,6 +215,8 @@ def cases(sample: bool) -> Iterator[tuple[str, torch.dtype, int]]:
         yield f"{mode} {options}", bf16, 64
     for mode in ("k", "qk", "qkv"):  # DETR
         yield f"{mode} padding dropout", bf16, 32
+    for mode in ("k", "qkv"):
+        yield f"{mode} bias-mask dropout", bf16, 128
 
 
 def main() -> None:

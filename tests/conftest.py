@@ -1,5 +1,6 @@
 """Shared by all tests: two threads, fixed seeds, paths of the official numbers."""
 
+import importlib.machinery
 import importlib.util
 import os
 import random
@@ -15,8 +16,9 @@ import pytest
 import torch
 from common import FIXTURES
 
-if importlib.util.find_spec("hypothesis") is None:  # a machine lent for its GPU has few packages
+if importlib.util.find_spec("hypothesis") is None:  # benchmarks/gpu.sh needs few packages
     absent = types.ModuleType("hypothesis")
+    absent.__spec__ = importlib.machinery.ModuleSpec("hypothesis", None)  # torch looks for it
     absent.given = lambda **given: pytest.mark.skip(reason="hypothesis is not installed")
     absent.settings, absent.HealthCheck = lambda *args, **given: lambda test: test, ()
     absent.settings.register_profile = absent.settings.load_profile = lambda *args, **given: None

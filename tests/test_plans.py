@@ -254,6 +254,7 @@ def test_calls_with_large_offsets_are_refused(length, heads, spec, said):
 def test_small_gpus_get_small_tiles():
     """sm_86 and sm_120 have 100 KiB of shared memory, and multiply as sm_80 does."""
     options = {"MAPS": 1, "SIDE": 8, "COLUMNS": 1, "ROWS": 1, "MASS": 1, "SHARED": False}
+    options |= {"MASK": "none", "DROPOUT": False, "DETERMINISTIC": False}
 
     def of(kernel, capability):
         return variant(kernel, torch.bfloat16, 64, options, capability)

@@ -22,7 +22,7 @@ def geometries(draw, whole):
     """A grid; of other calls also a part of one, a sequence, or positions of each sample."""
     prefix = draw(st.sampled_from([0, 1, 5, 17]))
     # The interpreter is slow.
-    most = draw(st.sampled_from([*[16, 30, 48] * 4, 96, 180, 561])) if COUNT else 48
+    most = draw(st.sampled_from([*[16, 30, 48] * 19, 96, 180, 561])) if COUNT else 48
     sides = draw(st.tuples(st.integers(1, 33), st.integers(1, 17)))
     if sides[0] * sides[1] > most:
         sides = sides[0], max(1, most // sides[0])

@@ -31,7 +31,13 @@ def load(path: Path) -> ClsConfig:
 
 
 def test_all_are_here():
-    assert {path.stem for path in CONFIGS} == {"digits", "fashion", "fashion_quick", "finetune", *PUBLISHED}
+    assert {path.stem for path in CONFIGS} == {
+        "digits",
+        "fashion",
+        "fashion_quick",
+        "finetune",
+        *PUBLISHED,
+    }
 
 
 @pytest.mark.cases(2)

@@ -28,7 +28,6 @@ from .tiles import (
     exponential,
     fill_rows,
     key_strips,
-    key_token,
     last_key,
     load_rows,
     load_stats,
@@ -36,6 +35,7 @@ from .tiles import (
     pair_logits,
     query_strips,
     scatter,
+    shown_keys,
     span,
     store_rows,
     token,
@@ -121,8 +121,7 @@ def forward(
             )
             first, end = span(part, parts, last_key(i, L, S, CAUSAL), part_slots, slots, SIDE)
             for start in tl.range(first, end, BN, disable_licm=not HOIST):
-                j = start + tl.arange(0, BN)
-                j = key_token(j, others, own_mask, mask_ss, S, SIDE, MASK)
+                j = token(start + tl.arange(0, BN), others, SIDE)
                 down, run_hot = key_strips(
                     runs, runs_so, o_first, start, BM, BN, SIDE, COLUMNS, queries
                 )
@@ -265,8 +264,7 @@ def row_pass(
             )
             first, end = span(part, parts, last_key(i, L, S, CAUSAL), part_slots, slots, SIDE)
             for start in tl.range(first, end, BN, disable_licm=not HOIST):
-                j = start + tl.arange(0, BN)
-                j = key_token(j, others, own_mask, mask_ss, S, SIDE, MASK)
+                j = token(start + tl.arange(0, BN), others, SIDE)
                 down, run_hot = key_strips(
                     runs, runs_so, o_first, start, BM, BN, SIDE, COLUMNS, queries
                 )
@@ -369,8 +367,7 @@ def column_pass(
     for t in range(begin, B * tiles, tl.num_programs(0) // G):
         b = (t // tiles).to(tl.int64)
         start = t % tiles * BN
-        j = start + tl.arange(0, BN)
-        j = key_token(j, others, mask + b * mask_sb, mask_ss, S, SIDE, MASK)
+        j = token(start + tl.arange(0, BN), others, SIDE)
         own_ids = ids + b * ids_sb
         keys = load_rows(k + b * k_sb + kv * k_sh, j, k_sl, S, D, D_BLOCK)
         values = load_rows(v + b * v_sb + kv * v_sh, j, v_sl, S, E, E_BLOCK)
@@ -449,15 +446,16 @@ def column_pass(
                     acc_k = tl.dot(held, tl.load(table), acc_k, input_precision="ieee")
                 if WANTED:
                     share = pid // G * H + h
+                    shown = shown_keys(j, mask + b * mask_sb, mask_ss, S, MASK)
                     add_share(
-                        shares + share * W * STEP, scratch, keys, j < S, (t == begin).to(tl.int32),
+                        shares + share * W * STEP, scratch, keys, shown, (t == begin).to(tl.int32),
                         scale, BN, W, PIECE, STEP, D_BLOCK,
                     )  # fmt: skip
                 tl.debug_barrier()
         # Read again, so that addresses of the gradients take no registers in the loop.
         j = token(start + tl.arange(0, BN), others, SIDE)
         if MASK == "keys":
-            open = tl.load(mask + b * mask_sb + j * mask_ss, mask=j < S, other=0) != 0
-            acc_k, acc_v = tl.where(open[:, None], acc_k, 0.0), tl.where(open[:, None], acc_v, 0.0)
+            shown = shown_keys(j, mask + b * mask_sb, mask_ss, S, MASK)[:, None]
+            acc_k, acc_v = tl.where(shown, acc_k, 0.0), tl.where(shown, acc_v, 0.0)
         store_rows(grad_k + b * grad_k_sb + kv * grad_k_sh, acc_k, j, grad_k_sl, S, D, D_BLOCK)
         store_rows(grad_v + b * grad_v_sb + kv * grad_v_sh, acc_v, j, grad_v_sl, S, E, E_BLOCK)

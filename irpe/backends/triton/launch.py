@@ -187,7 +187,7 @@ class Launcher:
         # A piece of a row of W numbers, in the products with a table.
         given = {**strides, **self.scalars, **options, **chosen._asdict(), "tiles": tiles}
         given["PIECE"] = min(chosen.PIECE, wide & -wide)
-        names = {*kernel.arg_names, "num_warps", "num_stages"}
+        names = {*kernel.arg_names, "num_warps", "num_stages", "maxnreg"}
         given = {key: x for key, x in given.items() if key in names}
         tensors = [*strided, *others, "mask", "seed", *self.held]
         return Step(name, kernel, programs * heads, given, tensors)

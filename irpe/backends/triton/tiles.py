@@ -89,12 +89,12 @@ def token(slot, order, SIDE: tl.constexpr):
 
 
 @triton.jit
-def key_token(slot, others, mask, mask_ss, S, SIDE: tl.constexpr, MASK: tl.constexpr):
-    """``token`` for keys; those that no query of the head sees are past the end."""
-    j = token(slot, others, SIDE)
+def shown_keys(j, mask, mask_ss, S, MASK: tl.constexpr):
+    """Return which keys exist, and are not hidden from all queries by a mask of keys."""
+    shown = j < S
     if MASK == "keys":
-        j = tl.where(tl.load(mask + j * mask_ss, mask=j < S, other=0) != 0, j, S)
-    return j
+        shown = tl.load(mask + j * mask_ss, mask=shown, other=0) != 0
+    return shown
 
 
 @triton.jit
@@ -154,7 +154,6 @@ def key_strips(
 @triton.jit
 def map_ids(ids, m, i, j, ids_sm, ids_so):
     """Return bucket ids ``[BM, BN]`` of map m; maps are padded to whole tiles."""
-    j = tl.minimum(j, ids_so - 1)  # hidden keys are at S
     return tl.load(ids + m * ids_sm + i[:, None] * ids_so + j[None, :]).to(tl.int32)
 
 
@@ -264,7 +263,8 @@ def pair_logits(
     if LATE:
         logits += added
     if EDGE:
-        logits = tl.where(j[None, :] < S, logits, float("-inf"))
+        shown = shown_keys(j, mask, mask_ss, S, MASK)
+        logits = tl.where(shown[None, :], logits, float("-inf"))
     if CAUSAL:
         logits = tl.where(j[None, :] <= i[:, None] + (S - L), logits, float("-inf"))
     return logits

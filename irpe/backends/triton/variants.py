@@ -12,7 +12,8 @@ import torch
 class Variant(NamedTuple):
     """BM queries and BN keys in a tile; warps of a program; stages of its pipeline of loads.
 
-    PIECE: numbers of a row in one product with a table. HOIST: see kernels.py.
+    PIECE: numbers of a row in one product with a table. HOIST: see kernels.py. maxnreg: registers
+    of a thread; ptxas spills some to run three programs at a time, unless it is given a number.
     """
 
     BM: int
@@ -21,9 +22,11 @@ class Variant(NamedTuple):
     num_stages: int = 2
     PIECE: int = 32
     HOIST: bool = True
+    maxnreg: int | None = None
 
 
 LARGE = Variant(64, 64, 4, 2, 64)
+FLAT = Variant(64, 64, 4, 2, 16)
 STILL = Variant(64, 64, 4, 1)
 LONG = Variant(64, 64, 4, 1, 64)  # without a pipeline
 PIPED = Variant(64, 32)
@@ -31,6 +34,7 @@ LOOSE = Variant(64, 32, HOIST=False)
 HALF = Variant(64, 32, 4, 1)
 OPEN = Variant(64, 32, 4, 1, HOIST=False)
 FINE = Variant(64, 32, 4, 1, 16)
+BARE = Variant(64, 32, 4, 1, 16, HOIST=False)
 TALL = Variant(32, 64, 4, 1)
 EVEN = Variant(32, 32, 4, 1)
 SMALL = Variant(32, 32, 4, 1, 16)
@@ -41,11 +45,16 @@ SPREAD = Variant(32, 32, 8, 1, 16)
 # value terms with 16 numbers a run; several maps, or value terms from maps.
 Tiles = dict[str, tuple[Variant, Variant, Variant, Variant, Variant]]
 HOPPER: Tiles = {  # sm_90, sm_100
-    "forward": (LARGE, LARGE, LARGE, LARGE, LARGE),
+    "forward": (LARGE, LARGE, LARGE, FLAT, LARGE),
     "row_pass": (HALF, HALF, HALF, HALF, EVEN),
     "column_pass": (LONG, HALF, HALF, FINE, HALF),
 }
 HOPPER_THIN: Tiles = HOPPER | {"column_pass": (LONG, HALF, HALF, FINE, TALL)}  # up to 32
+HOPPER_MORE: Tiles = {  # with a mask of pairs, dropout or deterministic sums
+    "forward": (LARGE, HALF, LARGE, HALF, HALF),
+    "row_pass": (HALF, HALF, HALF, HALF, EVEN),
+    "column_pass": (HALF, OPEN, OPEN, EVEN, BARE),
+}
 HOPPER_WIDE: Tiles = {  # head dims above 64
     "forward": (STILL, STILL, SMALL, SMALL, SMALL),
     "row_pass": (SPREAD, SPREAD, SPREAD, SPREAD, SPREAD),
@@ -60,6 +69,11 @@ AMPERE_THIN: Tiles = {  # head dims up to 32
     "forward": (LARGE, LARGE, LARGE, HALF, HALF),
     "row_pass": (PIPED, HALF, HALF, SMALL, SMALL),
     "column_pass": (LONG, HALF, HALF, SMALL, SMALL),
+}
+MORE: Tiles = {  # sm_80, sm_86, sm_120: with a mask, dropout or deterministic sums
+    "forward": (HALF, EVEN, SMALL, SMALL, SMALL),
+    "row_pass": (EVEN, EVEN, NARROW, NARROW, NARROW),
+    "column_pass": (HALF, EVEN, NARROW, NARROW, NARROW),
 }
 AMPERE_WIDE: Tiles = {
     "forward": (STILL, PIPED, OPEN, OPEN, SMALL),
@@ -100,18 +114,26 @@ def variant(
         load = 3
     if options["MAPS"] > 1 or (load == 2 and options["SIDE"] == 0):
         load = 4
-    wide = widest > 64
-    if capability >= 120 and options["SIDE"] == 16 and kernel == "row_pass":
-        load = max(load, 3)
+    # Architecture, and tiles of head dims up to 32, up to 64 and wider ones.
     if capability >= 120:  # it multiplies as sm_80 does, from as little shared memory as sm_86 has
-        tiles = CONSUMER_WIDE if wide else CONSUMER if widest > 32 else CONSUMER_THIN
-        return tiles[kernel][load]
-    if capability >= 90:
-        tiles = HOPPER_WIDE if wide else HOPPER if widest > 32 else HOPPER_THIN
-        return tiles[kernel][load]
-    if options["SHARED"] and options["ROWS"]:
-        load = max(load, 1)
-    if options["SIDE"] == 16 and kernel == "row_pass":
-        load = max(load, 2)
-    tiles = AMPERE_WIDE if wide else AMPERE if widest > 32 else AMPERE_THIN
+        own = (CONSUMER_THIN, CONSUMER, CONSUMER_WIDE, MORE)
+        if options["SIDE"] == 16 and kernel == "row_pass":
+            load = max(load, 3)
+    elif capability >= 90:
+        own = (HOPPER_THIN, HOPPER, HOPPER_WIDE, HOPPER_MORE)
+    else:
+        own = (AMPERE_THIN, AMPERE, AMPERE_WIDE, MORE)
+        if options["SHARED"] and options["ROWS"]:
+            load = max(load, 1)
+        if options["SIDE"] == 16 and kernel == "row_pass":
+            load = max(load, 2)
+    thin, usual, wide, more = own
+    # A mask of keys takes few registers.
+    free = ("none", "keys") if load == 0 or more is HOPPER_MORE else ("none",)
+    if widest > 64:
+        tiles = wide
+    elif options["DROPOUT"] or options["DETERMINISTIC"] or options["MASK"] not in free:
+        return more[kernel][load]._replace(maxnreg=255)
+    else:
+        tiles = usual if widest > 32 else thin
     return tiles[kernel][load]
