@@ -185,12 +185,14 @@ def add_share(
     share, sums, x, known, fresh, factor, R: tl.constexpr, W: tl.constexpr, PIECE: tl.constexpr,
     STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add ``sums^T [W, R] @ x [R, BLOCK]`` of known rows to a program's share of a gradient."""
+    """Add ``sums^T [W, R] @ x [R, BLOCK]`` to a program's share of a table's gradient.
+
+    known: rows without garbage; None: all.
+    """
     for first in range(0, W, PIECE):
-        held = tl.load(
-            block(sums, tl.arange(0, R), first, W, PIECE),
-            mask=known[:, None], other=0.0, cache_modifier=".cg",
-        )  # fmt: skip
+        held = tl.load(block(sums, tl.arange(0, R), first, W, PIECE), cache_modifier=".cg")
+        if known is not None:
+            held = tl.where(known[:, None], held, 0.0)
         place = block(share, first + tl.arange(0, PIECE), 0, STEP, BLOCK)
         before = tl.load(place, mask=fresh == 0, other=0.0)
         made = tl.dot(tl.trans(held.to(x.dtype)), x, input_precision="ieee")
@@ -317,7 +319,7 @@ def row_pass(
             if ROWS > 0 and not SHARED:
                 again = load_rows(q + b * q_sb + h * q_sh, i, q_sl, L, D, D_BLOCK)
                 add_share(
-                    shares + pid * W * STEP, scratch, again, i < L, fresh, scale,
+                    shares + pid * W * STEP, scratch, again, None, fresh, scale,
                     BM, W, PIECE, STEP, D_BLOCK,
                 )  # fmt: skip
             if MASS > 0:
@@ -325,7 +327,7 @@ def row_pass(
                 at_value = 0 if SHARED or ROWS == 0 else 1
                 add_share(
                     shares + (at_value * tl.num_programs(0) + pid) * W * STEP, scratch_mass, again,
-                    i < L, fresh, 1.0, BM, W, PIECE, STEP, E_BLOCK,
+                    None, fresh, 1.0, BM, W, PIECE, STEP, E_BLOCK,
                 )  # fmt: skip
             if BIAS:
                 for first in range(0, W, PIECE):

@@ -35,6 +35,8 @@ HALF = Variant(64, 32, 4, 1)
 OPEN = Variant(64, 32, 4, 1, HOIST=False)
 FINE = Variant(64, 32, 4, 1, 16)
 BARE = Variant(64, 32, 4, 1, 16, HOIST=False)
+LEAN = Variant(32, 64, 4, 1, 16)
+BROAD = Variant(32, 64, 4, 1, 16, HOIST=False)
 TALL = Variant(32, 64, 4, 1)
 EVEN = Variant(32, 32, 4, 1)
 SMALL = Variant(32, 32, 4, 1, 16)
@@ -47,18 +49,18 @@ Tiles = dict[str, tuple[Variant, Variant, Variant, Variant, Variant]]
 HOPPER: Tiles = {  # sm_90, sm_100
     "forward": (LARGE, LARGE, LARGE, FLAT, LARGE),
     "row_pass": (HALF, HALF, HALF, HALF, EVEN),
-    "column_pass": (LONG, HALF, HALF, FINE, HALF),
+    "column_pass": (LONG, LEAN, HALF, FINE, EVEN),
 }
 HOPPER_THIN: Tiles = HOPPER | {"column_pass": (LONG, HALF, HALF, FINE, TALL)}  # up to 32
 HOPPER_MORE: Tiles = {  # with a mask of pairs, dropout or deterministic sums
-    "forward": (LARGE, HALF, LARGE, HALF, HALF),
+    "forward": (LARGE, HALF, HALF, HALF, HALF),
     "row_pass": (HALF, HALF, HALF, HALF, EVEN),
-    "column_pass": (HALF, OPEN, OPEN, EVEN, BARE),
+    "column_pass": (HALF, BROAD, OPEN, EVEN, BARE),
 }
 HOPPER_WIDE: Tiles = {  # head dims above 64
     "forward": (STILL, STILL, SMALL, SMALL, SMALL),
     "row_pass": (SPREAD, SPREAD, SPREAD, SPREAD, SPREAD),
-    "column_pass": (TALL, SPREAD, SPREAD, SPREAD, SPREAD),
+    "column_pass": (BROAD, SPREAD, SPREAD, SPREAD, SPREAD),
 }
 AMPERE: Tiles = {  # sm_80, sm_86
     "forward": (LARGE, PIPED, PIPED, FINE, FINE),
@@ -70,10 +72,10 @@ AMPERE_THIN: Tiles = {  # head dims up to 32
     "row_pass": (PIPED, HALF, HALF, SMALL, SMALL),
     "column_pass": (LONG, HALF, HALF, SMALL, SMALL),
 }
-MORE: Tiles = {  # sm_80, sm_86, sm_120: with a mask, dropout or deterministic sums
-    "forward": (HALF, EVEN, SMALL, SMALL, SMALL),
-    "row_pass": (EVEN, EVEN, NARROW, NARROW, NARROW),
-    "column_pass": (HALF, EVEN, NARROW, NARROW, NARROW),
+MORE: Tiles = {  # sm_80, sm_86: with a mask, dropout or deterministic sums
+    "forward": (PIPED, PIPED, EVEN, SMALL, HALF),
+    "row_pass": (EVEN, EVEN, SPREAD, SPREAD, EVEN),
+    "column_pass": (HALF, EVEN, SPREAD, SMALL, SMALL),
 }
 AMPERE_WIDE: Tiles = {
     "forward": (STILL, PIPED, OPEN, OPEN, SMALL),
@@ -85,7 +87,7 @@ CONSUMER: Tiles = {  # sm_120
     "row_pass": (HALF, HALF, SMALL, NARROW, NARROW),
     "column_pass": (PIPED, FINE, OPEN, SMALL, SMALL),
 }
-CONSUMER_THIN: Tiles = CONSUMER | {"column_pass": (HALF, *CONSUMER["column_pass"][1:])}
+CONSUMER_MORE: Tiles = MORE | {"column_pass": (HALF, SMALL, SMALL, SMALL, SMALL)}
 CONSUMER_WIDE: Tiles = {
     "forward": (PIPED, LOOSE, LOOSE, LOOSE, LOOSE),
     "row_pass": (SPREAD, SPREAD, SPREAD, SPREAD, SPREAD),
@@ -116,7 +118,7 @@ def variant(
         load = 4
     # Architecture, and tiles of head dims up to 32, up to 64 and wider ones.
     if capability >= 120:  # it multiplies as sm_80 does, from as little shared memory as sm_86 has
-        own = (CONSUMER_THIN, CONSUMER, CONSUMER_WIDE, MORE)
+        own = (CONSUMER, CONSUMER, CONSUMER_WIDE, CONSUMER_MORE)
         if options["SIDE"] == 16 and kernel == "row_pass":
             load = max(load, 3)
     elif capability >= 90:
@@ -130,10 +132,8 @@ def variant(
     thin, usual, wide, more = own
     # A mask of keys takes few registers.
     free = ("none", "keys") if load == 0 or more is HOPPER_MORE else ("none",)
-    if widest > 64:
-        tiles = wide
-    elif options["DROPOUT"] or options["DETERMINISTIC"] or options["MASK"] not in free:
-        return more[kernel][load]._replace(maxnreg=255)
-    else:
-        tiles = usual if widest > 32 else thin
+    if options["DROPOUT"] or options["DETERMINISTIC"] or options["MASK"] not in free:
+        chosen = more[kernel][load] if widest <= 64 else SPREAD
+        return chosen._replace(maxnreg=255)
+    tiles = wide if widest > 64 else usual if widest > 32 else thin
     return tiles[kernel][load]
