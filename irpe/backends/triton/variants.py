@@ -49,7 +49,7 @@ Tiles = dict[str, tuple[Variant, Variant, Variant, Variant, Variant]]
 HOPPER: Tiles = {  # sm_90, sm_100
     "forward": (LARGE, LARGE, LARGE, FLAT, LARGE),
     "row_pass": (HALF, HALF, HALF, HALF, EVEN),
-    "column_pass": (LONG, LEAN, HALF, FINE, EVEN),
+    "column_pass": (LONG, LEAN, LEAN, LEAN, EVEN),
 }
 HOPPER_THIN: Tiles = HOPPER | {"column_pass": (LONG, HALF, HALF, FINE, TALL)}  # up to 32
 HOPPER_MORE: Tiles = {  # with a mask of pairs, dropout or deterministic sums
@@ -85,7 +85,7 @@ AMPERE_WIDE: Tiles = {
 CONSUMER: Tiles = {  # sm_120
     "forward": (PIPED, PIPED, FINE, FINE, HALF),
     "row_pass": (HALF, HALF, SMALL, NARROW, NARROW),
-    "column_pass": (PIPED, FINE, OPEN, SMALL, SMALL),
+    "column_pass": (PIPED, FINE, SMALL, SMALL, SMALL),
 }
 CONSUMER_MORE: Tiles = MORE | {"column_pass": (HALF, SMALL, SMALL, SMALL, SMALL)}
 CONSUMER_WIDE: Tiles = {
