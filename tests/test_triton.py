@@ -113,7 +113,7 @@ def test_grids_of_detection_take_strips(sides, spec):
     assert not strips.applicable(terms, torch.float32, False)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize("sides", [(25, 34), (34, 25), (32, 42), (42, 42)])
 @pytest.mark.parametrize("on", ["bias-1-k", "ctx-1-k", "ctx-1-qk", "ctx-1-qkv"])
 def test_detection(sides, on, launches):
