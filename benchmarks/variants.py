@@ -168,7 +168,7 @@ def measure(kernel: Any, given: dict[str, Any], arch: int) -> dict[str, Any]:
         loop, scores = [], 1
     lanes = 32 * given["num_warps"]
     return {
-        **tile, **{x: given[x] for x in ("num_warps", "num_stages")}, "registers": registers,
+        **tile, **{x: n for x, n in options.items() if x != "maxnreg"}, "registers": registers,
         "spills": max(stack, local), "shared_kib": round(compiled.metadata.shared / 1024),
         "instructions": round(len(loop) * lanes / scores, 1),
         "local_in_loop": sum("LDL" in line or "STL" in line for line in loop),
