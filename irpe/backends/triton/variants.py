@@ -55,7 +55,7 @@ HOPPER_THIN: Tiles = HOPPER | {"column_pass": (LONG, HALF, HALF, FINE, TALL)}  #
 HOPPER_MORE: Tiles = {  # with a mask of pairs, dropout or deterministic sums
     "forward": (LARGE, HALF, HALF, HALF, HALF),
     "row_pass": (HALF, HALF, HALF, HALF, EVEN),
-    "column_pass": (HALF, BROAD, OPEN, EVEN, BARE),
+    "column_pass": (HALF, BARE, OPEN, EVEN, BARE),
 }
 HOPPER_WIDE: Tiles = {  # head dims above 64
     "forward": (STILL, STILL, SMALL, SMALL, SMALL),
