@@ -119,7 +119,7 @@ class Launcher:
             "COLUMNS": plan.column_use, "MASS": plan.mass_use, "WANTED": wanted,
             "KEY": kinds.index("key") if "key" in kinds else 0,
             "VALUE": kinds.index("value") if "value" in kinds else 0,
-            "MASK": _kind(mask),
+            "MASK": _mask_kind(mask),
             "CAUSAL": plan.is_causal, "DROPOUT": p > 0.0, "PRECISE": q.dtype == torch.float32,
             "DETERMINISTIC": torch.are_deterministic_algorithms_enabled(),
         }  # fmt: skip
@@ -193,13 +193,14 @@ class Launcher:
         return Step(name, kernel, programs * heads, given, tensors)
 
 
-def _kind(mask: Tensor | None) -> str:
+def _mask_kind(mask: Tensor | None) -> str:
     """Return what the kernels distinguish masks by; "keys": the same for all queries and heads."""
     if mask is None:
         return "none"
     if mask.dtype != torch.uint8:
         return "float"
-    return "keys" if mask.stride(1) == mask.stride(2) == 0 else "bool"
+    shared = all(mask.shape[axis] == 1 or mask.stride(axis) == 0 for axis in (1, 2))
+    return "keys" if shared else "bool"
 
 
 def launcher(

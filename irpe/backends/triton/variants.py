@@ -72,7 +72,7 @@ AMPERE_THIN: Tiles = {  # head dims up to 32
     "row_pass": (PIPED, HALF, HALF, SMALL, SMALL),
     "column_pass": (LONG, HALF, HALF, SMALL, SMALL),
 }
-MORE: Tiles = {  # sm_80, sm_86: with a mask, dropout or deterministic sums
+AMPERE_MORE: Tiles = {  # sm_80, sm_86: with a mask, dropout or deterministic sums
     "forward": (PIPED, PIPED, EVEN, SMALL, HALF),
     "row_pass": (EVEN, EVEN, SPREAD, SPREAD, EVEN),
     "column_pass": (HALF, EVEN, SPREAD, SMALL, SMALL),
@@ -87,7 +87,7 @@ CONSUMER: Tiles = {  # sm_120
     "row_pass": (HALF, HALF, SMALL, NARROW, NARROW),
     "column_pass": (PIPED, FINE, SMALL, SMALL, SMALL),
 }
-CONSUMER_MORE: Tiles = MORE | {"column_pass": (HALF, SMALL, SMALL, SMALL, SMALL)}
+CONSUMER_MORE: Tiles = AMPERE_MORE | {"column_pass": (HALF, SMALL, SMALL, SMALL, SMALL)}
 CONSUMER_WIDE: Tiles = {
     "forward": (PIPED, LOOSE, LOOSE, LOOSE, LOOSE),
     "row_pass": (SPREAD, SPREAD, SPREAD, SPREAD, SPREAD),
@@ -124,7 +124,7 @@ def variant(
     elif capability >= 90:
         own = (HOPPER_THIN, HOPPER, HOPPER_WIDE, HOPPER_MORE)
     else:
-        own = (AMPERE_THIN, AMPERE, AMPERE_WIDE, MORE)
+        own = (AMPERE_THIN, AMPERE, AMPERE_WIDE, AMPERE_MORE)
         if options["SHARED"] and options["ROWS"]:
             load = max(load, 1)
         if options["SIDE"] == 16 and kernel == "row_pass":
