@@ -42,6 +42,7 @@ EVEN = Variant(32, 32, 4, 1)
 SMALL = Variant(32, 32, 4, 1, 16)
 NARROW = Variant(16, 32, 4, 1, 16)
 SPREAD = Variant(32, 32, 8, 1, 16)
+THIN = Variant(32, 32, 16, 1)
 
 # By kernel, for what it reads: rows of queries; rows of keys too, or biases on sm_80; value terms;
 # value terms with 16 numbers a run; several maps, or value terms from maps.
@@ -49,7 +50,7 @@ Tiles = dict[str, tuple[Variant, Variant, Variant, Variant, Variant]]
 HOPPER: Tiles = {  # sm_90, sm_100
     "forward": (LARGE, LARGE, LARGE, FLAT, LARGE),
     "row_pass": (HALF, HALF, HALF, HALF, EVEN),
-    "column_pass": (LONG, LEAN, LEAN, LEAN, EVEN),
+    "column_pass": (LONG, LEAN, LEAN, LEAN, SMALL),
 }
 HOPPER_THIN: Tiles = HOPPER | {"column_pass": (LONG, HALF, HALF, FINE, TALL)}  # up to 32
 HOPPER_MORE: Tiles = {  # with a mask of pairs, dropout or deterministic sums
@@ -85,13 +86,13 @@ AMPERE_WIDE: Tiles = {
 CONSUMER: Tiles = {  # sm_120
     "forward": (PIPED, PIPED, FINE, FINE, HALF),
     "row_pass": (HALF, HALF, SMALL, NARROW, NARROW),
-    "column_pass": (PIPED, FINE, SMALL, SMALL, SMALL),
+    "column_pass": (PIPED, HALF, SMALL, SMALL, SMALL),
 }
 CONSUMER_MORE: Tiles = AMPERE_MORE | {"column_pass": (HALF, SMALL, SMALL, SMALL, SMALL)}
 CONSUMER_WIDE: Tiles = {
     "forward": (PIPED, LOOSE, LOOSE, LOOSE, LOOSE),
     "row_pass": (SPREAD, SPREAD, SPREAD, SPREAD, SPREAD),
-    "column_pass": (OPEN, SPREAD, SPREAD, SPREAD, SPREAD),
+    "column_pass": (BROAD, SPREAD, SPREAD, SPREAD, SPREAD),
 }
 
 
@@ -134,6 +135,9 @@ def variant(
     free = ("none", "keys") if load == 0 or more is HOPPER_MORE else ("none",)
     if options["DROPOUT"] or options["DETERMINISTIC"] or options["MASK"] not in free:
         chosen = more[kernel][load] if widest <= 64 else SPREAD
+        both = options["DROPOUT"] and options["MASK"] != "none"
+        if both and load >= 2 and kernel != "forward" and more is AMPERE_MORE and widest != 64:
+            chosen = THIN
         return chosen._replace(maxnreg=255)
     tiles = wide if widest > 64 else usual if widest > 32 else thin
     return tiles[kernel][load]
