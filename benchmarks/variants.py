@@ -221,11 +221,15 @@ def cases(sample: bool) -> Iterator[tuple[str, torch.dtype, int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    every = sorted({mode for mode, *_ in cases(False)})
     parser.add_argument(
-        "--arch", type=int, nargs="*", default=[80, 90, 120], help="80 86 90 100 120"
-    )
+        "--arch", type=int, nargs="*", default=[80, 86, 90, 100, 120],
+        help="compute capabilities, times 10",
+    )  # fmt: skip
     parser.add_argument("--sample", action="store_true", help="each kernel once or twice")
-    parser.add_argument("--mode", choices=MODES, nargs="*", help="only these modes")
+    parser.add_argument(
+        "--mode", choices=every, nargs="*", metavar="MODE", help=f"only {', '.join(every)}"
+    )
     parser.add_argument("--name", help="of a file in results/, to store the results in")
     arguments = parser.parse_args()
     work = []

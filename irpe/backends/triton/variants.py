@@ -47,11 +47,12 @@ THIN = Variant(32, 32, 16, 1)
 # By kernel, for what it reads: rows of queries; rows of keys too, or biases on sm_80; value terms;
 # value terms with 16 numbers a run; several maps, or value terms from maps.
 Tiles = dict[str, tuple[Variant, Variant, Variant, Variant, Variant]]
-HOPPER: Tiles = {  # sm_90, sm_100
+HOPPER: Tiles = {  # sm_90
     "forward": (LARGE, LARGE, LARGE, FLAT, LARGE),
     "row_pass": (HALF, HALF, HALF, HALF, EVEN),
     "column_pass": (LONG, LEAN, LEAN, LEAN, SMALL),
 }
+BLACKWELL: Tiles = HOPPER | {"forward": (LARGE, LONG, LARGE, FLAT, LARGE)}  # sm_100
 HOPPER_THIN: Tiles = HOPPER | {"column_pass": (LONG, HALF, HALF, FINE, TALL)}  # up to 32
 HOPPER_MORE: Tiles = {  # with a mask of pairs, dropout or deterministic sums
     "forward": (LARGE, HALF, HALF, HALF, HALF),
@@ -64,7 +65,7 @@ HOPPER_WIDE: Tiles = {  # head dims above 64
     "column_pass": (BROAD, SPREAD, SPREAD, SPREAD, SPREAD),
 }
 AMPERE: Tiles = {  # sm_80, sm_86
-    "forward": (LARGE, PIPED, PIPED, FINE, FINE),
+    "forward": (LARGE, PIPED, PIPED, SMALL, FINE),
     "row_pass": (HALF, HALF, SMALL, NARROW, NARROW),
     "column_pass": (HALF, HALF, HALF, SMALL, SMALL),
 }
@@ -74,12 +75,12 @@ AMPERE_THIN: Tiles = {  # head dims up to 32
     "column_pass": (LONG, HALF, HALF, SMALL, SMALL),
 }
 AMPERE_MORE: Tiles = {  # sm_80, sm_86: with a mask, dropout or deterministic sums
-    "forward": (PIPED, PIPED, EVEN, SMALL, HALF),
+    "forward": (PIPED, HALF, EVEN, SMALL, HALF),
     "row_pass": (EVEN, EVEN, SPREAD, SPREAD, EVEN),
     "column_pass": (HALF, EVEN, SPREAD, SMALL, SMALL),
 }
 AMPERE_WIDE: Tiles = {
-    "forward": (STILL, PIPED, OPEN, OPEN, SMALL),
+    "forward": (PIPED, PIPED, OPEN, OPEN, SMALL),
     "row_pass": (SMALL, SPREAD, SPREAD, SPREAD, SPREAD),
     "column_pass": (TALL, SPREAD, SPREAD, SPREAD, SPREAD),
 }
@@ -123,13 +124,14 @@ def variant(
         if options["SIDE"] == 16 and kernel == "row_pass":
             load = max(load, 3)
     elif capability >= 90:
-        own = (HOPPER_THIN, HOPPER, HOPPER_WIDE, HOPPER_MORE)
+        usual = HOPPER if capability == 90 else BLACKWELL
+        own = (HOPPER_THIN, usual, HOPPER_WIDE, HOPPER_MORE)
     else:
         own = (AMPERE_THIN, AMPERE, AMPERE_WIDE, AMPERE_MORE)
         if options["SHARED"] and options["ROWS"]:
             load = max(load, 1)
-        if options["SIDE"] == 16 and kernel == "row_pass":
-            load = max(load, 2)
+        if options["SIDE"] == 16:
+            load = max(load, 2 if kernel == "row_pass" else 1)
     thin, usual, wide, more = own
     # A mask of keys takes few registers.
     free = ("none", "keys") if load == 0 or more is HOPPER_MORE else ("none",)
@@ -137,7 +139,8 @@ def variant(
         chosen = more[kernel][load] if widest <= 64 else SPREAD
         both = options["DROPOUT"] and options["MASK"] != "none"
         if both and load >= 2 and kernel != "forward" and more is AMPERE_MORE and widest != 64:
-            chosen = THIN
+            chosen = THIN._replace(PIECE=32 if widest < 64 else 64)
         return chosen._replace(maxnreg=255)
     tiles = wide if widest > 64 else usual if widest > 32 else thin
-    return tiles[kernel][load]
+    chosen = tiles[kernel][load]
+    return chosen if capability in (80, 90, 120) else chosen._replace(maxnreg=255)
