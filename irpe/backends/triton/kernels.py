@@ -319,7 +319,7 @@ def row_pass(
             if ROWS > 0 and not SHARED:
                 again = load_rows(q + b * q_sb + h * q_sh, i, q_sl, L, D, D_BLOCK)
                 add_share(
-                    shares + pid * W * STEP, scratch, again, None, fresh, scale,
+                    shares + pid * W * STEP, scratch, again, i < L, fresh, scale,
                     BM, W, PIECE, STEP, D_BLOCK,
                 )  # fmt: skip
             if MASS > 0:
@@ -327,13 +327,14 @@ def row_pass(
                 at_value = 0 if SHARED or ROWS == 0 else 1
                 add_share(
                     shares + (at_value * tl.num_programs(0) + pid) * W * STEP, scratch_mass, again,
-                    None, fresh, 1.0, BM, W, PIECE, STEP, E_BLOCK,
+                    i < L, fresh, 1.0, BM, W, PIECE, STEP, E_BLOCK,
                 )  # fmt: skip
             if BIAS:
                 for first in range(0, W, PIECE):
                     held = tl.load(
                         block(scratch, tl.arange(0, BM), first, W, PIECE), cache_modifier=".cg"
                     )
+                    held = tl.where((i < L)[:, None], held, 0.0)
                     place = bias_shares + pid * W + first + tl.arange(0, PIECE)
                     before = tl.load(place, mask=fresh == 0, other=0.0)
                     tl.store(place, before + tl.sum(held, 0))
