@@ -525,3 +525,15 @@ def test_autocast(launches):
     out.sum().backward()
     assert layer.rpe_k.table.grad.dtype == torch.float32
     assert launches == ["prepare", "project", "forward"] * 2 + ["row_pass", "column_pass", "reduce"]
+
+
+@pytest.mark.full
+def test_grids_of_one_column(monkeypatch):
+    """Strips with empty slots, whose sums are garbage and must not reach gradients of tables."""
+    monkeypatch.setattr(strips, "WASTE", float("inf"))
+    torch.manual_seed(0)
+    modules = irpe.build_rpe("rpe-1.0-product-ctx-1-qkv", head_dim=128, num_heads=1, prefix=0)
+    for module in modules:
+        torch.nn.init.normal_(module.lookup_table_weight)
+    terms = sum((m.to(DEVICE).terms(irpe.Grid(21, 1)) for m in modules), ())
+    compare([torch.randn(1, 1, 21, 128) for _ in range(3)], terms, torch.float16)
