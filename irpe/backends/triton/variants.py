@@ -42,7 +42,7 @@ EVEN = Variant(32, 32, 4, 1)
 SMALL = Variant(32, 32, 4, 1, 16)
 NARROW = Variant(16, 32, 4, 1, 16)
 SPREAD = Variant(32, 32, 8, 1, 16)
-THIN = Variant(32, 32, 16, 1)
+SPARSE = Variant(32, 32, 16, 1)
 
 # By kernel, for what it reads: rows of queries; rows of keys too, or biases on sm_80; value terms;
 # value terms with 16 numbers a run; several maps, or value terms from maps.
@@ -139,8 +139,9 @@ def variant(
         chosen = more[kernel][load] if widest <= 64 else SPREAD
         both = options["DROPOUT"] and options["MASK"] != "none"
         if both and load >= 2 and kernel != "forward" and more is AMPERE_MORE and widest != 64:
-            chosen = THIN._replace(PIECE=32 if widest < 64 else 64)
+            chosen = SPARSE._replace(PIECE=32 if widest < 64 else 64)
         return chosen._replace(maxnreg=255)
     tiles = wide if widest > 64 else usual if widest > 32 else thin
     chosen = tiles[kernel][load]
+    # On others ptxas spills to run more programs at a time.
     return chosen if capability in (80, 90, 120) else chosen._replace(maxnreg=255)
