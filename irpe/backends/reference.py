@@ -35,28 +35,37 @@ def attention(call: Call, keep: Tensor | None = None) -> Tensor:
         call: the call.
         keep: a dropout mask to use instead of drawing one, with values 0 and 1 / (1 - p).
     """
-    k, v = call.grouped()
-    q = call.q * call.scale
-    logits = _content(q, k, call.terms)
-    for term in call.terms:
-        if term.kind == "gain":
-            logits = logits * expanded(term.table, term.buckets.dense(q.device))
-    for term in call.terms:
-        part = position(term, q, k, call.scale)
-        if part is not None:
-            logits = logits + part
-    mask, dead = call.merged_mask()
-    if mask is not None:
-        additive = mask.is_floating_point()
-        logits = logits + mask if additive else logits.masked_fill(~mask, float("-inf"))
-    probabilities = logits.softmax(-1)
+    scores, dead = logits(call)
+    probabilities = scores.softmax(-1)
     if dead is not None:
         probabilities = probabilities.masked_fill(dead, 0.0)
     if keep is not None:
         probabilities = probabilities * keep
     elif call.dropout_p > 0.0:
         probabilities = F.dropout(probabilities, call.dropout_p)
-    return weighted(probabilities, v, call.terms)
+    return weighted(probabilities, call.grouped()[1], call.terms)
+
+
+def logits(call: Call) -> tuple[Tensor, Tensor | None]:
+    """Return the masked logits ``[B, H, L, S]``, and the rows without visible keys.
+
+    These rows are not masked, see ``Call.merged_mask``.
+    """
+    k, _ = call.grouped()
+    q = call.q * call.scale
+    total = _content(q, k, call.terms)
+    for term in call.terms:
+        if term.kind == "gain":
+            total = total * expanded(term.table, term.buckets.dense(q.device))
+    for term in call.terms:
+        part = position(term, q, k, call.scale)
+        if part is not None:
+            total = total + part
+    mask, dead = call.merged_mask()
+    if mask is not None:
+        additive = mask.is_floating_point()
+        total = total + mask if additive else total.masked_fill(~mask, float("-inf"))
+    return total, dead
 
 
 def weighted(probabilities: Tensor, v: Tensor, terms: tuple[Term, ...]) -> Tensor:

@@ -10,7 +10,7 @@ import os
 import string
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 import irpe
@@ -26,6 +26,8 @@ def examples(sample, parts=1):
         print_blob=bool(COUNT),
         database=None,
         deadline=None,
+        # Shrinking a case takes an hour where kernels run in the interpreter.
+        phases=[Phase.generate] if COUNT else list(Phase),
         suppress_health_check=list(HealthCheck),
     )
 
