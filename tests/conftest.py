@@ -52,11 +52,14 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _dots_of_every_processor():
+def _interpreter():
     """Let Triton's interpreter round a dot product once, whatever the order of its sum.
 
     Its own way is NumPy's, where a @ b and the transpose of b.T @ a.T may round differently,
     depending on the processor; on a GPU they are the same, and the backward pass relies on it.
+
+    It also replaces triton.language again at each call of a function in a kernel, which takes a
+    third of the time: here once for each module.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
@@ -67,8 +70,17 @@ def _dots_of_every_processor():
         total = a.data.astype(np.float64) @ b.data.astype(np.float64) + d.data
         return interpreter.TensorHandle(total.astype(d.data.dtype), d.dtype.scalar)
 
+    replaced = set()
+
+    def call(self, *args, **given):
+        if self.fn.__module__ not in replaced:
+            replaced.add(self.fn.__module__)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **given)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
         yield
 
 
