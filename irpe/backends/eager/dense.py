@@ -1,7 +1,7 @@
 """Terms that are computed for each pair of a tile: bias, slope, gain and channels.
 
-Their tables do not depend on queries and keys. Autograd computes the gradients of each tile, but
-those of slopes.
+Their tables do not depend on queries and keys. Autograd computes the gradients of gains and
+channels of each tile.
 """
 
 from collections.abc import Sequence
@@ -17,51 +17,43 @@ from .tile import Tile
 Dense = Sequence[tuple[Kind, BucketIds, Tensor]]
 
 
-def pairs(terms: Dense, tile: Tile) -> tuple[Tensor | None, Tensor | None]:
-    """Return the product of gains, and the sum of biases.
-
-    Returns:
-        Each ``[1 | images, heads | 1, rows, keys]``; None without such terms.
-    """
-    gain = added = None
+def gain_of(terms: Dense, tile: Tile) -> Tensor | None:
+    """Return the product of gains ``[1 | images, heads | 1, rows, keys]``; None without gains."""
+    gain = None
     for kind, buckets, table in terms:
-        if kind in ("bias", "gain"):
-            # The gradient of table[:, ids] would be slow.
-            ids, table = cut(buckets.dense(table.device), tile), _heads(table, tile)
-            flat = ids.reshape(-1, 1, ids.shape[-2:].numel()).expand(-1, len(table), -1)
-            one = table.expand(len(flat), -1, -1).gather(-1, flat).unflatten(-1, ids.shape[-2:])
         if kind == "gain":
+            one = _gathered(buckets, table, tile)
             gain = one if gain is None else gain * one
-        elif kind == "bias":
-            added = one if added is None else added + one
-    return gain, added
+    return gain
 
 
-def add_slopes(terms: Dense, logits: Tensor, tile: Tile, add: bool) -> bool:
-    """Write slopes times distances to ``[images, heads, rows, keys]``, or add them.
-
-    Returns:
-        Whether logits have been written to.
-    """
+def add_biases(terms: Dense, logits: Tensor, tile: Tile) -> None:
+    """Add biases, and slopes times distances, to ``[images, heads, rows, keys]``."""
+    added = None
     for kind, buckets, table in terms:
         if kind == "slope":
-            slope, far = _heads(table.detach(), tile).unsqueeze(-1), _far(buckets, table, tile)
-            if add:
-                logits.addcmul_(slope, far)
-            else:
-                torch.mul(slope.expand(logits.shape), far, out=logits)
-            add = True
-    return add
+            logits.addcmul_(_heads(table.detach(), tile).unsqueeze(-1), _far(buckets, table, tile))
+        elif kind == "bias":
+            one = _gathered(buckets, table.detach(), tile)
+            added = one if added is None else added + one
+    if added is not None:
+        logits.add_(added)
 
 
-def back_slopes(terms: Dense, grad_logits: Tensor, tile: Tile) -> None:
-    """Accumulate the gradients of slopes."""
+def back_biases(terms: Dense, grad_logits: Tensor, tile: Tile) -> None:
+    """Accumulate the gradients of biases and slopes."""
     for kind, buckets, table in terms:
-        if kind == "slope" and table.requires_grad:
-            table.grad = torch.zeros_like(table) if table.grad is None else table.grad
+        if kind not in ("slope", "bias") or not table.requires_grad:
+            continue
+        table.grad = torch.zeros_like(table) if table.grad is None else table.grad
+        own = _heads(table.grad, tile)
+        if kind == "slope":
             each = (grad_logits * _far(buckets, table, tile)).sum((0, 2, 3)).unsqueeze(-1)
-            own = _heads(table.grad, tile)
-            own += each.sum_to_size(own.shape)
+        else:
+            ids = _index(buckets, own, tile)
+            one = grad_logits.sum_to_size(*ids.shape[:2], *grad_logits.shape[2:]).flatten(2)
+            each = own.new_zeros(*ids.shape[:2], own.shape[-1]).scatter_add_(-1, ids, one).sum(0)
+        own += each.sum_to_size(own.shape)
 
 
 def by_channels(terms: Dense, q: Tensor, k: Tensor, tile: Tile) -> Tensor:
@@ -76,6 +68,20 @@ def by_channels(terms: Dense, q: Tensor, k: Tensor, tile: Tile) -> Tensor:
             factor = factor.unflatten(1, ids.shape)  # [heads | 1, (images,) rows, keys, D]
             weighed = weighed * (factor.transpose(0, 1) if ids.dim() == 3 else factor)
     return (weighed @ q.unsqueeze(-1)).squeeze(-1).flatten(0, 1)
+
+
+def _gathered(buckets: BucketIds, table: Tensor, tile: Tile) -> Tensor:
+    """Return ``[1 | images, heads | 1, rows, keys]``."""
+    # The gradient of table[:, ids] would be slow.
+    table = _heads(table, tile)
+    ids = _index(buckets, table, tile)
+    return table.expand(len(ids), -1, -1).gather(-1, ids).unflatten(-1, tile.shape[2:])
+
+
+def _index(buckets: BucketIds, table: Tensor, tile: Tile) -> Tensor:
+    """Return ids ``[1 | images, heads | 1, rows * keys]``."""
+    ids = cut(buckets.dense(table.device), tile)
+    return ids.reshape(-1, 1, ids.shape[-2:].numel()).expand(-1, len(table), -1)
 
 
 def _far(buckets: BucketIds, table: Tensor, tile: Tile) -> Tensor:
