@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..call import mask_floor
 from . import kernels, table_kernels
-from .ops import padded
+from .outputs import padded
 from .plan import KINDS, Plan
 from .tables import Lists, lists
 from .variants import variant

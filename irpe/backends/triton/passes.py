@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import launch as starts
 from .launch import Launcher, launcher
-from .ops import empty_flat, empty_like, empty_outputs
+from .outputs import empty_flat, empty_like, empty_outputs
 from .plan import Plan, plan_of, span
 
 OFFSETS = 2**31  # of int32
