@@ -20,7 +20,8 @@ if importlib.util.find_spec("hypothesis") is None:  # benchmarks/gpu.sh needs fe
     absent = types.ModuleType("hypothesis")
     absent.__spec__ = importlib.machinery.ModuleSpec("hypothesis", None)  # torch looks for it
     absent.given = lambda **given: pytest.mark.skip(reason="hypothesis is not installed")
-    absent.settings, absent.HealthCheck = lambda *args, **given: lambda test: test, ()
+    absent.settings = lambda *args, **given: lambda test: test
+    absent.HealthCheck = absent.Phase = ()
     absent.settings.register_profile = absent.settings.load_profile = lambda *args, **given: None
     absent.strategies = types.ModuleType("hypothesis.strategies")
     absent.strategies.data = lambda: None
