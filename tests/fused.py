@@ -47,7 +47,7 @@ def effect_of_output(inputs, terms, weight, found, truth, given):
     terms = tabled(terms, inputs[3:])
     call = validated(*inputs[:3], terms, mask, causal, 0.0, scale)
     error = ((found.double() - truth) * weight).sum(-1).detach()
-    total = (error * reference.logits(call)[0].logsumexp(-1)).sum()
+    total = (error * reference.logits(call, call.grouped()[0])[0].logsumexp(-1)).sum()
     return torch.autograd.grad(total, inputs, materialize_grads=True, allow_unused=True)
 
 

@@ -35,7 +35,8 @@ def attention(call: Call, keep: Tensor | None = None) -> Tensor:
         call: the call.
         keep: a dropout mask to use instead of drawing one, with values 0 and 1 / (1 - p).
     """
-    scores, dead = logits(call)
+    k, v = call.grouped()
+    scores, dead = logits(call, k)
     probabilities = scores.softmax(-1)
     if dead is not None:
         probabilities = probabilities.masked_fill(dead, 0.0)
@@ -43,15 +44,18 @@ def attention(call: Call, keep: Tensor | None = None) -> Tensor:
         probabilities = probabilities * keep
     elif call.dropout_p > 0.0:
         probabilities = F.dropout(probabilities, call.dropout_p)
-    return weighted(probabilities, call.grouped()[1], call.terms)
+    return weighted(probabilities, v, call.terms)
 
 
-def logits(call: Call) -> tuple[Tensor, Tensor | None]:
+def logits(call: Call, k: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the masked logits ``[B, H, L, S]``, and the rows without visible keys.
 
     These rows are not masked, see ``Call.merged_mask``.
+
+    Args:
+        call: the call.
+        k: its keys, with as many heads as q.
     """
-    k, _ = call.grouped()
     q = call.q * call.scale
     total = _content(q, k, call.terms)
     for term in call.terms:
