@@ -123,8 +123,9 @@ def forward(
             for start in tl.range(first, end, BN, disable_licm=not HOIST):
                 j = token(start + tl.arange(0, BN), others, SIDE)
                 down, run_hot = key_strips(
-                    runs, runs_so, o_first, start, BM, BN, SIDE, COLUMNS, queries
-                )
+                    runs, runs_so, o_first, start - part * part_slots, BM, BN, SIDE, COLUMNS,
+                    queries,
+                )  # fmt: skip
                 keys = load_rows(own_k, j, k_sl, S, D, D_BLOCK)
                 logits = pair_logits(
                     queries, keys, i, j, own_rows, at, ROWS,
@@ -268,8 +269,9 @@ def row_pass(
             for start in tl.range(first, end, BN, disable_licm=not HOIST):
                 j = token(start + tl.arange(0, BN), others, SIDE)
                 down, run_hot = key_strips(
-                    runs, runs_so, o_first, start, BM, BN, SIDE, COLUMNS, queries
-                )
+                    runs, runs_so, o_first, start - part * part_slots, BM, BN, SIDE, COLUMNS,
+                    queries,
+                )  # fmt: skip
                 keys = load_rows(own_k, j, k_sl, S, D, D_BLOCK)
                 logits = pair_logits(
                     queries, keys, i, j, own_rows, rows_at, ROWS,
@@ -403,8 +405,9 @@ def column_pass(
                     units, units_so, o_first, part, BM, BN, SIDE, COLUMNS, queries
                 )
                 down, run_hot = key_strips(
-                    runs, runs_so, o_first, start, BM, BN, SIDE, COLUMNS, queries
-                )
+                    runs, runs_so, o_first, start - part * part_slots, BM, BN, SIDE, COLUMNS,
+                    queries,
+                )  # fmt: skip
                 logits = pair_logits(
                     queries, keys, i, j, own_rows, i * 0 if SHARED else at, ROWS,
                     own_columns, columns_at, COLUMNS, own_ids, ids_sm, ids_so,

@@ -46,7 +46,8 @@ class Plan:
         order: token of each query slot, int32; L in empty ones.
         others: token of each key slot, likewise.
         slots: query slots without those that fill the last tile.
-        runs: row part of the bucket of a query slot and a run, uint8 ``[slots, runs]``.
+        runs: row part of the bucket of a query slot and a run of the last part, uint8
+            ``[slots, runs]``; the other parts have the same ones.
         units: column part of the bucket of a unit and a column, uint8 ``[units, columns]``.
         row_use: bit mask of the maps that rows of queries use.
         column_use: bit mask of the maps that rows of keys use.

@@ -40,7 +40,7 @@ def run_onehot(runs, first, start, G: tl.constexpr, step, SIDE: tl.constexpr, li
 
 @triton.jit
 def row_parts(runs, first, start, R: tl.constexpr, P: tl.constexpr, step):
-    """Return the row parts ``[R, P]`` of queries and runs from a slot on."""
+    """Return the row parts ``[R, P]`` of queries and runs from a slot of a part on."""
     run = start // 16 + tl.arange(0, P)
     own = first + tl.arange(0, R)
     return tl.load(runs + own[:, None] * step + run[None, :]).to(tl.int32)

@@ -135,7 +135,7 @@ def strips(buckets: BucketIds, device: torch.device) -> dict[str, Any]:
     return {
         "order": _padded(order, TILE, length).to(torch.int32),
         "others": others.flatten().to(torch.int32),
-        "runs": part_of(row_of_slot, row_of_run),
+        "runs": part_of(row_of_slot, row_of_run[-len(parts[-1]) :]),  # those of other parts too
         "units": part_of(column_of_unit, arange(_units(columns) * UNIT)),
         "slots": slots,
         "width": width(buckets),

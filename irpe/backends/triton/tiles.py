@@ -142,7 +142,7 @@ def key_strips(
     runs, runs_so, o_first, start, BM: tl.constexpr, BN: tl.constexpr, SIDE: tl.constexpr,
     COLUMNS: tl.constexpr, like,
 ):  # fmt: skip
-    """Return row parts and one-hot matrices of queries and of keys from a slot on."""
+    """Return row parts and one-hot matrices of queries and of keys from a slot of a part on."""
     down, hot = 0, 0
     if SIDE > 0:
         down = row_parts(runs, o_first, start, BM, BN // 16, runs_so)
