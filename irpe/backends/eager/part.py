@@ -150,9 +150,8 @@ class Part:
             self._content(logits, tile, add)
         dead = self.given.tiles.hide(logits, tile)
         torch.softmax(logits, -1, out=logits)
-        if (
-            self.given.slopes
-        ):  # far keys have subnormal probabilities, which make products 4 times slower
+        if self.given.slopes:
+            # Far keys have subnormal probabilities, which make products 4 times slower.
             F.threshold(logits, self.given.least, 0.0, inplace=True)
         if dead is not None:
             wide.masked_fill_(dead, 0.0)

@@ -30,6 +30,7 @@ FLAT = Variant(64, 64, 4, 2, 16)
 STILL = Variant(64, 64, 4, 1)
 LONG = Variant(64, 64, 4, 1, 64)  # without a pipeline
 PIPED = Variant(64, 32)
+DEEP = PIPED._replace(maxnreg=255)
 LOOSE = Variant(64, 32, HOIST=False)
 HALF = Variant(64, 32, 4, 1)
 OPEN = Variant(64, 32, 4, 1, HOIST=False)
@@ -49,7 +50,7 @@ SPARSE = Variant(32, 32, 16, 1)
 Tiles = dict[str, tuple[Variant, Variant, Variant, Variant, Variant]]
 HOPPER: Tiles = {  # sm_90
     "forward": (LARGE, LARGE, LARGE, FLAT, LARGE),
-    "row_pass": (HALF, HALF, HALF, HALF, EVEN),
+    "row_pass": (HALF, HALF, FINE, HALF, EVEN),
     "column_pass": (LONG, LEAN, LEAN, LEAN, SMALL),
 }
 BLACKWELL: Tiles = HOPPER | {"forward": (LARGE, LONG, LARGE, FLAT, LARGE)}  # sm_100
@@ -66,12 +67,12 @@ HOPPER_WIDE: Tiles = {  # head dims above 64
 }
 AMPERE: Tiles = {  # sm_80, sm_86
     "forward": (LARGE, PIPED, PIPED, SMALL, FINE),
-    "row_pass": (HALF, HALF, SMALL, NARROW, NARROW),
+    "row_pass": (HALF, HALF, EVEN, NARROW, NARROW),
     "column_pass": (HALF, HALF, HALF, SMALL, SMALL),
 }
 AMPERE_THIN: Tiles = {  # head dims up to 32
     "forward": (LARGE, LARGE, LARGE, HALF, HALF),
-    "row_pass": (PIPED, HALF, HALF, SMALL, SMALL),
+    "row_pass": (DEEP, HALF, HALF, SMALL, SMALL),
     "column_pass": (LONG, HALF, HALF, SMALL, SMALL),
 }
 AMPERE_MORE: Tiles = {  # sm_80, sm_86: with a mask, dropout or deterministic sums
@@ -80,7 +81,7 @@ AMPERE_MORE: Tiles = {  # sm_80, sm_86: with a mask, dropout or deterministic su
     "column_pass": (HALF, EVEN, SPREAD, SMALL, SMALL),
 }
 AMPERE_WIDE: Tiles = {
-    "forward": (PIPED, PIPED, OPEN, OPEN, SMALL),
+    "forward": (PIPED, PIPED, EVEN, OPEN, SMALL),
     "row_pass": (SMALL, SPREAD, SPREAD, SPREAD, SPREAD),
     "column_pass": (TALL, SPREAD, SPREAD, SPREAD, SPREAD),
 }
