@@ -105,13 +105,13 @@ def _forget():
 def _tiles(request, monkeypatch):
     """No call of a test is too small for eager's own passes."""
     from irpe.backends import eager
-    from irpe.backends.eager import passes, rows
+    from irpe.backends.eager import rows, workspace
 
     monkeypatch.setattr(eager, "SMALL", 0)
     marker = request.node.get_closest_marker("tiles")
     if marker is not None:
         monkeypatch.setattr(eager, "keeps", lambda call: False)
-        monkeypatch.setattr(passes, "SIZE", *marker.args)
+        monkeypatch.setattr(workspace, "SIZE", *marker.args)
         monkeypatch.setattr(rows, "MOST", 99.0)  # in small grids few blocks repeat
 
 

@@ -243,13 +243,13 @@ def test_several_multipliers_multiply(backend):
 def test_channels_in_tiles(monkeypatch):
     """A few queries at a time, down to one, give the same numbers and gradients."""
     from irpe.backends import eager
-    from irpe.backends.eager import passes
+    from irpe.backends.eager import workspace
 
     module, (q, k, v) = module_of("huang3,clip=3,shared=0"), tensors()
     where = torch.stack((torch.arange(L), torch.arange(L) * 2))
     outcomes = []
     for size, keeps in ((2**20, True), (1, True), (1, False), (3 * 2 * H * L * D, False)):
-        monkeypatch.setattr(passes, "SIZE", size)
+        monkeypatch.setattr(workspace, "SIZE", size)
         monkeypatch.setattr(eager, "keeps", lambda call, keeps=keeps: keeps)
         terms = module.terms(irpe.Sequence(L, positions=where))
         inputs = [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), module.table]

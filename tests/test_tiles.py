@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import irpe
 from irpe.backends import eager
-from irpe.backends.eager import passes, rows
+from irpe.backends.eager import rows, workspace
 from irpe.buckets import BucketIds
 from irpe.terms import Term
 
@@ -20,7 +20,7 @@ def tiles(monkeypatch, request):
     """Tiles of several sizes, rows of several widths and blocks of any use, for every call."""
     size, width, most = request.param
     monkeypatch.setattr(eager, "keeps", lambda call: False)
-    monkeypatch.setattr(passes, "SIZE", size)
+    monkeypatch.setattr(workspace, "SIZE", size)
     monkeypatch.setattr(rows, "WIDTH", width)
     monkeypatch.setattr(rows, "MOST", most)
     irpe.clear_cache()
@@ -224,7 +224,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("geometry", [irpe.Grid(32, 33), irpe.Grid(1, 800), irpe.Sequence(800)])
 def test_nothing_as_large_as_the_logits(geometry, monkeypatch):
     """Not of one head even, forward and backward: no logits, and no map of ids."""
-    monkeypatch.setattr(passes, "SIZE", 2**12)
+    monkeypatch.setattr(workspace, "SIZE", 2**12)
     if isinstance(geometry, irpe.Sequence):
         terms = line_terms(Clip(4), geometry, 2, 4)[:2]
     else:
@@ -240,7 +240,7 @@ def test_nothing_as_large_as_the_logits(geometry, monkeypatch):
 def test_the_largest_tensor_grows_linearly(mode, monkeypatch):
     """Four times as many tokens: rows, tiles and blocks, none with the square of a row's width."""
     monkeypatch.setattr(eager, "keeps", lambda call: False)
-    monkeypatch.setattr(passes, "SIZE", 2**9)
+    monkeypatch.setattr(workspace, "SIZE", 2**9)
     sizes = []
     for side in (10, 20):
         irpe.clear_cache()
@@ -260,7 +260,7 @@ def test_the_largest_tensor_grows_linearly(mode, monkeypatch):
 def test_dropout_does_not_depend_on_threads_in_between(monkeypatch):
     """The backward pass draws in the tiles of its forward pass."""
     monkeypatch.setattr(eager, "keeps", lambda call: False)
-    monkeypatch.setattr(passes, "SIZE", 350)
+    monkeypatch.setattr(workspace, "SIZE", 350)
     grid = irpe.Grid(5, 7)
     terms = image_terms("rpe-2.0-product-ctx-1-kv", grid, 3, 4)
     inputs = [torch.randn(2, 3, 35, 4, dtype=F64, requires_grad=True) for _ in range(3)]

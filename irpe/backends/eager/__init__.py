@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ...terms import Term
 from .. import reference
 from ..call import Call, autocasting, without_autocast
-from .passes import Pass, Plan
+from . import passes
 from .rows import layout_of
+from .workspace import Plan, Workspace
 
 SMALL = 2**16  # B * H * L * S up to which the reference is faster
 LEAST = 2**16  # L * S below which recomputing is never faster
@@ -81,7 +82,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, *inputs: Tensor) -> Tensor:
         kept: list[Tensor] | None = [] if plan.kept and any(ctx.needs_input_grad) else None
-        out, masses = Pass(plan, inputs).forward(kept)
+        out, masses = passes.forward(Workspace(plan, inputs), kept)
         # Save the views q, k and v themselves: the caller keeps their memory anyway.
         ctx.save_for_backward(*inputs, *masses, *(kept or ()))
         ctx.plan, ctx.counts = plan, (len(inputs), len(inputs) + len(masses))
@@ -95,11 +96,11 @@ class _Attention(torch.autograd.Function):
         # backward() may be called under autocast.
         with without_autocast(grads[0].device.type):
             with torch.no_grad():
-                work = Pass(ctx.plan, inputs)
+                work = Workspace(ctx.plan, inputs)
                 if not recorded:
                     for table, wanted in zip(work.tables, ctx.needs_input_grad[4:], strict=True):
                         table.requires_grad_(wanted)
-                    found = work.backward(grads[0], saved[first:second], saved[second:])
+                    found = passes.backward(work, grads[0], saved[first:second], saved[second:])
                     pairs = zip(found, inputs, strict=True)
                     return None, *(None if x is None else x.to(y.dtype) for x, y in pairs)
                 keep = None if ctx.plan.seed is None else work.keep() * work.growth

@@ -1,7 +1,6 @@
 """A part of a pass: the tiles of the same images, heads, keys and columns of queries."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,27 +10,25 @@ from .blocks import Blocks
 from .dense import add_biases, back_biases, by_channels, gain_of
 from .gather import ByMap, put
 from .tile import Tile
-
-if TYPE_CHECKING:
-    from .passes import Pass
+from .workspace import Workspace
 
 
 class Part:
     """One part of a pass.
 
     Args:
-        given: the pass.
+        work: inputs and buffers.
         part: tiles of the same images, heads and keys.
         numbers: rows that the logits gather from; empty if probabilities are kept.
     """
 
-    def __init__(self, given: "Pass", part: list[Tile], numbers: Sequence[Tensor]) -> None:
-        self.given, self.part, self.index, self.dense = given, part, part[0].index, given.dense
-        self.q, self.k, self.v = (self._own(x) for x in (given.q, given.k, given.v))
+    def __init__(self, work: Workspace, part: list[Tile], numbers: Sequence[Tensor]) -> None:
+        self.work, self.part, self.index, self.dense = work, part, part[0].index, work.dense
+        self.q, self.k, self.v = (self._own(x) for x in (work.q, work.k, work.v))
         if self.index is not None:
             self.k, self.v = (x.index_select(1, self.index) for x in (self.k, self.v))
-        self.rows = [self._way(i) for i in given.rows]
-        self.masses = [self._way(i) for i in given.values]
+        self.rows = [self._way(i) for i in work.rows]
+        self.masses = [self._way(i) for i in work.values]
         for way, x in zip(self.rows, numbers, strict=False):
             way.read(self._own(x))
 
@@ -42,8 +39,8 @@ class Part:
             way.write(self._own(mass))
         for tile in self.part:
             probabilities = self._probabilities(tile, kept)
-            if self.given.draws is not None:
-                keep = self.given.drawn(tile)
+            if self.work.draws is not None:
+                keep = self.work.drawn(tile)
                 probabilities = torch.mul(probabilities, keep, out=keep)
             _product(out[:, tile.rows], probabilities, self.v[:, : tile.count], False)
             for way in self.masses:
@@ -68,7 +65,7 @@ class Part:
             sums: buffers for gradients of the rows of numbers, ``[B, H, L | S, N]``.
             kept: the probabilities of each tile; empty: they are recomputed.
         """
-        given, several = self.given, not self.given.tiles.one
+        work, several = self.work, not self.work.tiles.one
         grad, own_q, own_k, own_v = self._own(grad), *(self._own(x) for x in grads)
         if self.index is not None:
             own_k, own_v = torch.zeros_like(self.k), torch.zeros_like(self.v)
@@ -80,10 +77,10 @@ class Part:
             probabilities = next(kept, None)
             if probabilities is None:
                 probabilities = self._probabilities(tile, None)
-            own, grad_logits = grad[:, tile.rows], given.space("grad_logits", tile.flat)
+            own, grad_logits = grad[:, tile.rows], work.space("grad_logits", tile.flat)
             dropped, keep = probabilities, None
-            if given.draws is not None:
-                keep = given.drawn(tile)
+            if work.draws is not None:
+                keep = work.drawn(tile)
                 dropped = torch.mul(probabilities, keep, out=grad_logits)
             _product(own_v[:, : tile.count], dropped.transpose(1, 2), own, several)
             for number, way in enumerate(self.masses):
@@ -99,7 +96,7 @@ class Part:
                 way.scatter(grad_logits, tile)
             self._back_pairs(grad_logits, tile)
             q, k = self.q[:, tile.rows], self.k[:, : tile.count]
-            if given.channels:
+            if work.channels:
                 q, k = (x.detach().requires_grad_() for x in (q, k))
                 with torch.enable_grad():
                     content = by_channels(self.dense, q, k, tile)
@@ -123,7 +120,7 @@ class Part:
         with torch.enable_grad():
             gain = gain_of(self.dense, tile)
         if gain is not None and gain.requires_grad:
-            content = self._content(self.given.space("content", tile.flat), tile, False)
+            content = self._content(self.work.space("content", tile.flat), tile, False)
             gain.backward((content.view(tile.shape) * grad_logits).sum_to_size(gain.shape))
         if gain is not None:
             grad_logits.mul_(gain.detach())
@@ -131,7 +128,7 @@ class Part:
     def _probabilities(self, tile: Tile, kept: list[Tensor] | None) -> Tensor:
         """Return ``[n, rows, keys]``; unless kept, in a buffer that the next tile overwrites."""
         if kept is None:
-            logits = self.given.space("logits", tile.flat)
+            logits = self.work.space("logits", tile.flat)
         else:
             logits = self.q.new_empty(tile.flat)
             kept.append(logits)
@@ -148,35 +145,35 @@ class Part:
             add = True
         if not self.dense:
             self._content(logits, tile, add)
-        dead = self.given.tiles.hide(logits, tile)
+        dead = self.work.tiles.hide(logits, tile)
         torch.softmax(logits, -1, out=logits)
-        if self.given.slopes:
+        if self.work.slopes:
             # Far keys have subnormal probabilities, which make products 4 times slower.
-            F.threshold(logits, self.given.least, 0.0, inplace=True)
+            F.threshold(logits, self.work.least, 0.0, inplace=True)
         if dead is not None:
             wide.masked_fill_(dead, 0.0)
         return logits
 
     def _content(self, out: Tensor, tile: Tile, add: bool) -> Tensor:
         q, k = self.q[:, tile.rows], self.k[:, : tile.count]
-        if self.given.channels:
+        if self.work.channels:
             put(out, by_channels(self.dense, q, k, tile), add)
         else:
             _product(out, q, k.transpose(1, 2), add)
         return out
 
     def _way(self, i: int) -> ByMap | Blocks:
-        given, blocks = self.given, self.given.blocks(i)
-        if given.plan.layout is None or blocks is None:
-            return ByMap(given.plan.terms[i][1], self.q.device)
-        way, part = given.ways.get(i), self.part[0]
+        work, blocks = self.work, self.work.blocks(i)
+        if work.plan.layout is None or blocks is None:
+            return ByMap(work.plan.terms[i][1], self.q.device)
+        way, part = work.ways.get(i), self.part[0]
         if way is None or way.index is not part.index or way.part != part.columns:
 
             def space(name: str, shape: Sequence[int]) -> Tensor:
-                return given.space(f"{name} of {i}", shape)
+                return work.space(f"{name} of {i}", shape)
 
-            way = Blocks(given.plan.layout, blocks, given.of_key(i), part, space)
-            given.ways[i] = way
+            way = Blocks(work.plan.layout, blocks, work.of_key(i), part, space)
+            work.ways[i] = way
         return way
 
     def _own(self, x: Tensor) -> Tensor:

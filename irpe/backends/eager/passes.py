@@ -1,206 +1,88 @@
-"""A forward or a backward pass of attention with terms, tile by tile.
+"""The forward and the backward pass of attention with terms, tile by tile.
 
 The logits and probabilities of a tile stay in the processor's cache. Small calls keep the
 probabilities for the backward pass; for others the backward pass recomputes each tile, without
 materialising ``[B, H, L, S]``.
 """
 
-import itertools
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ...buckets import BucketIds
-from ...terms import Kind
-from ..call import Call, project
-from .blocks import Blocks
+from ..call import project
 from .part import Part
-from .rows import Layout, Table
-from .tile import Tile, Tiles
-
-SIZE = 2**20  # numbers of a tile for each thread: half of it takes 1.02 to 1.13 times as long
+from .workspace import Workspace
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A call without its tensors.
+def forward(work: Workspace, kept: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+    """Return the output ``[B, H, L, E]`` and the mass by bucket of each value term.
 
     Args:
-        call: the call, with empty tensors.
-        terms: kind and buckets of each term.
-        layout: layout of the tokens; None: unknown.
-        kept: whether probabilities are kept for the backward pass.
-        threads: number of threads that share a tile, in both passes.
-        seed: seed of the dropout; None: no dropout.
+        work: inputs and buffers.
+        kept: list that the probabilities of each tile are appended to; None: not kept.
     """
+    out = work.blank(work.q.new_empty(*work.shape[:3], work.v.shape[-1]))
+    masses, numbers = _zeros(work, work.values), _numbers(work)
+    for part in work.tiles.parts:
+        Part(work, part, numbers).forward(out, masses, kept)
+    for i, mass in zip(work.values, masses, strict=True):
+        _add_project(out, mass, work.tables[i])
+    return out.mul_(work.growth) if work.growth != 1.0 else out, masses
 
-    call: Call
-    terms: Sequence[tuple[Kind, BucketIds]]
-    layout: Layout | None
-    kept: bool
-    threads: int
-    seed: int | None
 
-
-class Pass:
-    """A pass, in float32 or float64.
+def backward(
+    work: Workspace, grad: Tensor, masses: Sequence[Tensor], kept: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Return the gradients of q, k, v and the tables.
 
     Args:
-        plan: plan of the call.
-        inputs: q, k and v with equal numbers of heads, and the tables of the terms.
+        work: inputs and buffers.
+        grad: gradient of the output.
+        masses: result of the forward pass.
+        kept: probabilities of the forward pass; empty if tiles are recomputed.
     """
+    scale = work.plan.call.scale
+    upper = torch.mul(grad, work.growth, out=work.q.new_empty(grad.shape))
+    own = grad_q, grad_k, _ = [work.blank(torch.empty_like(x)) for x in (work.q, work.k, work.v)]
+    of_masses = [project(upper, work.tables[i].transpose(1, 2)) for i in work.values]
+    sums, numbers, saved = _zeros(work, work.rows), [] if kept else _numbers(work), iter(kept)
+    for part in work.tiles.parts:
+        Part(work, part, numbers).backward(upper, of_masses, own, sums, saved)
+    grads = {}
+    for i, total in zip(work.rows, sums, strict=True):
+        x, grad_x = (work.k, grad_k) if work.of_key(i) else (work.q, grad_q)
+        if work.plan.terms[i][0] == "bias":
+            grads[i] = total.sum((0, 2)).sum_to_size(work.tables[i].shape)
+            continue
+        total = total.mul_(scale) if work.of_key(i) else total
+        _add_project(grad_x, total, work.tables[i].transpose(1, 2))
+        grads[i] = _outer(x, total, work.tables[i])
+    for i, mass in zip(work.values, masses, strict=True):
+        grads[i] = _outer(mass, upper, work.tables[i])
+    grad_q *= scale
+    return [*own, *(grads.get(i, table.grad) for i, table in enumerate(work.tables))]
 
-    def __init__(self, plan: Plan, inputs: Sequence[Tensor]) -> None:
-        self.plan, (q, k), call = plan, inputs[:2], plan.call
-        wide = torch.promote_types(q.dtype, torch.float32)
-        # Scale and make contiguous in one pass over memory.
-        self.q = torch.mul(q.detach(), call.scale, out=q.new_empty(q.shape, dtype=wide))
-        self.k, self.v, *self.tables = (x.detach().to(wide).contiguous() for x in inputs[1:])
-        self.shape = (*q.shape[:3], k.shape[2])
-        # Indices of terms that gather rows of numbers, and of value terms.
-        self.rows, self.values = list[int](), list[int]()
-        self.dense: list[tuple[Kind, BucketIds, Tensor]] = []
-        for i, (kind, buckets) in enumerate(plan.terms):
-            if kind in ("query", "key") or (kind == "bias" and self.blocks(i) is not None):
-                self.rows.append(i)
-            elif kind == "value":
-                self.values.append(i)
-            else:
-                self.dense.append((kind, buckets, self.tables[i]))
-        self.channels = any(kind == "channels" for kind, *_ in self.dense)
-        self.slopes = any(kind == "slope" for kind, *_ in self.dense)
-        self.least = torch.finfo(wide).tiny ** 0.75
-        # Images share dense numbers: they are gathered once where one tile is the whole call.
-        whole = plan.kept and bool(self.dense)
-        size = q.numel() * k.shape[2] if whole else SIZE * plan.threads
-        if self.channels:
-            size = SIZE * plan.threads // q.shape[3]
-        call, threads = replace(call, q=q, k=k), plan.threads
-        self.tiles = Tiles(call, plan.layout, size, self._columns(), threads, plan.kept)
-        self.draws: torch.Generator | None = None
-        if plan.seed is not None:
-            self.draws = torch.Generator(q.device).manual_seed(plan.seed)
-        self.rest = 1.0 - call.dropout_p
-        self.growth = 1.0 / self.rest if self.rest else 1.0  # scale of kept probabilities
-        self._memory: dict[str, Tensor] = {}
-        self.ways: dict[int, Blocks] = {}  # of the last part, by term
 
-    def forward(self, kept: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
-        """Return the output ``[B, H, L, E]`` and the mass by bucket of each value term.
+def _numbers(work: Workspace) -> list[Tensor]:
+    """Return the rows ``[B, H, L | S, N]`` that the logits gather from."""
+    numbers = []
+    for i in work.rows:
+        table = work.tables[i]
+        if work.plan.terms[i][0] == "bias":
+            numbers.append(table.unsqueeze(1).expand(*work.shape[:3], -1))
+        elif work.of_key(i):
+            numbers.append(project(work.k, table * work.plan.call.scale))
+        else:
+            numbers.append(project(work.q, table))
+    return numbers
 
-        Args:
-            kept: list that the probabilities of each tile are appended to; None: not kept.
-        """
-        out = self.blank(self.q.new_empty(*self.shape[:3], self.v.shape[-1]))
-        masses, numbers = self._zeros(self.values), self._numbers()
-        for part in self.tiles.parts:
-            Part(self, part, numbers).forward(out, masses, kept)
-        for i, mass in zip(self.values, masses, strict=True):
-            _add_project(out, mass, self.tables[i])
-        return out.mul_(self.growth) if self.growth != 1.0 else out, masses
 
-    def backward(
-        self, grad: Tensor, masses: Sequence[Tensor], kept: Sequence[Tensor]
-    ) -> list[Tensor | None]:
-        """Return the gradients of q, k, v and the tables.
-
-        Args:
-            grad: gradient of the output.
-            masses: result of the forward pass.
-            kept: probabilities of the forward pass; empty if tiles are recomputed.
-        """
-        upper = torch.mul(grad, self.growth, out=self.q.new_empty(grad.shape))
-        own = grad_q, grad_k, _ = [
-            self.blank(torch.empty_like(x)) for x in (self.q, self.k, self.v)
-        ]
-        of_masses = [project(upper, self.tables[i].transpose(1, 2)) for i in self.values]
-        sums, numbers, saved = self._zeros(self.rows), [] if kept else self._numbers(), iter(kept)
-        for part in self.tiles.parts:
-            Part(self, part, numbers).backward(upper, of_masses, own, sums, saved)
-        grads = {}
-        for i, total in zip(self.rows, sums, strict=True):
-            x, grad_x = (self.k, grad_k) if self.of_key(i) else (self.q, grad_q)
-            if self.plan.terms[i][0] == "bias":
-                grads[i] = total.sum((0, 2)).sum_to_size(self.tables[i].shape)
-                continue
-            total = total.mul_(self.plan.call.scale) if self.of_key(i) else total
-            _add_project(grad_x, total, self.tables[i].transpose(1, 2))
-            grads[i] = _outer(x, total, self.tables[i])
-        for i, mass in zip(self.values, masses, strict=True):
-            grads[i] = _outer(mass, upper, self.tables[i])
-        grad_q *= self.plan.call.scale
-        return [*own, *(grads.get(i, table.grad) for i, table in enumerate(self.tables))]
-
-    def of_key(self, i: int) -> bool:
-        """Return whether a term's rows of numbers belong to keys."""
-        return self.plan.terms[i][0] == "key"
-
-    def blocks(self, i: int) -> Table | None:
-        """Return a term's blocks; None if it has none."""
-        layout, (_, buckets) = self.plan.layout, self.plan.terms[i]
-        return None if layout is None else layout.blocks(buckets, self.of_key(i))
-
-    def _columns(self) -> int:
-        """Return the number of columns of queries for which blocks of keys are gathered at once.
-
-        These blocks have at most twice the size of a tile, or that of the rows of numbers.
-        """
-        most, terms = self.shape[2], [i for i in self.rows if self.of_key(i)]
-        for i, found in zip(terms, map(self.blocks, terms), strict=True):
-            if found is not None:
-                deep, size = len(found[0]), self.plan.terms[i][1].size
-                room = 2 * SIZE * self.plan.threads // self.shape[3]
-                most = min(most, max(1, size // deep, room // deep))
-        return most
-
-    def _numbers(self) -> list[Tensor]:
-        """Return the rows ``[B, H, L | S, N]`` that the logits gather from."""
-        numbers = []
-        for i in self.rows:
-            table = self.tables[i]
-            if self.plan.terms[i][0] == "bias":
-                numbers.append(table.unsqueeze(1).expand(*self.shape[:3], -1))
-            elif self.of_key(i):
-                numbers.append(project(self.k, table * self.plan.call.scale))
-            else:
-                numbers.append(project(self.q, table))
-        return numbers
-
-    def _zeros(self, terms: Sequence[int]) -> list[Tensor]:
-        """Return zero buffers ``[B, H, L | S, N]`` for each term."""
-        B, H, L, S = self.shape
-        sizes = ((S if self.of_key(i) else L, self.plan.terms[i][1].size) for i in terms)
-        return [self.q.new_zeros(B, H, *size) for size in sizes]
-
-    def keep(self) -> Tensor:
-        """Return the dropout mask ``[B, H, L, S]``: 1 if kept or in no tile, else 0."""
-        every = self.q.new_ones(self.shape)
-        for tile in itertools.chain(*self.tiles.parts):
-            own = every[tile.images, tile.heads, tile.rows]
-            kept = self.drawn(tile).view(tile.shape)
-            if tile.index is None:
-                own[..., : tile.count] = kept
-            else:
-                own.index_copy_(-1, tile.index, kept)
-        return every
-
-    def drawn(self, tile: Tile) -> Tensor:
-        """Return the dropout mask of a tile; called once for each tile, in order."""
-        return self.space("keep", tile.flat).bernoulli_(self.rest, generator=self.draws)
-
-    def space(self, name: str, shape: Sequence[int]) -> Tensor:
-        """Return a buffer that later calls with this name reuse."""
-        size = math.prod(shape)
-        if name not in self._memory or self._memory[name].numel() < size:
-            self._memory[name] = self.q.new_empty(size)
-        return self._memory[name][:size].view(shape)
-
-    def blank(self, x: Tensor) -> Tensor:
-        """Return x, filled with zeros unless a single tile overwrites it."""
-        return x if self.tiles.one and not self.channels else x.zero_()
+def _zeros(work: Workspace, terms: Sequence[int]) -> list[Tensor]:
+    """Return zero buffers ``[B, H, L | S, N]`` for each term."""
+    B, H, L, S = work.shape
+    sizes = ((S if work.of_key(i) else L, work.plan.terms[i][1].size) for i in terms)
+    return [work.q.new_zeros(B, H, *size) for size in sizes]
 
 
 def _add_project(out: Tensor, x: Tensor, table: Tensor) -> None:
