@@ -53,13 +53,20 @@ HOPPER: Tiles = {  # sm_90
     "row_pass": (HALF, HALF, FINE, HALF, EVEN),
     "column_pass": (LONG, LEAN, LEAN, LEAN, SMALL),
 }
-BLACKWELL: Tiles = HOPPER | {"forward": (LARGE, LONG, LARGE, FLAT, LARGE)}  # sm_100
-HOPPER_THIN: Tiles = HOPPER | {"column_pass": (LONG, HALF, HALF, FINE, TALL)}  # up to 32
+BLACKWELL: Tiles = HOPPER | {  # sm_100
+    "forward": (LARGE, LONG, LARGE, FLAT, LARGE),
+    "row_pass": (HALF, HALF, HALF, HALF, EVEN),
+}
+HOPPER_THIN: Tiles = HOPPER | {  # head dims up to 32
+    "row_pass": (HALF, HALF, HALF, HALF, EVEN),
+    "column_pass": (LONG, HALF, HALF, FINE, TALL),
+}
 HOPPER_MORE: Tiles = {  # with a mask of pairs, dropout or deterministic sums
     "forward": (LARGE, HALF, HALF, HALF, HALF),
     "row_pass": (HALF, HALF, HALF, HALF, EVEN),
     "column_pass": (HALF, BARE, OPEN, EVEN, BARE),
 }
+BLACKWELL_MORE: Tiles = HOPPER_MORE | {"row_pass": (HALF, HALF, OPEN, HALF, EVEN)}
 HOPPER_WIDE: Tiles = {  # head dims above 64
     "forward": (STILL, STILL, SMALL, SMALL, SMALL),
     "row_pass": (SPREAD, SPREAD, SPREAD, SPREAD, SPREAD),
@@ -125,8 +132,9 @@ def variant(
         if options["SIDE"] == 16 and kernel == "row_pass":
             load = max(load, 3)
     elif capability >= 90:
-        usual = HOPPER if capability == 90 else BLACKWELL
-        own = (HOPPER_THIN, usual, HOPPER_WIDE, HOPPER_MORE)
+        own = (HOPPER_THIN, HOPPER, HOPPER_WIDE, HOPPER_MORE)
+        if capability > 90:
+            own = (HOPPER_THIN, BLACKWELL, HOPPER_WIDE, BLACKWELL_MORE)
     else:
         own = (AMPERE_THIN, AMPERE, AMPERE_WIDE, AMPERE_MORE)
         if options["SHARED"] and options["ROWS"]:
@@ -135,7 +143,7 @@ def variant(
             load = max(load, 2 if kernel == "row_pass" else 1)
     thin, usual, wide, more = own
     # A mask of keys takes few registers.
-    free = ("none", "keys") if load == 0 or more is HOPPER_MORE else ("none",)
+    free = ("none", "keys") if load == 0 or 90 <= capability < 120 else ("none",)
     if options["DROPOUT"] or options["DETERMINISTIC"] or options["MASK"] not in free:
         chosen = more[kernel][load] if widest <= 64 else SPREAD
         both = options["DROPOUT"] and options["MASK"] != "none"
