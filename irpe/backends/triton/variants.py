@@ -55,7 +55,7 @@ HOPPER: Tiles = {  # sm_90
 }
 BLACKWELL: Tiles = HOPPER | {  # sm_100
     "forward": (LARGE, LONG, LARGE, FLAT, LARGE),
-    "row_pass": (HALF, HALF, HALF, HALF, EVEN),
+    "row_pass": (HALF, HALF, OPEN, HALF, EVEN),
 }
 HOPPER_THIN: Tiles = HOPPER | {  # head dims up to 32
     "row_pass": (HALF, HALF, HALF, HALF, EVEN),
@@ -66,7 +66,7 @@ HOPPER_MORE: Tiles = {  # with a mask of pairs, dropout or deterministic sums
     "row_pass": (HALF, HALF, HALF, HALF, EVEN),
     "column_pass": (HALF, BARE, OPEN, EVEN, BARE),
 }
-BLACKWELL_MORE: Tiles = HOPPER_MORE | {"row_pass": (HALF, HALF, OPEN, HALF, EVEN)}
+BLACKWELL_MORE: Tiles = HOPPER_MORE | {"row_pass": BLACKWELL["row_pass"]}
 HOPPER_WIDE: Tiles = {  # head dims above 64
     "forward": (STILL, STILL, SMALL, SMALL, SMALL),
     "row_pass": (SPREAD, SPREAD, SPREAD, SPREAD, SPREAD),
