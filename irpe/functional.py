@@ -94,7 +94,7 @@ def _key(
     if torch.compiler.is_compiling() or transformed():
         return None
     try:
-        device, casting = q.device, autocasting(q.device.type)
+        device, casting = q.device, _casting(q)
         own: list[Any] = []
         geometry, owner = None, None
         for term in terms:
@@ -201,13 +201,15 @@ def validated(
     check_shapes(q, k, v)
     if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0:
         raise IrpeError(f"dropout_p={dropout_p!r} is not a probability")
-    if not isinstance(scale, int | float | torch.SymFloat | None):
+    if not isinstance(is_causal, bool | torch.SymBool):
+        raise IrpeError(f"is_causal={is_causal!r} is not a bool")
+    if not isinstance(scale, int | float | torch.SymFloat | None) or isinstance(scale, bool):
         raise IrpeError(f"scale={scale!r} is not a number")
     if not isinstance(terms, tuple | list) or not all(isinstance(t, Term) for t in terms):
         raise IrpeError(
             f"terms must be a tuple, such as an encoding's terms(geometry), not {_named(terms)}"
         )
-    dtype, casting = q.dtype, autocasting(q.device.type)
+    dtype, casting = q.dtype, _casting(q)
     if casting:
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -225,6 +227,11 @@ def validated(
     compiled = torch.compiler.is_compiling() and not exporting()
     more: dict[str, Any] = {"device": q.device, "compiled": compiled, "traced": transformed()}
     return Call(q, k, v, tuple(terms), mask, is_causal, dropout_p, scale, **more)
+
+
+def _casting(q: Tensor) -> bool:
+    """Return whether autocast is on and casts q: it leaves float64 unchanged."""
+    return autocasting(q.device.type) and q.dtype != torch.float64
 
 
 def _check_term(term: Term, q: Tensor, k: Tensor, v: Tensor, casting: bool) -> None:

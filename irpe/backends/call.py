@@ -89,6 +89,8 @@ class Call:
         """
         mask = self.mask
         length, keys = self.q.shape[-2], self.k.shape[-2]
+        if mask is not None and mask.dim() < 2:  # torch's attention takes [..., L, S]
+            mask = mask.expand(1, keys)
         # A single query attends to all keys.
         if self.is_causal and (torch.jit.is_tracing() or length != 1):
             rows = torch.arange(length, device=self.q.device).unsqueeze(-1)
@@ -133,6 +135,8 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
         problem = "the shapes of q [B, H, L, D], k and v [B, H, S, D] do not match:"
     elif k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         problem = f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads:"
+    elif q.shape[3] == 0:
+        problem = "the head dim D is 0:"
     else:
         return
     raise IrpeError(f"{problem} q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}")

@@ -123,9 +123,11 @@ def attach(
     for site, one in chosen:
         name = site.name or type(model).__name__
         if site.attached:
+            own = specs(site.module).get("")
+            both = "" if None in (own, one) else f", '{own} + {one}'"
             raise IrpeError(
                 f"{name} has an encoding already: irpe.detach(model) removes it; to put several "
-                f"on one module, attach their sum, '{specs(site.module).get('')} + {one}'"
+                f"on one module, attach their sum{both}"
             )
         why = None if one is None else site.unsupported(one)
         if why is not None:

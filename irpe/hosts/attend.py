@@ -1,9 +1,11 @@
 """The attention of attached modules of every library: encodings, terms, probabilities."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backends import reference
@@ -46,13 +48,15 @@ def attend(
         native: terms of the module's native encoding, if it is fused.
 
     Returns:
-        Output ``[B, H, L, D]``, and probabilities ``[B, H, L, S]`` before dropout or None.
+        Output ``[B, H, L, D]``, and probabilities ``[B, H, L, S]`` after dropout or None.
     """
     encodings, owner = encodings_of(module), module.__dict__
     q, k = encodings.transform(q, k, geometry)
     terms = encodings.terms(geometry) + native
     given: dict[str, Any] = {"mask": mask, "is_causal": is_causal, "scale": scale}
     given["backend"], record, weights = owner["rpe_backend"], owner.get("rpe_record"), None
+    if need_weights and dropout_p and drop is None:
+        drop = partial(F.dropout, p=dropout_p)
     if need_weights or drop is not None or record is not None:
         # With the identity as values, the output of attention is its probabilities.
         eye = torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:2], -1, -1)
@@ -63,5 +67,6 @@ def attend(
         out = attention(q, k, v, terms, dropout_p=dropout_p, **given)
     else:
         groups = weights.shape[1] // v.shape[1]
-        out = reference.weighted(drop(weights), v.repeat_interleave(groups, dim=1), terms)
+        weights = drop(weights)
+        out = reference.weighted(weights, v.repeat_interleave(groups, dim=1), terms)
     return out, weights if need_weights else None

@@ -144,7 +144,7 @@ class AttachedMultiheadAttention(nn.MultiheadAttention):
             v,
             geometry,
             scale=self.head_dim**-0.5,
-            mask=_merged(key_padding_mask, attn_mask, q),
+            mask=_merged(key_padding_mask, attn_mask, q, k),
             dropout_p=self.dropout if self.training else 0.0,
             need_weights=need_weights,
         )
@@ -156,8 +156,11 @@ class AttachedMultiheadAttention(nn.MultiheadAttention):
         return (x if self.batch_first else x.transpose(0, 1)), probabilities
 
 
-def _merged(padding: Tensor | None, mask: Tensor | None, q: Tensor) -> Tensor | None:
+def _merged(padding: Tensor | None, mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     """Merge torch's masks, where True means masked, into one that is added or True where kept."""
+    (B, H, L), S = q.shape[:3], k.shape[2]
+    _check("key_padding_mask", padding, (B, S))
+    _check("attn_mask", mask, (L, S), (B * H, L, S))
     parts = [] if padding is None else [padding[:, None, None]]
     if mask is not None:
         parts.append(mask.unflatten(0, (q.shape[0], -1)) if mask.dim() == 3 else mask)
@@ -168,3 +171,16 @@ def _merged(padding: Tensor | None, mask: Tensor | None, q: Tensor) -> Tensor | 
     hidden = torch.tensor(-math.inf, dtype=q.dtype, device=q.device)
     added = (hidden.where(p, 0.0) if p.dtype == torch.bool else p.to(q.dtype) for p in parts)
     return functools.reduce(torch.add, added)
+
+
+def _check(name: str, mask: Tensor | None, *shapes: tuple[int, ...]) -> None:
+    """Raise IrpeError unless a mask is None, or one that torch takes."""
+    if mask is None:
+        return
+    if all(tuple(mask.shape) != shape for shape in shapes):
+        wanted = " or ".join(str(list(shape)) for shape in shapes)
+        raise IrpeError(f"{name} is {list(mask.shape)}, not {wanted}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise IrpeError(
+            f"{name} is bool (True: masked) or floating point (added), not {mask.dtype}"
+        )

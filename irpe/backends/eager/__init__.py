@@ -41,7 +41,8 @@ def attention(call: Call) -> Tensor:
     if autocasting(call.q.device.type):
         with without_autocast(call.q.device.type):
             return attention(call.cast())
-    if call.q.numel() * call.k.shape[2] <= SMALL * call.q.shape[3] and call.q.itemsize >= 4:
+    few = call.q.numel() * call.k.shape[2] <= SMALL * call.q.shape[3]
+    if few and (call.q.itemsize >= 4 or not call.q.numel()):
         return reference.attention(call)
     k, v = call.grouped()
     kept = keeps(call)

@@ -88,7 +88,8 @@ class Tiles:
         self.width = 1 if layout is None else layout.query.shape[1]
         self.columns = min(self.width, columns)
         self.prefix = 0 if layout is None else layout.prefix
-        self.parts = [self._tiles(whole) for whole in self._parts(padding, threads)]
+        parts = map(self._tiles, self._parts(padding, threads))
+        self.parts = [tiles for tiles in parts if tiles]  # causal queries may see no key
         shapes = [tile.shape for part in self.parts for tile in part]
         self.one = shapes == [(self.B, self.H, self.L, self.S)]
 

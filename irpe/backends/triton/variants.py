@@ -97,6 +97,7 @@ CONSUMER: Tiles = {  # sm_120
     "row_pass": (HALF, HALF, SMALL, NARROW, NARROW),
     "column_pass": (PIPED, HALF, SMALL, SMALL, SMALL),
 }
+CONSUMER_THIN: Tiles = CONSUMER | {"forward": (DEEP, PIPED, FINE, FINE, HALF)}  # up to 32
 CONSUMER_MORE: Tiles = AMPERE_MORE | {"column_pass": (HALF, SMALL, SMALL, SMALL, SMALL)}
 CONSUMER_WIDE: Tiles = {
     "forward": (PIPED, LOOSE, LOOSE, LOOSE, LOOSE),
@@ -128,7 +129,7 @@ def variant(
         load = 4
     # Architecture, and tiles of head dims up to 32, up to 64 and wider ones.
     if capability >= 120:  # it multiplies as sm_80 does, from as little shared memory as sm_86 has
-        own = (CONSUMER, CONSUMER, CONSUMER_WIDE, CONSUMER_MORE)
+        own = (CONSUMER_THIN, CONSUMER, CONSUMER_WIDE, CONSUMER_MORE)
         if options["SIDE"] == 16 and kernel == "row_pass":
             load = max(load, 3)
     elif capability >= 90:
