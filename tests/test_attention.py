@@ -462,6 +462,33 @@ def test_empty_batch(backend):
     assert out.shape == (0, 2, 6, 6) and q.grad.shape == q.shape
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_no_tokens(dtype, backend):
+    modules, _ = build("rpe-1.9-product-ctx-1-k", 6, 2, False)
+    grid = irpe.Grid(2, 3).select(torch.zeros(0, dtype=torch.long))
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in tensors(2, 2, 0, 0, 6))
+    for terms in ((), joined([m.to(dtype) for m in modules], grid)):
+        out = irpe.attention(q, k, v, terms, backend=backend)
+        out.sum().backward()
+        assert out.shape == (2, 2, 0, 6) and q.grad.shape == q.shape
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("with_terms", [False, True])
+def test_masks_without_axes(with_terms, backend):
+    """Masks ``[]`` and ``[S]`` broadcast as those of four axes do."""
+    modules, _ = build("rpe-1.9-product-ctx-1-k", 6, 2, False)
+    terms = joined(modules, irpe.Grid(2, 3)) if with_terms else ()
+    q, k, v = tensors(2, 2, 6, 6, 6)
+    few = torch.tensor([True, False, True, True, False, True])
+    for mask in (torch.tensor(True), torch.tensor(0.5), few, torch.where(few, 0.0, -torch.inf)):
+        found = irpe.attention(q, k, v, terms, mask=mask, backend=backend)
+        whole = mask.expand(2, 2, 6, 6)
+        wanted = irpe.attention(q, k, v, terms, mask=whole, backend="reference")
+        torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("backend", ("reference", "eager", *TILES, "sdpa"))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shared", [0, 1])

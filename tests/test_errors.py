@@ -241,6 +241,7 @@ ATTENTION = [
     (lambda b: call((2, 2, 13, 6), (1, 2, 13, 6), (1, 2, 13, 6), backend=b), ("[1, 2, 13, 6]",)),
     (lambda b: call((2, 2, 13, 6), (2, 4, 13, 6), (2, 4, 13, 6), backend=b), ("2", "4")),
     (lambda b: call((2, 2, 13, 6), (2, 0, 13, 6), (2, 0, 13, 6), backend=b), ("[2, 0, 13, 6]",)),
+    (lambda b: call((1, 1, 3, 0), (1, 1, 3, 0), (1, 1, 3, 5), terms=(), backend=b), ("head dim",)),
     (
         lambda b: call((2, 2, 12, 6), (2, 2, 12, 6), (2, 2, 12, 6), backend=b),
         ("13", "12", "Grid(3, 4"),
@@ -278,6 +279,9 @@ ATTENTION = [
     (lambda b: call(dropout_p="0.1", backend=b), ("dropout_p='0.1'",)),
     (lambda b: call(dropout_p=None, backend=b), ("dropout_p=None",)),
     (lambda b: call(scale="1", backend=b), ("scale='1'",)),
+    (lambda b: call(scale=True, backend=b), ("scale=True",)),
+    (lambda b: call(is_causal="no", backend=b), ("is_causal='no'",)),
+    (lambda b: call(is_causal=None, backend=b), ("is_causal=None",)),
     (lambda b: call(mask=Z(13, 12), backend=b), ("[13, 12]", "[2, 2, 13, 13]")),
     (lambda b: call(mask=Z(2, 13), backend=b), ("[2, 13]", "[2, 2, 13, 13]")),
     (

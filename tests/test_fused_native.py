@@ -166,8 +166,9 @@ def test_detach_restores(name):
     model, x = made(name)
     before = everything(model)
     irpe.attach(model, native="fuse")
-    with pytest.raises(irpe.IrpeError, match="already"):
+    with pytest.raises(irpe.IrpeError, match="already") as error:
         irpe.attach(model, native="fuse")
+    assert "None" not in str(error.value)
     irpe.detach(model)
     assert everything(model) == before
     same([model(x)], [made(name)[0](x)])

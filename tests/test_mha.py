@@ -111,6 +111,33 @@ def test_an_image_alone_and_copies():
             )
 
 
+def test_weights_in_training_are_those_of_the_output():
+    model, (x, _, _) = host(batch_first=True, dropout=0.5), tokens()
+    irpe.attach(model, K)
+    with irpe.located(GRID):
+        out, weights = model(x, x, x, average_attn_weights=False)
+    v = nn.functional.linear(x, model.in_proj_weight[-C:], model.in_proj_bias[-C:])
+    mixed = (weights @ v.unflatten(-1, (H, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(out, model.out_proj(mixed))
+    assert 0.3 < (weights == 0).double().mean() < 0.7
+
+
+@pytest.mark.parametrize(
+    ("masks", "says"),
+    [
+        ({"key_padding_mask": torch.zeros(B, L, dtype=torch.int64)}, "key_padding_mask.*int64"),
+        ({"attn_mask": torch.zeros(L, L, dtype=torch.uint8)}, "attn_mask.*uint8"),
+        ({"key_padding_mask": torch.zeros(B, L - 1)}, r"\[2, 14\], not \[2, 15\]"),
+        ({"attn_mask": torch.zeros(B, L, L)}, r"\[2, 15, 15\], not \[15, 15\] or \[6, 15, 15\]"),
+    ],
+)
+def test_masks_that_torch_refuses(masks, says):
+    model, (x, _, _) = host(batch_first=True), tokens()
+    irpe.attach(model, K)
+    with irpe.located(GRID), pytest.raises(irpe.IrpeError, match=says):
+        model(x, x, x, **masks)
+
+
 def test_what_cannot_be_equipped():
     whole = nn.Transformer(C, H, 1, 1, 32)
     assert irpe.attach(whole, K, where="encoder.*").modules == ("encoder.layers.0.self_attn",)

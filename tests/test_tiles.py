@@ -221,6 +221,25 @@ class Largest(TorchDispatchMode):
         return made
 
 
+def test_columns_of_queries_without_keys(monkeypatch):
+    """Of 64 queries in rows of 16, the last 4 have visible keys: other columns have no tile."""
+    monkeypatch.setattr(eager, "keeps", lambda call: False)
+    monkeypatch.setattr(workspace, "SIZE", 20)
+    monkeypatch.setattr(rows, "WIDTH", 16)
+    geometry = irpe.Geometry(torch.arange(64)[:, None], torch.arange(4)[:, None])
+    terms = line_terms(Clip(4), geometry, 2, 4)
+    q = torch.randn(1, 2, 64, 4, dtype=F64, requires_grad=True)
+    k, v = (torch.randn(1, 2, 4, 4, dtype=F64, requires_grad=True) for _ in range(2))
+    found, wanted = (
+        irpe.attention(q, k, v, terms, is_causal=True, backend=name)
+        for name in ("eager", "reference")
+    )
+    torch.testing.assert_close(found, wanted)
+    weight = torch.randn_like(found)
+    grads = [torch.autograd.grad(out, (q, k, v), weight) for out in (found, wanted)]
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("geometry", [irpe.Grid(32, 33), irpe.Grid(1, 800), irpe.Sequence(800)])
 def test_nothing_as_large_as_the_logits(geometry, monkeypatch):
     """Not of one head even, forward and backward: no logits, and no map of ids."""

@@ -371,6 +371,16 @@ def test_autocast(shared, backend):
     assert (masked[:, :, 4] == 0).all() and masked.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference", "eager", *TILES, "sdpa"])
+def test_autocast_leaves_float64(backend):
+    made, inputs, grid = modules("rpe-1.9-product-ctx-1-k"), qkv(), irpe.Grid(3, 4, prefix=1)
+    wanted = irpe.attention(*inputs, joined(made, grid), backend=backend)
+    for _ in range(2):  # the second call is known
+        with torch.autocast("cpu", torch.bfloat16):
+            found = irpe.attention(*inputs, joined(made, grid), backend=backend)
+        assert wanted.dtype == found.dtype == torch.float64 and torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("backend", ["reference", "eager", *TILES])
 def test_backward_inside_of_autocast(backend):
     """Not recommended, often done: the backward pass runs under autocast as well."""

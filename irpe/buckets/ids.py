@@ -122,7 +122,7 @@ class BucketIds:
         """Return ids ``[1 | B, L, S]`` of the smallest dtype, for kernels."""
         small = next(d for d in (torch.uint8, torch.int16, torch.int32) if fits(self.size, d))
         ids = self._dense(device).to(small)
-        return ids.reshape(-1, *ids.shape[-2:])
+        return ids.unsqueeze(0) if ids.dim() == 2 else ids
 
     def distances(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return Euclidean distances ``[(B,) L, S]``; 0 for pairs with a prefix token."""
@@ -146,7 +146,7 @@ def flat_index(ids: Tensor, size: int, by_key: bool) -> Tensor:
     """Return the index ``[1 | B, 1, L * S]`` of ids ``[(B,) L, S]`` into flattened rows."""
     rows = torch.arange(ids.shape[-1 if by_key else -2], device=ids.device) * size
     ids = ids + (rows if by_key else rows.unsqueeze(-1))
-    return ids.reshape(-1, 1, ids.shape[-2] * ids.shape[-1])
+    return (ids.unsqueeze(0) if ids.dim() == 2 else ids).flatten(1).unsqueeze(1)
 
 
 def fits(size: int, dtype: torch.dtype) -> bool:
