@@ -42,6 +42,7 @@ TALL = Variant(32, 64, 4, 1)
 EVEN = Variant(32, 32, 4, 1)
 SMALL = Variant(32, 32, 4, 1, 16)
 NARROW = Variant(16, 32, 4, 1, 16)
+SLIM = NARROW._replace(maxnreg=255)
 SPREAD = Variant(32, 32, 8, 1, 16)
 SPARSE = Variant(32, 32, 16, 1)
 
@@ -94,7 +95,7 @@ AMPERE_WIDE: Tiles = {
 }
 CONSUMER: Tiles = {  # sm_120
     "forward": (PIPED, PIPED, FINE, FINE, HALF),
-    "row_pass": (HALF, HALF, SMALL, NARROW, NARROW),
+    "row_pass": (HALF, HALF, SMALL, SLIM, NARROW),
     "column_pass": (PIPED, HALF, SMALL, SMALL, SMALL),
 }
 CONSUMER_THIN: Tiles = CONSUMER | {"forward": (DEEP, PIPED, FINE, FINE, HALF)}  # up to 32
