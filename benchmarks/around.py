@@ -108,11 +108,15 @@ def count(mode: str, grid: tuple[int, int, int], heads: int, dim: int, batch: in
     def note(step: launch.Step, tensors: dict[str, torch.Tensor | None]) -> None:
         counted.launches.append(step.name)
         counted.kernels += 1
+        shares: list[torch.Tensor] = []
         for _, name in step.places:
             x = tensors[name]
             if x is None:
                 continue
             if name.startswith("scratch") or "shares" in name:
+                if any(x is one for one in shares):
+                    continue  # it stands in for a missing one
+                shares.append(x)
                 held = scratch[step.name in ("forward", "project")]
                 held[_at(x)] = x.untyped_storage().nbytes()
                 # Shares are written by one kernel and read by another.

@@ -35,7 +35,7 @@ def forward(
     strided = {"q": q, "k": k, "v": v, "out": found[0]}
     step = launches.step("forward", strided, [*shared, "scratch"])
     numbers = step.numbers * plan.maps * plan.width * (plan.mass_use > 0)
-    shared["scratch"] = q.new_empty(numbers, dtype=torch.float32)
+    shared["scratch"] = _numbers(q, numbers)
     starts.launch(step, {**shared, **strided})
     return found
 
@@ -68,24 +68,24 @@ def backward(
     of_columns = columns.numbers * wide * (plan.column_use > 0)
     share = wide * launches.options["STEP"] * want
     of_shares = columns.programs // G * H * share * (plan.column_use > 0)
-    memory = q.new_empty(max(of_rows + of_mass, of_columns + of_shares), dtype=torch.float32)
-    row_shares, bias_shares = (
-        q.new_empty(rows.programs * n, dtype=torch.float32)
-        for n in (share * (own + (plan.mass_use > 0)), wide * (biased and want))
-    )
-    column_shares = memory[of_columns : of_columns + of_shares]
+    memory = _numbers(q, max(of_rows + of_mass, of_columns + of_shares))
+    row_shares = _numbers(q, rows.programs * share * (own + (plan.mass_use > 0)))
+    bias_shares = _numbers(q, rows.programs * wide * (biased and want))
+    column_shares = _part(memory, of_columns, of_shares)
     shared |= {
-        "scratch": memory[:of_rows], "scratch_mass": memory[of_rows : of_rows + of_mass],
+        "scratch": _part(memory, 0, of_rows), "scratch_mass": _part(memory, of_rows, of_mass),
         "shares": row_shares, "bias_shares": bias_shares,
     }  # fmt: skip
     starts.launch(rows, {**shared, **queries})
-    shared |= {"scratch": memory[:of_columns], "shares": column_shares}
+    shared |= {"scratch": _part(memory, 0, of_columns), "shares": column_shares}
     starts.launch(columns, {**shared, **keys})
     if want and lists is not None:
-        last: Shared = {
-            "row_shares": row_shares, "column_shares": column_shares, "bias_shares": bias_shares,
-            "flat": grads[3], "targets": lists.targets, "members": lists.members, "q": q,
-        }  # fmt: skip
+        shares = (row_shares, column_shares, bias_shares)
+        # Of the dtype of those that are missing; an empty batch has none.
+        spare = next((x for x in shares if x is not None), None)
+        names = ("row_shares", "column_shares", "bias_shares")
+        last: Shared = {n: spare if x is None else x for n, x in zip(names, shares, strict=True)}
+        last |= {"flat": grads[3], "targets": lists.targets, "members": lists.members, "q": q}
         starts.launch(launches.table_step("reduce", last), last)
     return grads
 
@@ -107,6 +107,18 @@ def _shared(
     if plan.ids is None:
         shared["ids"] = given[2]
     return shared
+
+
+def _numbers(like: Tensor, count: int) -> Tensor | None:
+    """Return float32 numbers that are not set; None without any: an empty tensor takes time too."""
+    return like.new_empty(count, dtype=torch.float32) if count else None
+
+
+def _part(memory: Tensor | None, start: int, count: int) -> Tensor | None:
+    """Return a part of the memory, None without numbers."""
+    if memory is None or not count:
+        return None
+    return memory if count == len(memory) else memory[start : start + count]
 
 
 def _flat(tables: Sequence[Tensor]) -> Tensor:
