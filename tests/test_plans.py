@@ -257,11 +257,13 @@ def test_small_gpus_get_small_tiles():
     options |= {"MASK": "none", "DROPOUT": False, "DETERMINISTIC": False}
 
     def of(kernel, capability):
-        chosen = variant(kernel, torch.bfloat16, 64, options, capability)
-        return chosen.BM, chosen.BN, chosen.num_warps
+        return variant(kernel, torch.bfloat16, 64, options, capability)._replace(maxnreg=None)
 
     for kernel in ("forward", "row_pass", "column_pass"):
         assert of(kernel, 80) == of(kernel, 86) and of(kernel, 120) == of(kernel, 121)
-        assert of(kernel, 90) == of(kernel, 100)
-        (rows, keys, _), (more_rows, more_keys, _) = of(kernel, 120), of(kernel, 90)
-        assert rows * keys <= more_rows * more_keys
+        hopper, blackwell = of(kernel, 90), of(kernel, 100)
+        if kernel == "row_pass":  # they spill with other pieces and orders of loads
+            blackwell = blackwell._replace(PIECE=hopper.PIECE, HOIST=hopper.HOIST)
+        assert hopper == blackwell
+        small, large = (v.BM * v.BN for v in (of(kernel, 120), of(kernel, 90)))
+        assert small <= large

@@ -80,11 +80,12 @@ def backward(
     shared |= {"scratch": _part(memory, 0, of_columns), "shares": column_shares}
     starts.launch(columns, {**shared, **keys})
     if want and lists is not None:
-        shares = (row_shares, column_shares, bias_shares)
+        shares = {
+            "row_shares": row_shares, "column_shares": column_shares, "bias_shares": bias_shares,
+        }  # fmt: skip
         # Of the dtype of those that are missing; an empty batch has none.
-        spare = next((x for x in shares if x is not None), None)
-        names = ("row_shares", "column_shares", "bias_shares")
-        last: Shared = {n: spare if x is None else x for n, x in zip(names, shares, strict=True)}
+        spare = next((x for x in shares.values() if x is not None), None)
+        last: Shared = {name: spare if x is None else x for name, x in shares.items()}
         last |= {"flat": grads[3], "targets": lists.targets, "members": lists.members, "q": q}
         starts.launch(launches.table_step("reduce", last), last)
     return grads
