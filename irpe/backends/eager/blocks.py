@@ -51,6 +51,7 @@ class Blocks:
         self.rows, self.columns, self.width = slice(top, bottom), slice(left, right), right - left
         ids = ids[:, offsets[self.start : end, left:right]] if ids.shape[1] > 1 else ids[..., None]
         self.ids = ids.expand(-1, -1, self.width) if of_key else ids.expand(-1, self.count, -1)
+        self.order = (2, 0, 1) if of_key else (1, 0, 2)  # owner columns, blocks, other columns
         self.which, self.line = which[:, self.rows], torch.arange(self.count).unsqueeze(1)
         self.cache: dict[tuple[str | int, ...], Any] = {}
 
@@ -94,8 +95,12 @@ class Blocks:
         if ahead == tile.count:
             return
         at = self._cached("at", tile, lambda: self._at(tile))
+        complete = self._complete(x, tile)
+        if complete and not self.of_key:
+            self._add_blocks(self._of_tile(self.sums, tile), self._bags(x, tile))
+            return
         blocks = self.block_sums if self.of_key else self._zeros(x, len(at))
-        if self._complete(x, tile):
+        if complete:
             self._add_runs(x, blocks, at, tile)
         else:
             for some, own, places in self._pieces(x, blocks, at, tile, ahead):
@@ -107,12 +112,14 @@ class Blocks:
                     some = some.sum_to_size(shape).flatten(1, 2)
                     own.scatter_add_(1, places.view(1, -1, 1, 1).expand_as(some), some)
         if not self.of_key:
-            self._add_blocks(self._of_tile(self.sums, tile), blocks)
+            self._add_blocks(self._of_tile(self.sums, tile), self._by_owner(blocks))
 
     def collect(self) -> None:
         total, last = self.total, self.last_sums
         if self.of_key:
-            self._add_blocks(self.sums[:, self.rows, self.columns], self.block_sums)
+            self._add_blocks(
+                self.sums[:, self.rows, self.columns], self._by_owner(self.block_sums)
+            )
         inside = total[:, self.ahead :]
         if self.sums.data_ptr() != inside.data_ptr():  # a copy with a padded last row
             inside.copy_(self.sums.flatten(1, 2)[:, : self.own.count])
@@ -173,12 +180,14 @@ class Blocks:
         shape = (len(x), rows * len(self.ids), *self.ids.shape[1:])
         return self.space("sums", shape).zero_()
 
-    def _add_blocks(self, rows: Tensor, blocks: Tensor) -> None:
-        """Add blocks to the rows of numbers that they were gathered from."""
-        order = (2, 0, 1) if self.of_key else (1, 0, 2)  # owning tokens, blocks, other tokens
+    def _by_owner(self, blocks: Tensor) -> Tensor:
+        """Return blocks as ``[n, owner rows, owner columns, different blocks * other columns]``."""
         x = blocks.unflatten(1, (-1, len(self.ids)))
-        x = x.permute(0, 1, *(2 + axis for axis in order)).flatten(3)
-        index = self.ids.permute(order).flatten(1).expand(*x.shape[:2], -1, -1)
+        return x.permute(0, 1, *(2 + axis for axis in self.order)).flatten(3)
+
+    def _add_blocks(self, rows: Tensor, x: Tensor) -> None:
+        """Add blocks by owner to the rows of numbers that they were gathered from."""
+        index = self.ids.permute(self.order).flatten(1).expand(*x.shape[:2], -1, -1)
         rows.scatter_add_(3, index, x)
 
     def _complete(self, x: Tensor, tile: Tile) -> bool:
@@ -204,6 +213,22 @@ class Blocks:
         runs = order // keys * (wide * keys) + order % keys + self.line * keys
         starts = counts.cumsum(0) - counts + self.line * (rows * keys)
         return (images + runs).flatten(), (images + starts).flatten(), indices
+
+    def _bags(self, x: Tensor, tile: Tile) -> Tensor:
+        """Return the sums of a tile of complete blocks of queries by owner, see ``_by_owner``."""
+        runs, starts = self._cached("bags", tile, lambda: self._by_block(tile, len(x)))
+        sums = F.embedding_bag(runs, x.view(-1, self.width), starts, mode="sum")
+        return sums.view(len(x), -1, self.count, len(self.ids) * self.width)
+
+    def _by_block(self, tile: Tile, n: int) -> tuple[Tensor, Tensor]:
+        """Return the runs of each query sorted by block, and the first of each block."""
+        keys = tile.count // self.width
+        which, order = self.which[self._lines(tile), :keys].sort(stable=True)
+        each = torch.arange(len(self.ids)).expand(len(which), -1).contiguous()
+        starts = torch.searchsorted(which, each)
+        firsts = torch.arange(0, n * which.numel() * self.count, keys)
+        firsts = firsts.view(n, len(which), self.count, 1)
+        return (firsts + order.unsqueeze(1)).flatten(), (firsts + starts.unsqueeze(1)).flatten()
 
     def _add_runs(self, x: Tensor, blocks: Tensor, at: Tensor, tile: Tile) -> None:
         """Add a tile of complete blocks; a run is a row of a block."""
