@@ -2,7 +2,7 @@
 
     python benchmarks/ablation.py modes                 # one table, seeds 0 to 4
     python benchmarks/ablation.py digits --jobs 2       # all on digits, two runs at a time
-    python benchmarks/ablation.py decide                # two questions, 20 seeds
+    python benchmarks/ablation.py decide scale          # four questions, 20 seeds
     python benchmarks/ablation.py fashion --jobs 2      # Fashion-MNIST
     python benchmarks/ablation.py modes --quick --out /tmp/trial   # toy sizes: proves the script
 
@@ -38,7 +38,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     every = [name for study in STUDIES for name in study.tables]
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(every)}, or digits")
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 4; decide: 0 to 19")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="default: 0 to 4; decide, scale: 0 to 19"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--quick", action="store_true", help="toy sizes, seeds 0 and 1, into --out")
     parser.add_argument("--out", type=Path, help="folder of everything; default: the repository's")

@@ -119,7 +119,7 @@ def execute(cell: Cell, seed: int, recipe: dict[str, Any]) -> dict[str, Any]:
     training = canvases("train", steps * batch, seed, cell.scale)
     images, classes = canvases("validation", recipe["tests"], seed, cell.scale)
     model = build(cell, seed, recipe)
-    train(model, training, batch, recipe)
+    train(model, training, batch, recipe if cell.lr is None else {**recipe, "lr": cell.lr})
     right, loss = test(model, (images, classes))
     line: dict[str, Any] = {
         "key": f"{cell.key} | seed {seed}", "cell": cell.key, "seed": seed,

@@ -208,19 +208,6 @@ def test_other_positions(where, tiles):
     compare(terms, geometry, is_causal=True)
 
 
-class Largest(TorchDispatchMode):
-    """The size of the largest tensor that is made."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for x in made if isinstance(made, tuple | list) else [made]:
-            if isinstance(x, torch.Tensor):
-                self.numbers = max(self.numbers, x.untyped_storage().nbytes() // x.element_size())
-        return made
-
-
 def test_columns_of_queries_without_keys(monkeypatch):
     """Of 64 queries in rows of 16, the last 4 have visible keys: other columns have no tile."""
     monkeypatch.setattr(eager, "keeps", lambda call: False)
@@ -238,6 +225,19 @@ def test_columns_of_queries_without_keys(monkeypatch):
     weight = torch.randn_like(found)
     grads = [torch.autograd.grad(out, (q, k, v), weight) for out in (found, wanted)]
     torch.testing.assert_close(*grads)
+
+
+class Largest(TorchDispatchMode):
+    """The size of the largest tensor that is made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for x in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(x, torch.Tensor):
+                self.numbers = max(self.numbers, x.untyped_storage().nbytes() // x.element_size())
+        return made
 
 
 @pytest.mark.parametrize("geometry", [irpe.Grid(32, 33), irpe.Grid(1, 800), irpe.Sequence(800)])

@@ -117,9 +117,7 @@ class Blocks:
     def collect(self) -> None:
         total, last = self.total, self.last_sums
         if self.of_key:
-            self._add_blocks(
-                self.sums[:, self.rows, self.columns], self._by_owner(self.block_sums)
-            )
+            self._add_blocks(self.sums[:, self.rows, self.columns], self._by_owner(self.block_sums))
         inside = total[:, self.ahead :]
         if self.sums.data_ptr() != inside.data_ptr():  # a copy with a padded last row
             inside.copy_(self.sums.flatten(1, 2)[:, : self.own.count])

@@ -58,14 +58,15 @@ BLACKWELL: Tiles = HOPPER | {  # sm_100
     "forward": (LARGE, LONG, LARGE, FLAT, LARGE),
     "row_pass": (HALF, HALF, OPEN, HALF, EVEN),
 }
-HOPPER_THIN: Tiles = HOPPER | {  # head dims up to 32
-    "row_pass": (HALF, HALF, HALF, HALF, EVEN),
-    "column_pass": (LONG, HALF, HALF, FINE, TALL),
-}
 HOPPER_MORE: Tiles = {  # with a mask of pairs, dropout or deterministic sums
     "forward": (LARGE, HALF, HALF, HALF, HALF),
     "row_pass": (HALF, HALF, HALF, HALF, EVEN),
     "column_pass": (HALF, BARE, OPEN, EVEN, BARE),
+}
+HOPPER_THIN: Tiles = {  # head dims up to 32
+    "forward": HOPPER["forward"],
+    "row_pass": HOPPER_MORE["row_pass"],
+    "column_pass": (LONG, HALF, HALF, FINE, TALL),
 }
 BLACKWELL_MORE: Tiles = HOPPER_MORE | {"row_pass": BLACKWELL["row_pass"]}
 HOPPER_WIDE: Tiles = {  # head dims above 64
