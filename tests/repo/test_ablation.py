@@ -102,7 +102,7 @@ def test_every_cell_builds_from_the_same_weights(cell):
     from ablation_runs import build
     from canvases import SIDE
 
-    model, plain = build(cell, 7), build(type(cell)(scale=cell.scale), 7)
+    model, plain = build(cell, 7), build(type(cell)(scale=cell.scale, std=cell.std), 7)
     own = model.state_dict()
     for name, weight in plain.state_dict().items():
         if name == "pos_embed" and not cell.absolute:
