@@ -103,6 +103,8 @@ def _scales(model: nn.Module, decay: float) -> dict[str, tuple[str, float]]:
     for path, module in model.named_modules():
         inside = f"{path}." if path else ""
         matcher: Any = getattr(module, "group_matcher", None)
+        if hasattr(module, "_orig_mod"):
+            continue  # torch.compile's wrapper has the matcher of the model inside
         if not callable(matcher) or any(name.startswith(inside) for name in scales):
             continue
         layers = import_module("timm.models").group_parameters(

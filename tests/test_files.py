@@ -463,3 +463,20 @@ def test_released_weights_of_rope_vit(kind, absolute, tmp_path):
     torch.testing.assert_close(model(x), theirs(x), rtol=1e-4, atol=1e-5)
     irpe.detach(model)
     assert not torch.allclose(model(x), theirs(x), atol=1e-3)
+
+
+@pytest.mark.parametrize(("saved", "own"), [("replace", "keep"), ("keep", "replace")])
+def test_a_native_encoding_that_one_of_both_replaced(saved, own, tmp_path):
+    def make(native):
+        model = timm.create_model(
+            "swin_tiny_patch4_window7_224", img_size=64, window_size=4, embed_dim=16, depths=(2,),
+            num_heads=(2,), num_classes=3,
+        )  # fmt: skip
+        irpe.attach(model, K, native=native)
+        return model
+
+    file = tmp_path / "model.safetensors"
+    irpe.save(make(saved), file)
+    assert irpe.load(make(saved), file)
+    with pytest.raises(irpe.IrpeError, match=f"native='{own}'.*native='{saved}'.*detach"):
+        irpe.load(make(own), file)

@@ -106,3 +106,14 @@ def test_layer_decay_that_cannot_be(make, options, says):
     irpe.attach(model, K)
     with pytest.raises(irpe.IrpeError, match=says):
         irpe.param_groups(model, **options)
+
+
+def test_layer_decay_of_compiled_models():
+    model = MODELS["vit"]()
+    irpe.attach(model, K)
+    compiled = torch.compile(model, backend="eager")
+    rates = [
+        {id(p): group["lr"] for group in groups for p in group["params"]}
+        for groups in (irpe.param_groups(x, lr=1.0, layer_decay=0.5) for x in (model, compiled))
+    ]
+    assert rates[0] == rates[1] and len(set(rates[0].values())) > 2

@@ -98,9 +98,12 @@ def load(model: nn.Module, file: str | Path, *, differ: str | Iterable[str] = ()
     missing = {}
     if told is not None and "tables" not in parts:
         missing = {path: spec for path, spec in told.items() if path not in own}
+        options = read_json(held.about.get("irpe_options", "{}")) or {}
+        if "irpe" in held.about:
+            _check_native(model, file, [path for path in told if path in own], options)
     try:
         if missing:
-            _attach(model, file, missing, read_json(held.about.get("irpe_options", "{}")) or {})
+            _attach(model, file, missing, options)
         found = fit(model, weights, parts, _others(own, told), _image_size(held))
         if found.wrong:
             raise IrpeError(_message(file, found, told))
@@ -151,6 +154,21 @@ def _checked(
             "with differ='tables'"
         )
     return told
+
+
+def _check_native(
+    model: nn.Module, file: str | Path, paths: Iterable[str], options: dict[str, Any]
+) -> None:
+    """Raise if a native encoding is replaced in the file and kept in the model, or vice versa."""
+    modules = dict(model.named_modules())
+    for path in paths:
+        own = getattr(modules[path], "rpe_native", "keep")
+        told = options.get(path, {}).get("native", "keep")
+        if own != told and "replace" in (own, told):
+            raise IrpeError(
+                f"{path or 'the model'} has native={own!r}, and {str(file)!r} was saved with "
+                f"native={told!r} there: irpe.detach(model) first"
+            )
 
 
 def _attach(
