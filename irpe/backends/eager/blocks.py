@@ -94,11 +94,11 @@ class Blocks:
             last[:, tile.rows] += x[..., :ahead].sum(-1)
         if ahead == tile.count:
             return
-        at = self._cached("at", tile, lambda: self._at(tile))
         complete = self._complete(x, tile)
         if complete and not self.of_key:
             self._add_blocks(self._of_tile(self.sums, tile), self._bags(x, tile))
             return
+        at = self._cached("at", tile, lambda: self._at(tile))
         blocks = self.block_sums if self.of_key else self._zeros(x, len(at))
         if complete:
             self._add_runs(x, blocks, at, tile)
