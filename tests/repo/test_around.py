@@ -67,10 +67,11 @@ def test_counts_of_a_layer(mode):
 
 
 @pytest.mark.parametrize("mode", ["k", "qk", "qkv"])
-def test_counts_do_not_rise(mode):
+@pytest.mark.parametrize("batch", [8, 64])  # 64: as many programs as there can be
+def test_counts_do_not_rise(mode, batch):
     from around import count, traffic
 
-    shape = ((14, 14, 1), 6, 64, 8)
+    shape = ((14, 14, 1), 6, 64, batch)
     counted = count(mode, *shape)
     assert len(counted.launches) <= LAUNCHES[mode]
     assert traffic(counted, *shape) <= TRAFFIC[mode]

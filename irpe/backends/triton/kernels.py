@@ -10,7 +10,8 @@ Shapes: q ``[B, H, L, D]``, k ``[B, G, S, D]``, v ``[B, G, S, E]``, out ``[B, H,
 strides; rows ``[H, B, L, W]`` (SHARED: ``[H, W]`` for all queries), columns ``[H, B, S, W]``,
 grad_mass ``[H, B, L, W]``, stats ``[2, H, B, L]``, delta ``[H, B, L]``; tables
 ``[kinds, H, W, STEP]`` of query, key and value terms; ids ``[MAPS, B | 1, L', S']``; scratch
-``[programs, BM | BN, W]``, shares ``[kinds, programs, W, STEP]``.
+``[programs, BM | BN, W]``, shares ``[kinds, programs, SHARE, STEP]`` of the row pass and
+``[programs, W, STEP]`` of the column pass.
 
 ``tl.debug_barrier`` orders accesses to memory that only one program touches. Without HOIST nothing
 is computed before a loop over pairs that could be, which takes fewer registers.
@@ -19,6 +20,7 @@ is computed before a loop over pairs that could be, which takes fewer registers.
 import triton
 import triton.language as tl
 
+from .strip_tiles import share_rows
 from .tiles import (
     LOG2E,
     add_rows,
@@ -184,20 +186,24 @@ def forward(
 @triton.jit
 def add_share(
     share, sums, x, known, fresh, factor, R: tl.constexpr, W: tl.constexpr, PIECE: tl.constexpr,
-    STEP: tl.constexpr, BLOCK: tl.constexpr,
+    SIDE: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Add ``sums^T [W, R] @ x [R, BLOCK]`` to a program's share of a table's gradient.
 
-    known: rows without garbage; None: all.
+    known: rows without garbage; None: all. x: None: add ``sums^T @ 1``. SIDE: 0 for a share of W
+    rows; else it has those of ``share_rows``.
     """
     for first in range(0, W, PIECE):
         held = tl.load(block(sums, tl.arange(0, R), first, W, PIECE), cache_modifier=".cg")
-        if known is not None:
-            held = tl.where(known[:, None], held, 0.0)
-        place = block(share, first + tl.arange(0, PIECE), 0, STEP, BLOCK)
-        before = tl.load(place, mask=fresh == 0, other=0.0)
-        made = tl.dot(tl.trans(held.to(x.dtype)), x, input_precision="ieee")
-        tl.store(place, before + made * factor)
+        held = tl.where(known[:, None], held, 0.0)
+        at, held, own = share_rows(first + tl.arange(0, PIECE), held, W, SIDE)
+        if x is None:
+            made = tl.sum(held, 0)[:, None]
+        else:
+            made = tl.dot(tl.trans(held.to(x.dtype)), x, input_precision="ieee")
+        place = block(share, at, 0, STEP, BLOCK)
+        before = tl.load(place, mask=(own & (fresh == 0))[:, None], other=0.0)
+        tl.store(place, before + made * factor, mask=own[:, None])
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -214,8 +220,8 @@ def row_pass(
     ROWS: tl.constexpr, SHARED: tl.constexpr, BIAS: tl.constexpr, COLUMNS: tl.constexpr,
     MASS: tl.constexpr, VALUE: tl.constexpr, WANTED: tl.constexpr, MASK: tl.constexpr,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, DETERMINISTIC: tl.constexpr,
-    PRECISE: tl.constexpr, SIDE: tl.constexpr, PIECE: tl.constexpr, HOIST: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    PRECISE: tl.constexpr, SIDE: tl.constexpr, SHARE: tl.constexpr, PIECE: tl.constexpr,
+    HOIST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Write grad_q, delta = sum_j p dp, grad_mass, and shares of query, value and bias tables."""
     SUMMED: tl.constexpr = ROWS > 0 and (not SHARED or WANTED)
@@ -321,25 +327,21 @@ def row_pass(
             if ROWS > 0 and not SHARED:
                 again = load_rows(q + b * q_sb + h * q_sh, i, q_sl, L, D, D_BLOCK)
                 add_share(
-                    shares + pid * W * STEP, scratch, again, i < L, fresh, scale,
-                    BM, W, PIECE, STEP, D_BLOCK,
+                    shares + pid * SHARE * STEP, scratch, again, i < L, fresh, scale,
+                    BM, W, PIECE, SIDE, STEP, D_BLOCK,
                 )  # fmt: skip
             if MASS > 0:
                 again = load_rows(grad + b * grad_sb + h * grad_sh, i, grad_sl, L, E, E_BLOCK)
                 at_value = 0 if SHARED or ROWS == 0 else 1
                 add_share(
-                    shares + (at_value * tl.num_programs(0) + pid) * W * STEP, scratch_mass, again,
-                    i < L, fresh, 1.0, BM, W, PIECE, STEP, E_BLOCK,
+                    shares + (at_value * tl.num_programs(0) + pid) * SHARE * STEP, scratch_mass,
+                    again, i < L, fresh, 1.0, BM, W, PIECE, SIDE, STEP, E_BLOCK,
                 )  # fmt: skip
             if BIAS:
-                for first in range(0, W, PIECE):
-                    held = tl.load(
-                        block(scratch, tl.arange(0, BM), first, W, PIECE), cache_modifier=".cg"
-                    )
-                    held = tl.where((i < L)[:, None], held, 0.0)
-                    place = bias_shares + pid * W + first + tl.arange(0, PIECE)
-                    before = tl.load(place, mask=fresh == 0, other=0.0)
-                    tl.store(place, before + tl.sum(held, 0))
+                add_share(
+                    bias_shares + pid * SHARE, scratch, None, i < L, fresh, 1.0,
+                    BM, W, PIECE, SIDE, 1, 1,
+                )  # fmt: skip
         tl.debug_barrier()
 
 
@@ -455,7 +457,7 @@ def column_pass(
                     shown = shown_keys(j, mask + b * mask_sb, mask_ss, S, MASK)
                     add_share(
                         shares + share * W * STEP, scratch, keys, shown, (t == begin).to(tl.int32),
-                        scale, BN, W, PIECE, STEP, D_BLOCK,
+                        scale, BN, W, PIECE, 0, STEP, D_BLOCK,
                     )  # fmt: skip
                 tl.debug_barrier()
         # Read again, so that addresses of the gradients take no registers in the loop.

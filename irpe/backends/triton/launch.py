@@ -114,7 +114,7 @@ class Launcher:
         self.options: dict[str, Any] = {
             "D": D, "D_BLOCK": padded(D), "E": E, "E_BLOCK": padded(E),
             "STEP": max(padded(D), padded(E)), "W": wide,
-            "MAPS": plan.maps, "N": plan.width, "SIDE": plan.side,
+            "MAPS": plan.maps, "N": plan.width, "SIDE": plan.side, "SHARE": plan.share,
             "ROWS": plan.row_use, "SHARED": "query" not in kinds, "BIAS": "bias" in plan.kinds,
             "COLUMNS": plan.column_use, "MASS": plan.mass_use, "WANTED": wanted,
             "KEY": kinds.index("key") if "key" in kinds else 0,

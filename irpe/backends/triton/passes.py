@@ -66,11 +66,11 @@ def backward(
     of_rows = rows.numbers * wide * (own or (biased and want))
     of_mass = rows.numbers * wide * (plan.mass_use > 0 and want)
     of_columns = columns.numbers * wide * (plan.column_use > 0)
-    share = wide * launches.options["STEP"] * want
-    of_shares = columns.programs // G * H * share * (plan.column_use > 0)
+    share, step = plan.share * want, launches.options["STEP"]
+    of_shares = columns.programs // G * H * wide * want * step * (plan.column_use > 0)
     memory = _numbers(q, max(of_rows + of_mass, of_columns + of_shares))
-    row_shares = _numbers(q, rows.programs * share * (own + (plan.mass_use > 0)))
-    bias_shares = _numbers(q, rows.programs * wide * (biased and want))
+    row_shares = _numbers(q, rows.programs * share * step * (own + (plan.mass_use > 0)))
+    bias_shares = _numbers(q, rows.programs * share * biased)
     column_shares = _part(memory, of_columns, of_shares)
     shared |= {
         "scratch": _part(memory, 0, of_rows), "scratch_mass": _part(memory, of_rows, of_mass),

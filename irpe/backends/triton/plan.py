@@ -77,6 +77,13 @@ class Plan:
     part_slots: int = 0
     launchers: dict[tuple, Any] = field(default_factory=dict)
 
+    @property
+    def share(self) -> int:
+        """Return the rows of a share of query, value and bias tables; see ``strips.share``."""
+        if not self.side:
+            return self.maps * self.width
+        return (self.width // self.side - 1) ** 2 + 1
+
 
 class Placed(NamedTuple):
     """One term in a code: its map, and the place of its table in it."""

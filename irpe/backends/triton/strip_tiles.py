@@ -120,3 +120,21 @@ def strip_scatter(
     else:
         place = (at[:, None] + parts * SIDE)[:, :, None] + number[None, None, :]
         tl.atomic_add(sums + place, found, sem="relaxed")
+
+
+@triton.jit
+def share_rows(number, sums, W: tl.constexpr, SIDE: tl.constexpr):
+    """Return where in a share the sums ``[R, N]`` of N numbers are added, the sums, and which are.
+
+    On strips pairs with a prefix token have SIDE numbers, whose sums are added up; see
+    ``strips.share``.
+    """
+    own = number >= 0
+    if SIDE > 0:
+        SIDES: tl.constexpr = W // SIDE - 1  # row parts of patches
+        first, second = number // SIDE, number % SIDE
+        prefix = (first == SIDES)[None, :]
+        sums = tl.where(prefix, tl.sum(tl.where(prefix, sums, 0.0), 1)[:, None], sums)
+        own = (second < SIDES) & (first < SIDES) | ((second == SIDES) & (first == SIDES))
+        number = tl.minimum(first * SIDES + second, SIDES * SIDES)
+    return number, sums, own

@@ -79,12 +79,25 @@ def places(buckets: BucketIds, by_column: bool, device: torch.device) -> Tensor:
     row, column = at // side(buckets), at % side(buckets)
     if by_column:
         row, column = column, row
-    inner, across = row.clamp(max=sides - 1), column.clamp(max=sides - 1)
     method = _function(buckets).method
-    ids = inner * sides + across if method == "product" else inner if method == "rows" else across
-    if buckets.size != buckets.function.size:
-        ids = torch.where((row < sides) & (column < sides), ids, buckets.size - 1)
+    ids = row * sides + column if method == "product" else row if method == "rows" else column
+    last = buckets.size - 1 if buckets.size != buckets.function.size else -1
+    ids = torch.where((row < sides) & (column < sides), ids, last)
     return torch.where((row > sides) | (column > sides), -1, ids)
+
+
+def share(width: int, side: int) -> Tensor:
+    """Return the row in a share of each of the W numbers of a query, int64 ``[W]``.
+
+    -1: none of its own. Pairs with a prefix token, whose row part is the last one and whose column
+    part is any, have one row together: the last one.
+    """
+    sides = width // side - 1
+    at = torch.arange(width)
+    row, column = at // side, at % side
+    own = torch.where((row < sides) & (column < sides), row * sides + column, -1)
+    own[sides * side + sides] = sides * sides
+    return own
 
 
 def strips(buckets: BucketIds, device: torch.device) -> dict[str, Any]:

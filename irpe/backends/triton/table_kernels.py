@@ -41,16 +41,17 @@ def prepare(
 def reduce(
     row_shares, column_shares, bias_shares, flat, targets, members, count,
     row_programs, column_programs, H,
-    W: tl.constexpr, STEP: tl.constexpr, BB: tl.constexpr, BP: tl.constexpr,
+    SHARE: tl.constexpr, W: tl.constexpr, STEP: tl.constexpr,
+    BB: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of tables: sums over programs, places in a row and heads.
+    """Write the gradients of tables: sums over programs, places in a share and heads.
 
     Args:
         targets: int32 ``[7, count]``: of each bucket of each table the address in flat of its first
             number, the step to the next one, how many there are, where its shares are (0: in
             row_shares, 1: a second kind there, 2: column_shares, 3: bias_shares), its head, the
             number of heads, and its places.
-        members: int32 ``[places, count]``: its places in a row of W.
+        members: int32 ``[places, count]``: its places in a share.
     """
     r = tl.program_id(0) * BB + tl.arange(0, BB)
     target, known = targets + r, r < count
@@ -62,7 +63,8 @@ def reduce(
     heads = tl.load(target + 5 * count, mask=known, other=1)[:, None]
     places = tl.load(target + 6 * count, mask=known, other=0)[:, None]
     own = heads * tl.where(where == 2, column_programs, row_programs)
-    second = (where == 1).to(tl.int64) * row_programs * H * W
+    rows = tl.where(where == 2, W, SHARE)
+    second = (where == 1).to(tl.int64) * row_programs * H * SHARE
     d = tl.arange(0, STEP)
     total = tl.zeros([BB, STEP], tl.float32)
     for first in range(0, tl.max(places * own), BP):
@@ -70,7 +72,7 @@ def reduce(
         some = x < places * own
         w = tl.load(members + x // tl.maximum(own, 1) * count + r[:, None], mask=some, other=0)
         one = x % tl.maximum(own, 1)
-        share = (one // heads * H + head + one % heads).to(tl.int64) * W + w
+        share = (one // heads * H + head + one % heads).to(tl.int64) * rows + w
         inside = (some & (where < 3))[:, :, None] & (d[None, :] < wide[:, None])[:, None, :]
         apart = (where == 2)[:, :, None]
         place = ((second + share) * STEP)[:, :, None] + d[None, None, :]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...cache import remembered
 from .plan import KINDS, Plan
+from .strips import share
 
 
 class Lists(NamedTuple):
@@ -55,12 +56,16 @@ def _lists(plan: Plan, shapes: Sequence[Sequence[int]], H: int, device: torch.de
         own[0] = torch.where(place < 0, -1, at[:, place.clamp(min=0)])
         own[1], own[2] = step, channels
         used[kind] += 1
-        # Places of each bucket: those of equal ids are neighbours once they are sorted.
+        # Places of each bucket in a share: those of equal ids are neighbours once they are sorted.
+        in_share = torch.arange(wide)
+        if plan.side and kind != "key":
+            in_share = share(wide, plan.side)
+            place = torch.where(in_share < 0, -1, place)
         counts = torch.bincount(place[place >= 0], minlength=size)
         sorted_places = place.argsort(stable=True)[int((place < 0).sum()) :]
         index = counts.cumsum(0) - counts + torch.arange(int(counts.max())).unsqueeze(1)
         index = index.clamp(max=len(sorted_places) - 1)
-        members.append(sorted_places[index].repeat(1, heads))
+        members.append(in_share[sorted_places[index]].repeat(1, heads))
         head = torch.arange(heads).unsqueeze(1)
         rows = (at, step, channels, shares[kind], head, H // heads, counts)
         targets.append(torch.stack([torch.as_tensor(x).expand(heads, size) for x in rows]))

@@ -33,6 +33,7 @@ PIPED = Variant(64, 32)
 DEEP = PIPED._replace(maxnreg=255)
 LOOSE = Variant(64, 32, HOIST=False)
 HALF = Variant(64, 32, 4, 1)
+FULL = HALF._replace(maxnreg=255)
 OPEN = Variant(64, 32, 4, 1, HOIST=False)
 FINE = Variant(64, 32, 4, 1, 16)
 BARE = Variant(64, 32, 4, 1, 16, HOIST=False)
@@ -40,6 +41,7 @@ LEAN = Variant(32, 64, 4, 1, 16)
 BROAD = Variant(32, 64, 4, 1, 16, HOIST=False)
 TALL = Variant(32, 64, 4, 1)
 EVEN = Variant(32, 32, 4, 1)
+QUEUED = Variant(32, 32)
 SMALL = Variant(32, 32, 4, 1, 16)
 NARROW = Variant(16, 32, 4, 1, 16)
 SLIM = NARROW._replace(maxnreg=255)
@@ -76,7 +78,7 @@ HOPPER_WIDE: Tiles = {  # head dims above 64
 }
 AMPERE: Tiles = {  # sm_80, sm_86
     "forward": (LARGE, PIPED, PIPED, SMALL, FINE),
-    "row_pass": (HALF, HALF, EVEN, NARROW, NARROW),
+    "row_pass": (HALF, HALF, QUEUED, NARROW, NARROW),
     "column_pass": (HALF, HALF, HALF, SMALL, SMALL),
 }
 AMPERE_THIN: Tiles = {  # head dims up to 32
@@ -99,7 +101,10 @@ CONSUMER: Tiles = {  # sm_120
     "row_pass": (HALF, HALF, SMALL, SLIM, NARROW),
     "column_pass": (PIPED, HALF, SMALL, SMALL, SMALL),
 }
-CONSUMER_THIN: Tiles = CONSUMER | {"forward": (DEEP, PIPED, FINE, FINE, HALF)}  # up to 32
+CONSUMER_THIN: Tiles = CONSUMER | {  # head dims up to 32
+    "forward": (DEEP, PIPED, FINE, FINE, HALF),
+    "row_pass": (FULL, HALF, SMALL, SLIM, NARROW),
+}
 CONSUMER_MORE: Tiles = AMPERE_MORE | {"column_pass": (HALF, SMALL, SMALL, SMALL, SMALL)}
 CONSUMER_WIDE: Tiles = {
     "forward": (PIPED, LOOSE, LOOSE, LOOSE, LOOSE),
