@@ -4,7 +4,7 @@ from fnmatch import fnmatchcase
 from importlib import import_module
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .encodings import Encoding
 from .errors import IrpeError
@@ -46,6 +46,12 @@ def param_groups(
     encodings = [m for m in model.modules() if isinstance(m, Encoding)]
     if not encodings:
         raise IrpeError(f"this {type(model).__name__} has no encoding: attach one first")
+    for name, value in (
+        ("weight_decay", weight_decay), ("lr", lr), ("table_weight_decay", table_weight_decay),
+        ("table_lr", table_lr), ("layer_decay", layer_decay),
+    ):  # fmt: skip
+        if value is not None and not isinstance(value, int | float | Tensor):
+            raise IrpeError(f"{name}={value!r} is not a number")
     if layer_decay is not None and lr is None:
         raise IrpeError(f"layer_decay={layer_decay} needs lr=, the learning rate of the last layer")
     tables = {id(p) for encoding in encodings for p in encoding.parameters()}

@@ -236,9 +236,60 @@ def test_what_does_not_fit_changes_nothing(kind, make, other, says, tmp_path):
     assert "\n" not in str(error.value) and same(model, before)
 
 
+@pytest.mark.parametrize("spec", [QKV, None])
+def test_a_failed_load_leaves_what_was_attached_before(spec, tmp_path):
+    irpe.save(attached(partial(vit, embed_dim=48)), tmp_path / "a.safetensors")
+    model = vit()
+    if spec is None:
+        model = timm.create_model(
+            "beit_base_patch16_224", img_size=64, embed_dim=32, depth=2, num_heads=2
+        )
+        irpe.attach(model, native="fuse", where="blocks.0.*")
+    else:
+        irpe.attach(model, spec, where="blocks.0.*")
+    before = copy.deepcopy(model)
+    with pytest.raises(irpe.IrpeError):
+        irpe.load(model, tmp_path / "a.safetensors")
+    assert same(model, before)
+    kinds = [[type(m) for m in one.modules()] for one in (model, before)]
+    assert kinds[0] == kinds[1]
+    irpe.detach(model)
+
+
+def test_a_block_in_two_places(tmp_path):
+    def make(shared):
+        model = vit(depth=3)
+        if shared:
+            model.blocks[2] = model.blocks[0]
+        return model
+
+    model = attached(partial(make, True))
+    irpe.save(model, tmp_path / "a.safetensors")
+    x = torch.randn(2, 3, 64, 64)
+    for shared in (True, False):
+        other = make(shared)
+        loaded = irpe.load(other, tmp_path / "a.safetensors")
+        assert len(loaded.attached) == len(irpe.specs(other)) == (2 if shared else 3)
+        assert torch.equal(other(x), model(x))
+
+
+def test_arguments_of_other_types(tmp_path):
+    irpe.save(vit(), tmp_path / "a.safetensors")
+    for given, says in (
+        ((3, tmp_path / "a.safetensors"), "torch.nn.Module.*not int"),
+        ((vit(), 3), "the path of a file, not VisionTransformer, int"),
+    ):
+        with pytest.raises(irpe.IrpeError, match=says):
+            irpe.load(*given)
+    with pytest.raises(irpe.IrpeError, match="differ=None is not"):
+        irpe.load(vit(), tmp_path / "a.safetensors", differ=None)
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
+        ({"irpe": "{}", "irpe_options": "[1]"}, "damaged: its irpe_options"),
+        ({"irpe": "{}", "irpe_options": "{"}, "damaged: its irpe_options"),
         ({"irpe": "[1]"}, "not a JSON object of specs"),
         ({"irpe": '{"blocks.0.attn": "rpx"}'}, "rpx"),
     ],

@@ -117,3 +117,13 @@ def test_layer_decay_of_compiled_models():
         for groups in (irpe.param_groups(x, lr=1.0, layer_decay=0.5) for x in (model, compiled))
     ]
     assert rates[0] == rates[1] and len(set(rates[0].values())) > 2
+
+
+@pytest.mark.parametrize(
+    "name", ["weight_decay", "lr", "table_weight_decay", "table_lr", "layer_decay"]
+)
+def test_values_that_are_no_numbers(name):
+    model = MODELS["vit"]()
+    irpe.attach(model, K)
+    with pytest.raises(irpe.IrpeError, match=f"{name}='1e-3' is not a number"):
+        irpe.param_groups(model, **{"lr": 1e-3, name: "1e-3"})

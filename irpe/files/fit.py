@@ -46,6 +46,8 @@ class Fit:
 
 def parts_of(differ: str | Iterable[str]) -> frozenset[str]:
     """Return the parts in ``differ``: ``"head, tables"`` or ``("head", "tables")``."""
+    if not isinstance(differ, Iterable):
+        raise IrpeError(f"differ={differ!r} is not a list of {', '.join(PARTS)}")
     names = differ.replace(",", " ").split() if isinstance(differ, str) else list(differ)
     for name in names:
         if name not in PARTS:

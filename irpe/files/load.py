@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..encodings import parse, specs
 from ..errors import IrpeError
 from ..geometry import Grid
-from ..hosts import attach, detach, located
-from ..hosts.config import is_pretrained
+from ..hosts import attach, located
+from ..hosts.base import find_sites
+from ..hosts.config import is_pretrained, remember_specs
 from .fit import Fit, differences, fit, lost_tables, parts_of
 from .pretrained import aligned, read_pretrained
 from .read import Checkpoint, read_checkpoint, read_json
@@ -78,9 +79,11 @@ def load(model: nn.Module, file: str | Path, *, differ: str | Iterable[str] = ()
 
     Raises:
         IrpeError: if other names or shapes differ, the file has tables without a spec or a spec
-            without tables, or its spec is not the model's. A model without encodings is then
-            unchanged.
+            without tables, or its spec is not the model's. The model is then unchanged.
     """
+    if not isinstance(model, nn.Module) or not isinstance(file, str | Path):
+        given = f"{type(model).__name__}, {type(file).__name__}"
+        raise IrpeError(f"load takes a torch.nn.Module and the path of a file, not {given}")
     model, parts = unwrapped(model), parts_of(differ)
     if any(value.is_meta for value in model.state_dict().values()):
         raise IrpeError(
@@ -97,10 +100,16 @@ def load(model: nn.Module, file: str | Path, *, differ: str | Iterable[str] = ()
         told = _checked(model, file, held, weights, told, own)
     missing = {}
     if told is not None and "tables" not in parts:
-        missing = {path: spec for path, spec in told.items() if path not in own}
-        options = read_json(held.about.get("irpe_options", "{}")) or {}
+        # A module in several places has an encoding under each of them in the file.
+        places = dict(model.named_modules(remove_duplicate=False))
+        again = places.keys() - dict(model.named_modules()).keys()
+        missing = {p: spec for p, spec in told.items() if p not in own and p not in again}
+        options = read_json(held.about.get("irpe_options", "{}"))
+        if not isinstance(options, dict):
+            raise IrpeError(f"{str(file)!r} is damaged: its irpe_options are not a JSON object")
         if "irpe" in held.about:
             _check_native(model, file, [path for path in told if path in own], options)
+    before = {site.name for site in find_sites(model) if site.attached}
     try:
         if missing:
             _attach(model, file, missing, options)
@@ -108,8 +117,11 @@ def load(model: nn.Module, file: str | Path, *, differ: str | Iterable[str] = ()
         if found.wrong:
             raise IrpeError(_message(file, found, told))
     except IrpeError:
-        if missing and not own and specs(model):
-            detach(model)
+        added = [s for s in find_sites(model) if s.attached and s.name not in before]
+        for site in added:
+            site.remove()
+        if added:
+            remember_specs(model)
         raise
     state = model.state_dict()
     model.load_state_dict({**{name: state[name] for name in found.fresh}, **found.weights})

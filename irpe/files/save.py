@@ -42,7 +42,9 @@ def save(model: nn.Module, file: str | Path) -> None:
 
 def metadata(model: nn.Module) -> dict[str, str]:
     """Return the header of a file for a model: ``format``, ``irpe``, ``irpe_model``."""
-    found = specs(model)
+    own = {id(model.get_submodule(path)): spec for path, spec in specs(model).items()}
+    places = model.named_modules(remove_duplicate=False)  # a module may be in several places
+    found = {path: own[id(module)] for path, module in places if id(module) in own}
     about = {"format": "pt", "irpe": json.dumps(found)}
     options = {
         path: given for path in found if (given := attach_options(model.get_submodule(path)))

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -119,10 +120,18 @@ class WindowSite(NativeSite):
         else:
             self.bias = getattr(module, "relative_position_bias", None)
 
+    def unfused(self, spec: Spec | None) -> str | None:
+        return self._old() or super().unfused(spec)
+
     def unsupported(self, spec: Spec) -> str | None:
-        if self.native() is not None and (why := self.unfused(spec)) is not None:
-            return why
-        return super().unsupported(spec)
+        why = self._old() if self.native() is None else self.unfused(spec)
+        return why or super().unsupported(spec)
+
+    def _old(self) -> str | None:
+        if int(transformers.__version__.partition(".")[0]) >= 5:
+            return None
+        name = plain_class(self.module).__name__
+        return f"{name} needs transformers 5, and this is {transformers.__version__}"
 
     def sizes(self) -> dict[str, Any]:
         heads = heads_of(self.module)

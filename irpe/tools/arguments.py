@@ -95,16 +95,14 @@ def parser() -> argparse.ArgumentParser:
     )
     one.add_argument("spec", help=f"the encoding, as {_RPE} or t5,buckets=32,max=128")
     one.add_argument(
-        "--grid", type=sides, default="14x14", metavar="[Tx]HxW",
+        "--grid", type=sides, metavar="[Tx]HxW",
         help="rows x columns of patches, for videos frames x rows x columns (default 14x14)",
     )  # fmt: skip
     one.add_argument(
         "--at", type=places, metavar="[FRAME,]ROW,COL", help="the query; default: the middle"
     )
     one.add_argument("--frame", type=int, help="frame of the keys (videos); default: the query's")
-    one.add_argument(
-        "--length", type=count, default=64, help="tokens, for encodings of texts (default 64)"
-    )
+    one.add_argument("--length", type=count, help="tokens, for encodings of texts (default 64)")
     _out(one)
 
     one = add(

@@ -161,3 +161,14 @@ def test_what_cannot_be_fused_is_one_line():
     with pytest.raises(irpe.IrpeError, match="no native encoding"):
         irpe.attach(plain, native="fuse")
     irpe.attach(plain, "rpe-1.9-product-ctx-1-k")
+
+
+@pytest.mark.parametrize("name", ["sam", "vitdet", "swin", "swin v2"])
+@pytest.mark.parametrize("options", [{"spec": "rpe-1.9-product-ctx-1-k"}, {"native": "fuse"}])
+def test_older_versions_are_refused(name, options, monkeypatch):
+    monkeypatch.setattr("irpe.hosts.transformers.transformers.__version__", "4.57.6")
+    model = made(name)
+    before = everything(model)
+    with pytest.raises(irpe.IrpeError, match=r"needs transformers 5, and this is 4\.57\.6"):
+        irpe.attach(model, **options)
+    assert everything(model) == before

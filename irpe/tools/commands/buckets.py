@@ -17,6 +17,11 @@ def run(given: argparse.Namespace) -> None:
     """Print the map; with --out, draw it."""
     spec = parse(given.spec)
     image = 2 in spec.axes
+    unused, instead = ("length", "grid") if image else ("grid", "length")
+    if getattr(given, unused) is not None:
+        what = "images" if image else "texts"
+        raise IrpeError(f"{spec} is for {what}: give --{instead}, not --{unused}")
+    given.grid, given.length = given.grid or (14, 14), given.length or 64
     kind = Volume if len(given.grid) == 3 else Grid
     # Raise early for encodings without buckets.
     _, size = bucket_ids(spec, kind(*[1] * len(given.grid)) if image else Sequence(1))

@@ -18,11 +18,11 @@ _MIB = 4 / 2**20  # of float32
 
 def run(given: argparse.Namespace) -> None:
     """Print the table."""
+    model = create(given.model, given.size, options=dict(given.model_kwargs))
     chosen = given.rpe or attached_spec(given.model)
     if chosen is None:
         raise IrpeError(f"{given.model} has no encoding: give one, as --rpe rope-axial")
     spec = parse(chosen)
-    model = create(given.model, given.size, options=dict(given.model_kwargs))
     if given.rpe is not None:
         attach_named(model, given.model, spec)
     channels, *own = input_size(model)
