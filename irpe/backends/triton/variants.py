@@ -78,7 +78,7 @@ HOPPER_WIDE: Tiles = {  # head dims above 64
 }
 AMPERE: Tiles = {  # sm_80, sm_86
     "forward": (LARGE, PIPED, PIPED, SMALL, FINE),
-    "row_pass": (HALF, HALF, QUEUED, NARROW, NARROW),
+    "row_pass": (HALF, FINE, QUEUED, NARROW, NARROW),
     "column_pass": (HALF, HALF, HALF, SMALL, SMALL),
 }
 AMPERE_THIN: Tiles = {  # head dims up to 32
