@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, inf
@@ -74,16 +75,13 @@ class Tiles:
         self.layout, self.size, self.causal, self.step = layout, size, call.is_causal, self.L
         if call.is_causal:
             self.step = max(CAUSAL_ROWS, -(-self.L // 8)) if kept else CAUSAL_ROWS
-        self.mask = self.dead = padding = None
+        self.call, padding = call, None
         if call.mask is not None:
-            shape = (self.B, self.H, self.L, self.S)
             sizes = (1,) * (4 - call.mask.dim()) + call.mask.shape
             if call.mask.dtype == torch.bool and not (kept or self.causal or sizes[1:3] != (1, 1)):
-                padding = call.mask.expand(shape)[:, 0, 0]  # visible keys of each image
-            else:
-                mask, dead = call.merged_mask()
-                assert mask is not None and dead is not None
-                self.mask, self.dead = mask.expand(shape), dead.expand(*shape[:3], 1)
+                # Visible keys of each image.
+                padding = call.mask.expand(self.B, self.H, self.L, self.S)[:, 0, 0]
+        self.padded = padding is not None
         # Prefix tokens have separate tiles; others have tiles of rows, or of a part of a row.
         self.width = 1 if layout is None else layout.query.shape[1]
         self.columns = min(self.width, columns)
@@ -97,16 +95,29 @@ class Tiles:
         """Mask logits ``[n, rows, keys]`` in place; return the fully masked rows, or None."""
         if tile.hidden is not None:
             logits.masked_fill_(tile.hidden, -inf)
-        if self.mask is not None:
-            mask = self.mask[tile.images, tile.heads, tile.rows, : tile.count]
+        mask, dead = self._mask
+        if mask is not None:
+            own = mask[tile.images, tile.heads, tile.rows, : tile.count]
             wide = logits.view(tile.shape)
-            wide.add_(mask) if mask.is_floating_point() else wide.masked_fill_(~mask, -inf)
+            wide.add_(own) if own.is_floating_point() else wide.masked_fill_(own, -inf)
         elif self.causal and tile.shape[2] > 1:
             # The last query attends to all keys of its tile, the one before it to one key less.
             rows = tile.shape[2]
             late = torch.ones(rows, rows, dtype=torch.bool, device=logits.device).triu_(1)
             logits[..., -rows:].masked_fill_(late, -inf)
-        return None if self.dead is None else self.dead[tile.images, tile.heads, tile.rows]
+        return None if dead is None else dead[tile.images, tile.heads, tile.rows]
+
+    @cached_property
+    def _mask(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return hidden pairs, bool, or numbers to add to logits; and the fully masked rows."""
+        if self.padded or self.call.mask is None:
+            return None, None
+        mask, dead = self.call.merged_mask()
+        assert mask is not None and dead is not None
+        mask = mask if mask.is_floating_point() else ~mask
+        shape = (self.B, self.H, self.L)
+        none = dead.device.type == "cpu" and not dead.any()
+        return mask.expand(*shape, self.S), None if none else dead.expand(*shape, 1)
 
     def _parts(self, padding: Tensor | None, least: int) -> Iterator[Tile]:
         """Yield a tile with all queries and keys of each part, of at least ``least`` heads."""
