@@ -337,9 +337,10 @@ def bucket_ids(
     terms = (term for module in modules.values() for term in module.terms(geometry))
     functions = dict.fromkeys(term.buckets.function for term in terms if term.kind != "slope")
     if not functions:
+        kind, axes = type(geometry).__name__, geometry.axes
         raise IrpeError(
-            f"{spec} has no buckets over a {type(geometry).__name__}; relative tables have "
-            "buckets, such as rpe-1.9-product-ctx-1-k over a Grid and t5 over a Sequence"
+            f"{spec} has no buckets over a {kind} (axes={axes}); relative tables have buckets, "
+            "such as rpe-1.9-product-ctx-1-k over a Grid and t5 over a Sequence"
         )
     maps = [BucketIds(function, geometry) for function in functions]
     ids = tuple(m.dense(torch.device(device)) for m in maps)

@@ -85,7 +85,7 @@ WRONG = {
         ["buckets", "rpe-1.9-euc-ctx-1-k", "--length", 9],
         "images: give --grid, not --length",
     ),
-    "no buckets on a grid": (["buckets", "rope-axial", "--grid", "4x4"], "no buckets over a Grid;"),
+    "no buckets on a grid": (["buckets", "rope-axial", "--grid", "4x4"], "no buckets over a Grid "),
     "not a picture's name": (["buckets", "t5", "--out", "a.xyz"], r"'a.xyz'.*\.png"),
     "no such folder": (["buckets", "t5", "--out", "none/a.png"], "none/a.png"),
     "no shape": (["explain", "--shape", "1,2,3"], "'1,2,3'.*B,H,L,D"),
